@@ -1,0 +1,353 @@
+"""What the scripts do: train a run, evaluate a run. They print for a person and write for a program."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from biglearn_vae import config, evaluation, figures
+from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.data import Batches, Splits
+from biglearn_vae.distributed import World, start, stop, under_torchrun
+from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
+from biglearn_vae.losses import BigLearnELBO
+from biglearn_vae.models import count_parameters
+from biglearn_vae.trainer import Trainer, TrainingError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SUMMARY_FILE = "summary.json"
+
+
+def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -> None:
+    """The main program of a script: compose the settings of the command line and call task(settings, overrides).
+
+    What the user can mend ends with a line of explanation and exit code 2. HYDRA_FULL_ERROR=1 shows where it arose.
+    """
+    import hydra
+
+    failed: list[str] = []
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if not _is_main():
+        warnings.simplefilter("ignore")
+
+    @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
+    def run(cfg: "DictConfig") -> None:
+        hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
+        try:
+            if hydra_cfg.mode.name == "MULTIRUN" and under_torchrun():
+                raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
+            config.require_all(cfg)
+            task(cfg, hydra_cfg.overrides.task)
+        except user_errors() as error:
+            # Other launchers run this in another process, which can only tell by raising.
+            if "HYDRA_FULL_ERROR" in os.environ or "Basic" not in hydra_cfg.launcher._target_:
+                raise
+            failed.append(str(error))
+
+    try:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            _print_help(config_name)
+        else:
+            run()
+    except user_errors() as error:
+        failed.append(str(error))
+    finally:
+        stop()
+    if failed:
+        sys.exit(_complaint(failed))
+
+
+def _print_help(config_name: str) -> None:
+    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    print(config.help_text(config.argument("--config-name", config_name), overrides))
+
+
+def _complaint(messages: list[str]) -> int:
+    """Print what went wrong, once however many processes there are; the exit code."""
+    if _is_main():
+        for message in messages:
+            print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What a user's settings, files or data can cause, and a user can mend."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return ValueError, OSError, TrainingError, HydraException, OmegaConfBaseException
+
+
+def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Train a run, or go on with one, and evaluate it; returns its summary, or None if a signal ended it early."""
+    config.check_types(
+        {"seed": int, "device": str, "name": str | None, "output_dir": str},
+        {k: cfg[k] for k in ("seed", "device", "name", "output_dir")},
+        "",
+    )
+    run = Path(cfg.output_dir) / config.run_name(cfg, overrides)
+    say = print if _is_main() else lambda *_: None
+    if done := finished(run, cfg):
+        say(f"{run} is finished: {done['steps']} steps. A larger trainer.steps continues it, name=NAME starts another.")
+        say(report(done, run))
+        return done
+    world = start(cfg.device)
+    tokens = config.tokenizer(cfg)
+    net = config.network(cfg, tokens).to(world.device)
+    loss = config.objective(cfg)
+    splits = config.dataset(cfg)
+    trainer = _trainer(cfg, run, net, loss, tokens, splits, world)
+    first = trainer.resume()
+    say(f"{'going on with' if first else 'training'} {run}")
+    say(f"{type(net).__name__}, {size_text(count_parameters(net))}, {len(splits.train):,} images, on {world.device}")
+    loggers = _open(run, cfg, first) if world.is_main else []
+    try:
+        completed = trainer.fit(loggers)
+    finally:
+        for logger in loggers:
+            logger.close()
+    if not completed:
+        say(f"stopped at step {trainer.step} of {trainer.steps}; a checkpoint is written, the same command goes on")
+        sys.exit(0)
+    summary = _finish(cfg, run, trainer, splits) if world.is_main else None
+    world.barrier()
+    if summary:
+        say(report(summary, run))
+    return summary
+
+
+def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
+    """The summary of a run that has all the steps asked for.
+
+    Raises:
+        ValueError: if the folder holds a run with other settings.
+    """
+    if not (run / config.CONFIG_FILE).exists():
+        return None
+    changed = config.differences(config.saved(run), cfg)
+    if changed and any((run / "checkpoints").glob("*.pt")):
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise ValueError(
+            f"{run} holds a run with other settings ({'; '.join(changed[:4])}{more}). "
+            "Give name=NAME for another run, or delete the folder."
+        )
+    if changed or not (run / SUMMARY_FILE).exists():
+        return None
+    summary = json.loads((run / SUMMARY_FILE).read_text())
+    return summary if summary["steps"] >= cfg.trainer.steps else None
+
+
+def _trainer(cfg, run: Path, net, loss: BigLearnELBO, tokens, splits: Splits, world: World) -> Trainer:
+    from omegaconf import OmegaConf
+
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)
+    config.check_types(typing.get_type_hints(Trainer.__init__) | {"batch_size": int}, settings, "trainer")
+    optim = config.build(cfg.optim, "optim")
+    images = splits.train.to(world.device)
+    batches = Batches(images, settings.pop("batch_size"), cfg.seed, world, transform=tokens.encode)
+    fingerprint = splits.train.fingerprint()
+    metadata = {"config": OmegaConf.to_container(cfg, resolve=True), "data": fingerprint}
+    _same_data(run, fingerprint)
+
+    def evaluate(net: torch.nn.Module) -> tuple[dict[str, float], dict[str, Any]]:
+        vae = BigLearnVAE(net, tokens, prior=loss.prior)
+        return validate(vae, splits.valid[:], loss, cfg.evaluation)
+
+    return Trainer(
+        net,
+        loss,
+        batches,
+        optim,
+        folder=run / "checkpoints",
+        seed=cfg.seed,
+        world=world,
+        evaluate=evaluate,
+        metadata=metadata,
+        **settings,
+    )
+
+
+def _same_data(run: Path, fingerprint: str) -> None:
+    try:
+        state, path = config.checkpoint_of(run, "best")
+    except ValueError:
+        return
+    if state["metadata"]["data"] != fingerprint:
+        raise ValueError(
+            f"{path} was trained on other images than these settings give now. "
+            "Give name=NAME for another run, or point data.root at its data."
+        )
+
+
+def validate(
+    vae: BigLearnVAE, images: torch.Tensor, loss: BigLearnELBO, settings: "DictConfig"
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """What is reported on the validation images during training: ELBOs, half-hidden in-painting, and a picture."""
+    joint = evaluation.elbo(vae, images, loss)
+    numbers = {"valid/elbo": evaluation.elbo(vae, images, loss, joint=False)["elbo"], "valid/joint_elbo": joint["elbo"]}
+    numbers |= {f"valid/joint_{name}": joint[name] for name in ("reconstruction", "kl")}
+    some = images[: settings.images]
+    numbers["valid/psnr_0.5"] = evaluation.inpainting_psnr(vae, some, [0.5], draws=settings.draws)[0.5]
+    return numbers, {
+        "inpainting": figures.inpainting(vae, images[:8], title="validation images, half of the patches hidden")
+    }
+
+
+def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
+    """Make the run's folder, with its settings and its machine, and the loggers."""
+    from omegaconf import OmegaConf
+
+    run.mkdir(parents=True, exist_ok=True)
+    (run / config.CONFIG_FILE).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    _write_json(run / "environment.json", environment(cfg.device))
+    return [
+        MetricsFile(run / "metrics.jsonl", first_step),
+        TensorBoard(run / "tensorboard", first_step),
+        Pictures(run / "pictures"),
+        Progress(cfg.trainer.steps, first_step),
+    ]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where a run was made: versions, machine, commit, command."""
+    import torchvision
+
+    chosen = config.pick_device(device)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(chosen)
+        if chosen.type == "cuda"
+        else f"{chosen.type}, {torch.get_num_threads()} threads",
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def _finish(cfg: "DictConfig", run: Path, trainer: Trainer, splits: Splits) -> dict[str, Any]:
+    """Evaluate the best checkpoint on the test images, draw it, and write the summary."""
+    vae = config.load(run, device=str(trainer.world.device))
+    state, _ = config.checkpoint_of(run)
+    measured = measure(vae, config.objective(cfg), splits, cfg.evaluation)
+    picture = figures.inpainting(vae, splits.test[:8], title="test images, half of the patches hidden")
+    Pictures.save(run / "inpainting.png", picture)
+    summary = {
+        "name": run.name,
+        "parameters": count_parameters(trainer.net),
+        "steps": trainer.step,
+        "best_step": state["step"],
+        "seconds": round(trainer.seconds, 3),
+        "data_note": splits.note,
+        "images_per_second": round(trainer.step * trainer.batches.batch_size / trainer.seconds, 1),
+    } | measured
+    _write_json(run / SUMMARY_FILE, summary)
+    return summary
+
+
+def measure(
+    vae: BigLearnVAE, loss: BigLearnELBO, splits: Splits, settings: "DictConfig", split: str = "test", seed: int = 0
+) -> dict[str, Any]:
+    """JointELBO on a split, and in-painting beside the nearest training images on at most `settings.images` of it."""
+    images, train_images = getattr(splits, split)[:], splits.train
+    some = images[: settings.images]
+    joint = evaluation.elbo(vae, images, loss, seed=seed)
+    options = dict(ratios=list(settings.ratios), seed=seed)
+    inpainting = evaluation.inpainting_psnr(vae, some, draws=settings.draws, **options)
+    nearest = evaluation.nearest_psnr(vae, some, train_images[:], **options)
+    return {
+        f"{split}_joint_elbo": joint["elbo"],
+        f"{split}_reconstruction": joint["reconstruction"],
+        f"{split}_kl": joint["kl"],
+        f"{split}_joint_elbo_nats": joint["elbo_nats"],
+        "inpainting_psnr": {str(ratio): value for ratio, value in inpainting.items()},
+        "nearest_psnr": {str(ratio): value for ratio, value in nearest.items()},
+    }
+
+
+def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
+    run = Path(cfg.run)
+    vae = config.load(run, cfg.device, cfg.checkpoint)
+    trained = config.saved(run)
+    splits = config.dataset(trained, cfg.data_root)
+    state, path = config.checkpoint_of(run, cfg.checkpoint)
+    result = {
+        "name": run.name,
+        "checkpoint": path.name,
+        "split": cfg.split,
+        "step": state["step"],
+        "parameters": count_parameters(vae.net),
+    }
+    result |= measure(vae, config.objective(trained), splits, cfg, cfg.split, cfg.seed)
+    _write_json(run / "evaluation.json", result)
+    print(report(result, run, cfg.split))
+    return result
+
+
+def size_text(parameters: int) -> str:
+    """A number of parameters, and in the unit of the paper's tables."""
+    return f"{parameters:,} parameters ({parameters / 2**20:.4f} x 2^20)"
+
+
+def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
+    """The numbers of a summary or an evaluation as a small table, where everything is, and what to type next."""
+    head = f"{result['name']}, {size_text(result['parameters'])}"
+    if "seconds" in result:
+        head += f"\n{result['steps']} steps in {result['seconds']:.0f} s, {result['images_per_second']:,.0f} images/s"
+    elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
+    rows = {
+        "share of patches observed": [f"{float(ratio):g}" for ratio in result["inpainting_psnr"]],
+        "mean of several completions": [f"{value:.2f}" for value in result["inpainting_psnr"].values()],
+        "mean of the 10 nearest training images": [f"{value:.2f}" for value in result["nearest_psnr"].values()],
+    }
+    files = {
+        "inpainting.png": "completed test images",
+        "summary.json": "these numbers",
+        "metrics.jsonl": "the course of training",
+        "checkpoints/best.pt": "the model",
+    }
+    return "\n".join(
+        [
+            head,
+            "",
+            f"{split} JointELBO {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}; "
+            f"{result[f'{split}_joint_elbo_nats']:.2f} nats with the constant of N(mu, I)",
+            "",
+            "in-painting: PSNR in dB over the missing pixels",
+            *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),
+            "",
+            *(f"{run / name!s:<60} {what}" for name, what in files.items() if (run / name).exists()),
+            "",
+            f"next: python scripts/evaluate.py run={run}",
+            f"      tensorboard --logdir {run.parent}",
+            f'      in Python: import biglearn_vae as blv; vae = blv.load("{run}")',
+        ]
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)

@@ -1,0 +1,281 @@
+"""Settings: compose them, build the parts they name, name and load runs. The only module that knows Hydra.
+
+Hydra is imported when a function needs it, not with the package.
+"""
+
+import hashlib
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from biglearn_vae import checkpoint, data
+from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.data import Splits
+from biglearn_vae.distributed import derive_seed, pick_device
+from biglearn_vae.losses import BigLearnELBO
+from biglearn_vae.patches import Patchify
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Settings that may differ when a run is continued, since the weights at a given step do not depend on them.
+FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "evaluation")
+IN_NAME = ("data", "case", "method", "seed")
+CONFIG_FILE = "config.yaml"
+
+
+def folder() -> Path:
+    """Where the YAML files are: in the package if it was installed as a wheel, else beside it in the repository."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictConfig":
+    """The settings that these command-line overrides give: compose(["case=case1", "data=mnist"])."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with _without_hydra(), initialize_config_dir(version_base="1.3", config_dir=str(folder())):
+        return hydra_compose(config_name, list(overrides))
+
+
+@contextmanager
+def _without_hydra() -> Iterator[None]:
+    """Put aside the Hydra of a program that already runs under one."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def build(settings: "DictConfig", where: str, **given: Any) -> Any:
+    """Call what `_target_` names with the other settings and with what the program knows (`given`).
+
+    Raises:
+        ValueError: naming the setting, if the target does not take it, or not of this type or value.
+    """
+    from hydra.utils import get_object
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(settings, resolve=True)
+    target = get_object(values.pop("_target_"))
+    check_types(typing.get_type_hints(target.__init__), values, where)
+    try:
+        return target(**given, **values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def require_all(cfg: "DictConfig") -> None:
+    """Raise a ValueError if a setting without a default was not given."""
+    from omegaconf import OmegaConf
+
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        explained = explanations()
+        raise ValueError("; ".join(f"{key}=... must be given: {explained.get(key)}" for key in missing))
+
+
+def check_types(hints: dict[str, Any], values: dict[str, Any], where: str) -> None:
+    """Raise a ValueError for the first value whose name is unknown or whose type is not the hinted one."""
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{where}.{name}: there is no such setting")
+        if not _matches(value, hints[name]):
+            raise ValueError(f"{where}.{name} must be {_describe(hints[name])}, got {value!r}".lstrip("."))
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple) and all(_matches(part, arguments[0]) for part in value)
+    if hint in (int, float):
+        return isinstance(value, (int,) if hint is int else (int, float)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin in (tuple, list, Sequence):
+        return f"a list, each {_describe(arguments[0])}"
+    names = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", types.NoneType: "null"}
+    return names.get(hint, str(hint))
+
+
+def tokenizer(cfg: "DictConfig") -> Patchify:
+    """The tokenizer of these settings."""
+    hints = {"image_size": int, "patch_size": int, "channels": int, "name": str, "root": str | None}
+    check_types(hints, dict(cfg.data), "data")
+    if cfg.data.channels not in (1, 3):
+        raise ValueError(f"data.channels must be 1 or 3, got {cfg.data.channels}")
+    try:
+        return Patchify(cfg.data.image_size, cfg.data.patch_size, cfg.data.channels)
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from error
+
+
+def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
+    """The data of these settings, from another root if one is given."""
+    settings = {name: value for name, value in dict(cfg.data).items() if name != "patch_size"}
+    return data.load(**settings | ({"root": root} if root else {}))
+
+
+def network(cfg: "DictConfig", tokens: Patchify) -> torch.nn.Module:
+    """The network of these settings, with fresh weights that depend on the seed alone, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("weights", cfg.seed))
+        return build(cfg.model, "model", grid=tokens.grid, token_dim=tokens.token_dim)
+
+
+def objective(cfg: "DictConfig") -> BigLearnELBO:
+    """The loss of these settings, with its q(S, T)."""
+    return build(cfg.loss, "loss", masks=build(cfg.masks, "masks"))
+
+
+def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearnVAE:
+    """A trained model from the folder of its run, frozen, in evaluation mode.
+
+    Args:
+        run: the folder.
+        device: "auto" is a GPU if there is one.
+        which: "best", the largest validation ELBO, or "latest".
+
+    Raises:
+        ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
+    """
+    cfg = saved(run)
+    tokens = tokenizer(cfg)
+    net = network(cfg, tokens)
+    state, path = checkpoint_of(run, which)
+    checkpoint.load_weights(net, state.get("average") or state["net"], path)
+    return BigLearnVAE(net.to(pick_device(device)), tokens, prior=cfg.loss.prior)
+
+
+def saved(run: str | Path) -> "DictConfig":
+    """The settings of a run."""
+    from omegaconf import OmegaConf
+
+    path = Path(run) / CONFIG_FILE
+    if not path.is_file():
+        near = sorted(str(p.parent) for p in Path(run).parent.glob(f"*/{CONFIG_FILE}"))[:5]
+        hint = f" There are {', '.join(near)}." if near else " Train one with scripts/train.py."
+        raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}")
+    return OmegaConf.load(path)
+
+
+def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any], Path]:
+    """A checkpoint of a run and its path."""
+    files = {"best": checkpoint.BEST, "latest": checkpoint.LATEST}
+    if which not in files:
+        raise ValueError(f"checkpoint must be best or latest, got {which!r}")
+    path = Path(run) / "checkpoints" / files[which]
+    return checkpoint.load(path), path
+
+
+def run_name(cfg: "DictConfig", overrides: Sequence[str]) -> str:
+    """data-case-method-seed, and what else was set on the command line: runs of a sweep do not share a folder."""
+    if cfg.name is not None:
+        return cfg.name
+    data = Path(cfg.data.root).resolve().name if cfg.data.name == "image_folder" else cfg.data.name
+    extra = [o for o in overrides if not _is_free(key := o.lstrip("+~").split("=")[0]) and key not in IN_NAME]
+    tag = "-".join(re.sub(r"[^\w.,=+-]+", "_", o) for o in sorted(extra))
+    if len(tag) > 120:  # file systems take names of 255 characters at most
+        tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
+    return "-".join(filter(None, (data, cfg.case.name, cfg.method.name, f"seed{cfg.seed}", tag)))
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def differences(old: "DictConfig", new: "DictConfig") -> list[str]:
+    """The settings in which two configurations differ, apart from those that may: "optim.lr: 0.1, now 0.2"."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    return [
+        f"{key}: {before.get(key, 'absent')}, now {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "absent") != after.get(key, "absent") and not _is_free(key)
+    ]
+
+
+def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting with its dotted name; a list is one setting."""
+    from omegaconf import DictConfig, OmegaConf
+
+    container = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+    for key, value in container.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def help_text(config_name: str, overrides: Sequence[str]) -> str:
+    """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
+    cfg = compose(overrides, config_name)
+    source = (folder() / f"{config_name}.yaml").read_text()
+    lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]
+    groups = [p for p in sorted(folder().iterdir()) if p.is_dir() and p.name in cfg]
+    if groups:
+        lines += ["", "Groups (GROUP=CHOICE):"]
+        lines += [f"  {p.name:<10} {', '.join(sorted(f.stem for f in p.glob('*.yaml')))}" for p in groups]
+    lines += ["", "Settings (NAME=VALUE):"]
+    explained = explanations()
+    for key, value in _raw_leaves(cfg):
+        lines.append(f"  {f'{key}={value}':<44} {explained.get(key, '')}".rstrip())
+    return "\n".join([*lines, "", "Several values with -m (a sweep): seed=0,1,2. Hydra's own flags: --hydra-help."])
+
+
+def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Like `leaves`, but a setting without a value yet shows as ???."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for key in cfg:
+        if OmegaConf.is_missing(cfg, key):
+            yield f"{prefix}{key}", "???"
+        elif isinstance(cfg[key], DictConfig):
+            yield from _raw_leaves(cfg[key], f"{prefix}{key}.")
+        elif key != "_target_":
+            value = OmegaConf.to_container(cfg[key]) if OmegaConf.is_list(cfg[key]) else cfg[key]
+            yield f"{prefix}{key}", "null" if value is None else str(value).replace(" ", "")
+
+
+def explanations() -> dict[str, str]:
+    """Dotted name -> the comment behind the setting, from all YAML files."""
+    result: dict[str, str] = {}
+    for path in sorted(folder().rglob("*.yaml")):
+        text = path.read_text()
+        group = [] if path.parent == folder() or "@package _global_" in text else [path.parent.name]
+        parents: list[str] = []
+        for line in text.splitlines():
+            if match := re.match(r"( *)([\w]+):(.*)", line):
+                parents = [*parents[: len(match[1]) // 2], match[2]]
+                if "  # " in match[3]:
+                    result[".".join(group + parents)] = match[3].split("  # ", 1)[1]
+    return result
+
+
+def argument(name: str, default: str) -> str:
+    """The value of a flag such as --config-name on the command line."""
+    for position, word in enumerate(sys.argv):
+        if word.startswith(f"{name}="):
+            return word.split("=", 1)[1]
+        if word == name and position + 1 < len(sys.argv):
+            return sys.argv[position + 1]
+    return default

@@ -1,0 +1,138 @@
+"""The processes of one run: start-up under torchrun, rank, reductions, and random numbers that do not depend on them.
+
+Nothing here is needed by a single process, for which `World()` stands.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of its run: rank in [0, size), and the device it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """How many of a global batch's images are this process's."""
+        if batch_size < self.size or batch_size % self.size:
+            raise ValueError(
+                f"batch_size counts the images of all {self.size} processes and must be a multiple, got {batch_size}"
+            )
+        return batch_size // self.size
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes; every process must call it."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values = values / self.size
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process; every process must call it."""
+        if self.size == 1:
+            return flag
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or a launcher that sets the same variables) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+
+
+def start(device: str = "auto") -> World:
+    """Join the other processes, if torchrun started any, and choose the device.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+
+    Raises:
+        ValueError: if the device is unknown or not there.
+    """
+    if not under_torchrun():
+        return World(device=pick_device(device))
+    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        # The main process evaluates alone while the others wait, so the limit is generous.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of this name; "auto" is the best there is, and "cuda" the GPU with this local rank."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (chosen.index or 0) >= here.get(chosen.type, 0):
+        raise ValueError(f"device {str(chosen)!r} is not available here: use device=auto or device=cpu")
+    return chosen
+
+
+def derive_seed(*parts: int | str) -> int:
+    """One well-mixed seed from several numbers and words: unlike their sum, it does not repeat between runs."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
+
+
+@dataclass(frozen=True)
+class StepRandom:
+    """The random numbers of one training step: a function of (seed, step), of which each process takes its rows.
+
+    Every process draws for the whole global batch and keeps its own rows. So a run does not depend on how many
+    processes share it, and a resumed run draws what an uninterrupted one would have drawn.
+    """
+
+    generator: torch.Generator
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def at(cls, seed: int, step: int, world: World) -> "StepRandom":
+        """Those of this step, on the world's device."""
+        generator = torch.Generator(world.device).manual_seed(derive_seed("step", seed, step))
+        return cls(generator, world.rank, world.size)
+
+    def rows(self, count: int, draw: Callable[[int, torch.Generator], Tensor | tuple[Tensor, ...]]):
+        """This process's `count` rows of what `draw(number of rows, generator)` gives, a tensor or several."""
+        drawn = draw(count * self.size, self.generator)
+        own = slice(self.rank * count, (self.rank + 1) * count)
+        return drawn[own] if isinstance(drawn, Tensor) else tuple(part[own] for part in drawn)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """This process's rows of standard normal numbers."""
+        g = self.generator
+        return self.rows(
+            shape[0], lambda rows, _: torch.randn(rows, *shape[1:], dtype=dtype, device=g.device, generator=g)
+        )

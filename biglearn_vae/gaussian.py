@@ -1,0 +1,70 @@
+"""Gaussians with diagonal covariance: p(z | x_S) of the model, and N(mu, variance I) of its observations."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class DiagGaussian:
+    """N(mean, diag(exp(logvar))) over the last dimension, Z.
+
+    Args:
+        mean: (..., Z)
+        logvar: (..., Z), the logarithm of the variances.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def standard_like(cls, other: "DiagGaussian") -> "DiagGaussian":
+        """N(0, I) with the shape of `other`."""
+        return cls(torch.zeros_like(other.mean), torch.zeros_like(other.logvar))
+
+    @property
+    def var(self) -> Tensor:
+        return self.logvar.exp()
+
+    @property
+    def std(self) -> Tensor:
+        return (0.5 * self.logvar).exp()
+
+    def __getitem__(self, index) -> "DiagGaussian":
+        """The distributions at these batch positions."""
+        return DiagGaussian(self.mean[index], self.logvar[index])
+
+    def sample(self, noise: Tensor | None = None, *, draws: int | None = None, seed: int | None = None) -> Tensor:
+        """Reparameterised sample, mean + std * noise, of shape (..., Z).
+
+        Args:
+            noise: standard normal numbers of the sample's shape; drawn here if not given.
+            draws: adds a leading axis of that length.
+            seed: makes the noise repeatable.
+        """
+        if noise is None:
+            shape = self.mean.shape if draws is None else (draws, *self.mean.shape)
+            noise = normal(shape, like=self.mean, seed=seed)
+        return self.mean + self.std * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; mean, diag(var)) in nats, summed over Z: (...,)."""
+        return -0.5 * ((z - self.mean).square() / self.var + self.logvar + LOG_2PI).sum(-1)
+
+    def kl(self, other: "DiagGaussian | None" = None) -> Tensor:
+        """KL[self || other] in nats, summed over Z: (...,). Without `other`, to N(0, I)."""
+        if other is None:
+            return 0.5 * (self.mean.square() + self.var - 1 - self.logvar).sum(-1)
+        ratio = (self.logvar - other.logvar).exp()
+        distance = (self.mean - other.mean).square() / other.var
+        return 0.5 * (ratio + distance - 1 + other.logvar - self.logvar).sum(-1)
+
+
+def normal(shape, *, like: Tensor, seed: int | None = None) -> Tensor:
+    """Standard normal numbers with the dtype and device of `like`; the same ones for the same seed."""
+    generator = None if seed is None else torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)

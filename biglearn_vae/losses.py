@@ -1,0 +1,141 @@
+"""The objective. B batch, L tokens, D token dimension, Z latent dimension."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from biglearn_vae.distributed import StepRandom
+from biglearn_vae.gaussian import LOG_2PI
+from biglearn_vae.masks import MaskSampler
+
+
+@dataclass(frozen=True, eq=False)
+class ELBO:
+    """The parts of a BigLearnELBO, one number per image: (B,).
+
+    Attributes:
+        reconstruction: log p(x_T | z, x_S) without its constant, -1/2 sum over T of squared errors.
+        kl: KL[p(z | x_{S u T}) || p(z | x_S)] in nats, not weighted.
+        beta: weight of the KL.
+        num_targets: |T|, how many tokens the reconstruction sums over.
+        token_dim: D.
+    """
+
+    reconstruction: Tensor
+    kl: Tensor
+    beta: float
+    num_targets: Tensor
+    token_dim: int
+
+    @property
+    def elbo(self) -> Tensor:
+        """reconstruction - beta kl, without the constant: what training maximises."""
+        return self.reconstruction - self.beta * self.kl
+
+    @property
+    def elbo_nats(self) -> Tensor:
+        """The same with the constant -|T| D/2 log(2 pi) of N(mu, I)."""
+        return self.elbo - 0.5 * LOG_2PI * self.token_dim * self.num_targets
+
+    @property
+    def loss(self) -> Tensor:
+        """What training minimises: the negative mean over the batch."""
+        return -self.elbo.mean()
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Batch means by name."""
+        return {
+            "loss": self.loss,
+            "elbo": self.elbo.mean(),
+            "reconstruction": self.reconstruction.mean(),
+            "kl": self.kl.mean(),
+        }
+
+
+class BigLearnELBO:
+    """BigLearnELBO(x; S, T) = E_{z ~ p(z|x_{S u T})} log p(x_T | z, x_S) - beta KL[p(z|x_{S u T}) || p(z|x_S)].
+
+    Eq. 6 with a `TwoStackViT`, Eq. 7 with a `UniversalViT`. S empty and T everything is the JointELBO (Eq. 1),
+    S empty the MarginELBO (Eq. 4), otherwise it is the ConditionELBO (Eq. 5). The expectation is estimated with one
+    reparameterised draw per image.
+
+    Args:
+        beta: weight of the KL, not negative.
+        masks: q(S, T), for calls that do not give S and T.
+        prior: "learned", p(z | x_S) of the network, or "standard", N(0, I), as in the ordinary VAE.
+        beta_warmup_steps: steps over which training raises beta linearly (see `weight`).
+        beta_warmup_start: share of beta at which the warm-up starts, in [0, 1]. At 0 nothing ties the prior to the
+            posterior at first; they part by thousands of nats, and when beta rises the latent is given up.
+
+    Raises:
+        ValueError: on values outside these.
+    """
+
+    def __init__(
+        self,
+        beta: float,
+        masks: MaskSampler | None = None,
+        prior: str = "learned",
+        beta_warmup_steps: int = 0,
+        beta_warmup_start: float = 0.0,
+    ):
+        if not 0 <= beta < float("inf"):
+            raise ValueError(f"beta must be a number not below 0, got {beta}")
+        if prior not in ("learned", "standard"):
+            raise ValueError(f"prior must be 'learned' or 'standard', got {prior!r}")
+        if beta_warmup_steps < 0:
+            raise ValueError(f"beta_warmup_steps must not be negative, got {beta_warmup_steps}")
+        if not 0 <= beta_warmup_start <= 1:
+            raise ValueError(f"beta_warmup_start must be a share of beta in [0, 1], got {beta_warmup_start}")
+        self.beta, self.prior = beta, prior
+        self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
+        self.masks = masks or MaskSampler()
+
+    def weight(self, step: int | None) -> float:
+        """Beta at this training step, counted from 0; the final beta if step is None."""
+        if step is None or step >= self.beta_warmup_steps:
+            return self.beta
+        start = self.beta_warmup_start
+        return self.beta * (start + (1 - start) * step / self.beta_warmup_steps)
+
+    def __call__(
+        self,
+        net: nn.Module,
+        x: Tensor,
+        S: Tensor | None = None,
+        T: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        random: StepRandom | None = None,
+        step: int | None = None,
+    ) -> ELBO:
+        """The parts of the ELBO of a batch.
+
+        Args:
+            net: a network with the forward of `models.MaskedViT`, wrapped or not.
+            x: tokens (B, L, D).
+            S, T: disjoint boolean masks (B, L), T not empty; drawn by `masks` if not given.
+            noise: standard normal numbers (B, Z) that become z; drawn if not given.
+            random: where what is not given is drawn from.
+            step: training step, for the warm-up of beta; without it beta is final.
+
+        Raises:
+            ValueError: if something is to be drawn and there is no `random`.
+        """
+        if random is None and (S is None or T is None or noise is None):
+            raise ValueError("give S, T and noise, or random to draw them from")
+        if S is None or T is None:
+            S, T = random.rows(len(x), lambda rows, generator: self.masks(rows, x.shape[1], generator))
+        q = net(x, S | T)
+        p = net(x, S) if self.prior == "learned" else None
+        if noise is None:
+            noise = random.normal(tuple(q.mean.shape), q.mean.dtype)
+        mean = net(x, S, q.sample(noise))  # (B, L, D)
+        error = (x - mean).masked_fill(~T.unsqueeze(-1), 0)
+        return ELBO(
+            reconstruction=-0.5 * error.square().sum((-2, -1)),
+            kl=q.kl(p),
+            beta=self.weight(step),
+            num_targets=T.sum(-1),
+            token_dim=x.shape[-1],
+        )

@@ -1,0 +1,116 @@
+"""Which patches are observed (S) and which are asked for (T).
+
+Masks are boolean (B, L), True = in the set. `MaskSampler` is q(S, T) of the objective; the functions make masks
+for a trained model. B batch, L tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskSampler:
+    """q(S, T) of Algorithm 1: S-ratio ~ Beta(a1, b1), T-ratio ~ Beta(a2, b2), then uniform subsets of those sizes.
+
+    |S| = floor(S-ratio L) and |T| = ceil(T-ratio (L - |S|)), so S and T are disjoint, T is never empty, and S empty
+    and T everything are both reached. The T-ratio is a fraction of the positions outside S.
+
+    Args:
+        s_ratio: (a1, b1), both positive.
+        t_ratio: (a2, b2), both positive.
+        joint: share of purely joint tasks, S empty and T everything, in [0, 1]. 1 gives the ordinary VAE.
+        ratios_per: "sample" draws the two ratios (and whether a task is joint) for every image, "step" once for the
+            whole batch, as Algorithm 1 is written.
+
+    Raises:
+        ValueError: on parameters outside these ranges.
+    """
+
+    s_ratio: tuple[float, float] = (1.0, 1.0)
+    t_ratio: tuple[float, float] = (1.0, 1.0)
+    joint: float = 0.0
+    ratios_per: str = "sample"
+
+    def __post_init__(self):
+        for name in ("s_ratio", "t_ratio"):
+            parameters = getattr(self, name)
+            if len(parameters) != 2 or not all(0 < p < float("inf") for p in parameters):
+                raise ValueError(f"{name} must be two positive Beta parameters, got {list(parameters)}")
+        if not 0 <= self.joint <= 1:
+            raise ValueError(f"joint must be a share in [0, 1], got {self.joint}")
+        if self.ratios_per not in ("sample", "step"):
+            raise ValueError(f"ratios_per must be 'sample' or 'step', got {self.ratios_per!r}")
+
+    def __call__(self, batch_size: int, num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw (S, T), each boolean (batch_size, num_tokens), on the generator's device."""
+        rows = batch_size if self.ratios_per == "sample" else 1
+        s = (_beta(self.s_ratio, rows, generator) * num_tokens).floor().clamp(max=num_tokens - 1)
+        t = (_beta(self.t_ratio, rows, generator) * (num_tokens - s)).ceil().clamp(min=1)
+        joint = torch.rand(rows, generator=generator, device=generator.device) < self.joint
+        s, t = s.masked_fill(joint, 0), t.masked_fill(joint, num_tokens)
+        order = _shuffled(batch_size, num_tokens, generator)
+        s, t = s.unsqueeze(-1), t.unsqueeze(-1)  # (rows, 1)
+        return order < s, (order >= s) & (order < s + t)
+
+
+def _beta(parameters: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    """Beta(a, b) numbers in [0, 1], (count,), in float64 so that small parameters do not underflow to 0 / 0."""
+    concentration = torch.tensor([parameters] * count, dtype=torch.float64, device=generator.device)
+    # The only sampler of torch's that takes a generator; torch.distributions.Beta calls it without one.
+    return torch._sample_dirichlet(concentration, generator=generator)[:, 0]
+
+
+def _shuffled(batch_size: int, num_tokens: int, generator: torch.Generator) -> Tensor:
+    """(B, L): each row a uniform permutation of 0 .. L - 1."""
+    return torch.rand(batch_size, num_tokens, generator=generator, device=generator.device).argsort(dim=-1)
+
+
+def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = None) -> Tensor:
+    """Masks (B, L) in which a random `ratio` of the patches, rounded, is observed: the same ones for the same seed."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be in [0, 1], got {ratio}")
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    return _shuffled(batch_size, num_tokens, generator) < round(ratio * num_tokens)
+
+
+def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
+    """Mask (L,) in which a box of patches is hidden and all else is observed. All arguments count patches."""
+    mask = torch.ones(grid, dtype=torch.bool)
+    if top < 0 or left < 0 or height < 0 or width < 0 or top + height > grid[0] or left + width > grid[1]:
+        raise ValueError(
+            f"the box must lie in the grid of {grid[0]} x {grid[1]} patches, got rows {top} to {top + height} "
+            f"and columns {left} to {left + width}"
+        )
+    mask[top : top + height, left : left + width] = False
+    return mask.flatten()
+
+
+def half(grid: tuple[int, int], observed: str = "top") -> Tensor:
+    """Mask (L,) in which one half of the image is observed: "top", "bottom", "left" or "right"."""
+    mask = torch.zeros(grid, dtype=torch.bool)
+    parts = {
+        "top": (slice(None, grid[0] // 2), slice(None)),
+        "bottom": (slice(grid[0] // 2, None), slice(None)),
+        "left": (slice(None), slice(None, grid[1] // 2)),
+        "right": (slice(None), slice(grid[1] // 2, None)),
+    }
+    if observed not in parts:
+        raise ValueError(f"observed must be one of {', '.join(parts)}, got {observed!r}")
+    mask[parts[observed]] = True
+    return mask.flatten()
+
+
+def from_pixels(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pixel masks (H, W) or (B, H, W) -> patch masks (L,) or (B, L): a patch is observed if all of its pixels are."""
+    if pixels.dtype != torch.bool or pixels.ndim not in (2, 3):
+        raise ValueError(
+            f"expected a boolean mask of shape (H, W) or (B, H, W), got {pixels.dtype} {tuple(pixels.shape)}"
+        )
+    height, width = pixels.shape[-2:]
+    if height % grid[0] or width % grid[1]:
+        raise ValueError(f"a mask of {height} x {width} pixels does not fit a grid of {grid[0]} x {grid[1]} patches")
+    cells = pixels.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1))  # (..., rows, P, columns, P)
+    return cells.all(dim=-1).all(dim=-2).flatten(-2)

@@ -1,0 +1,173 @@
+"""The networks: p(z | x_S) and p(x_T | z, x_S) by one forward, with one stack of blocks or two.
+
+    net(x, S)    -> DiagGaussian over z, (B, Z)       p(z | x_S)
+    net(x, S, z) -> (B, L, D)                          the mean of p(x_T | z, x_S) at every position; take T by indexing
+
+Whether z is given is the paper's switch "T = True/False" (Table 2). S is boolean, True = observed; what x holds
+where S is False has no influence, and no gradient, whatever it is.
+
+B batch, L tokens, D token dimension, d embedding dimension, Z latent dimension, r MLP ratio.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from biglearn_vae.gaussian import DiagGaussian
+from biglearn_vae.layers import Block, init_weights, mlp, sincos_positions
+
+# Log-variances are kept in (-LOGVAR_BOUND, LOGVAR_BOUND) by a smooth saturation, so that neither a variance nor its
+# inverse overflows in float32, and so that gradients reach a saturated unit (a hard clamp would stop them).
+LOGVAR_BOUND = 12.0
+
+
+class MaskedViT(nn.Module):
+    """What both networks share: embeddings, positions, heads. A subclass says which blocks encode and which decode.
+
+    The sequence is [z token, L x tokens]. A position that is not observed holds the mask token, and so does z while
+    it is not given; type vectors tell z from x, and x tokens carry fixed 2-D sine-cosine positions.
+    """
+
+    def __init__(self, grid, token_dim: int, dim: int, z_dim: int, mlp_ratio: int):
+        super().__init__()
+        for name, value in dict(token_dim=token_dim, dim=dim, z_dim=z_dim, mlp_ratio=mlp_ratio).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.grid, self.token_dim, self.z_dim = tuple(grid), token_dim, z_dim
+        self.num_tokens = grid[0] * grid[1]
+        self.token_in = nn.Linear(token_dim, dim)
+        self.latent_in = mlp(z_dim, 2 * dim, 2 * dim, dim)
+        self.token_mask, self.latent_mask, self.token_type, self.latent_type = (
+            nn.Parameter(0.02 * torch.randn(dim)) for _ in range(4)
+        )
+        self.latent_norm, self.token_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.latent_out = mlp(dim, mlp_ratio * dim, 2 * z_dim)
+        self.token_out = mlp(dim, 2 * dim, token_dim)
+        self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
+
+    def forward(self, x: Tensor, S: Tensor, z: Tensor | None = None) -> DiagGaussian | Tensor:
+        """p(z | x_S), or, with z, the mean of p(x_T | z, x_S) at every position.
+
+        Args:
+            x: tokens (B, L, D).
+            S: observed positions, boolean (B, L).
+            z: latent vectors (B, Z), if they are given.
+        """
+        self._check(x, S, z)
+        sequence = self._embed(x, S, z)  # (B, 1 + L, d)
+        if z is None:
+            for block in self.encoder:
+                sequence = block(sequence)
+            mean, logvar = self.latent_out(self.latent_norm(sequence[:, 0])).chunk(2, dim=-1)
+            return DiagGaussian(mean, LOGVAR_BOUND * torch.tanh(logvar / LOGVAR_BOUND))
+        for block in self.decoder:
+            sequence = block(sequence)
+        return self.token_out(self.token_norm(sequence[:, 1:]))
+
+    def _embed(self, x: Tensor, S: Tensor, z: Tensor | None) -> Tensor:
+        seen = S.unsqueeze(-1)  # (B, L, 1)
+        # Hidden tokens are zeroed before the matrix as well: a NaN among them must not reach its gradient.
+        tokens = torch.where(seen, self.token_in(x.masked_fill(~seen, 0)), self.token_mask)
+        tokens = tokens + self.positions.to(tokens.dtype) + self.token_type
+        latent = self.latent_mask.expand(len(x), -1) if z is None else self.latent_in(z)
+        return torch.cat([(latent + self.latent_type).unsqueeze(1), tokens], dim=1)
+
+    def _init_weights(self) -> None:
+        self.apply(init_weights)
+        # Pixels in [0, 1] have a root mean square of about 1/2: with this gain a token enters with unit scale, like its
+        # position. Xavier's would make it a fifth of that at D = 4, and content a small part of what attention sees.
+        nn.init.normal_(self.token_in.weight, std=2 / math.sqrt(self.token_dim))
+
+    def _check(self, x: Tensor, S: Tensor, z: Tensor | None) -> None:
+        expected = (len(x), self.num_tokens, self.token_dim)
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"expected tokens x of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(x.shape)}"
+            )
+        if S.dtype != torch.bool or tuple(S.shape) != expected[:2]:
+            raise ValueError(f"expected a boolean mask S of shape {expected[:2]}, got {S.dtype} {tuple(S.shape)}")
+        if z is not None and tuple(z.shape) != (len(x), self.z_dim):
+            raise ValueError(f"expected latents z of shape {(len(x), self.z_dim)}, got {tuple(z.shape)}")
+
+
+class UniversalViT(MaskedViT):
+    """One stack of blocks that encodes and decodes: the universal model p_Xi(x_T, z_T | z_-T, x_S) (Fig. 1b, Eq. 7).
+
+    Args:
+        grid: rows and columns of tokens; L is their product.
+        token_dim: D.
+        dim: d, a multiple of 4 and of `heads`.
+        depth: number of blocks.
+        z_dim: Z.
+        mlp_ratio: r.
+        heads: attention heads; by default one for each 64 dimensions. No parameter count depends on it.
+
+    Raises:
+        ValueError: on sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: tuple[int, int],
+        token_dim: int,
+        dim: int,
+        depth: int,
+        z_dim: int,
+        mlp_ratio: int = 2,
+        heads: int | None = None,
+    ):
+        super().__init__(grid, token_dim, dim, z_dim, mlp_ratio)
+        self.blocks = _stack(depth, dim, heads, mlp_ratio)
+        self._init_weights()
+
+    @property
+    def encoder(self) -> nn.ModuleList:
+        return self.blocks
+
+    decoder = encoder
+
+
+class TwoStackViT(MaskedViT):
+    """An encoder stack p_Phi(z | x_S) and a decoder stack p_Theta(x_T | z, x_S) on shared embeddings (Fig. 1a, Eq. 6).
+
+    It has the parameter count of the universal model with as many blocks in all.
+
+    Args:
+        depth: number of blocks of the encoder and of the decoder, such as (4, 4). The others: see `UniversalViT`.
+
+    Raises:
+        ValueError: on sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: tuple[int, int],
+        token_dim: int,
+        dim: int,
+        depth: tuple[int, int],
+        z_dim: int,
+        mlp_ratio: int = 2,
+        heads: int | None = None,
+    ):
+        super().__init__(grid, token_dim, dim, z_dim, mlp_ratio)
+        if len(depth) != 2:
+            raise ValueError(f"depth must be two numbers, blocks of the encoder and of the decoder, got {depth}")
+        self.encoder, self.decoder = (_stack(blocks, dim, heads, mlp_ratio) for blocks in depth)
+        self._init_weights()
+
+
+def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    heads = max(1, dim // 64) if heads is None else heads
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    return nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -1,0 +1,57 @@
+"""Images as sequences of patches, one token each.
+
+B batch, C channels, H x W pixels, P patch size, L = (H/P)(W/P) tokens, D = P P C numbers per token.
+"""
+
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Patchify(nn.Module):
+    """Cut images into square patches and put them back; `decode` is the exact inverse of `encode`.
+
+    Tokens run row by row from the top left. Within a token the order is (row, column, channel).
+
+    Args:
+        image_size: height and width in pixels, or one number for both.
+        patch_size: side of a patch in pixels; it must divide both sides of the image.
+        channels: channels per pixel.
+
+    Raises:
+        ValueError: if the patch size does not divide the image.
+    """
+
+    def __init__(self, image_size: int | tuple[int, int], patch_size: int, channels: int = 3):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
+            raise ValueError(
+                f"patch_size must divide the image: a {height} x {width} image cannot be cut into "
+                f"patches of {patch_size} x {patch_size}"
+            )
+        self.patch_size = patch_size
+        self.image_shape = (channels, height, width)
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_tokens = self.grid[0] * self.grid[1]
+        self.token_dim = patch_size * patch_size * channels
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> tokens (B, L, D)."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(f"expected images of shape (B, {shape_text(self.image_shape)}), got {tuple(images.shape)}")
+        p = self.patch_size
+        return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, D) -> images (B, C, H, W)."""
+        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != (self.num_tokens, self.token_dim):
+            raise ValueError(
+                f"expected tokens of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(tokens.shape)}"
+            )
+        p = self.patch_size
+        return rearrange(tokens, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=self.grid[0], p1=p, p2=p)
+
+
+def shape_text(shape) -> str:
+    """(3, 32, 32) -> '3, 32, 32', for messages."""
+    return ", ".join(map(str, shape))

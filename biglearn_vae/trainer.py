@@ -1,0 +1,322 @@
+"""Trainer: any network, any loss, any batches. It knows neither the model nor the data.
+
+    loss(net, batch, random=StepRandom, step=int) -> an object with .loss (scalar) and .scalars() (dict of scalars)
+    batches(step) -> a batch
+    evaluate(net) -> (numbers by name, pictures by name)
+
+What a step draws is a function of (seed, step), so that a run that was killed and resumed equals one that was not.
+"""
+
+import copy
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from biglearn_vae import checkpoint
+from biglearn_vae.distributed import StepRandom, World
+from biglearn_vae.loggers import Logger
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where and what to try."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with a warm-up, a schedule, gradient clipping and an average of the weights.
+
+    Args:
+        lr: peak learning rate.
+        betas: AdamW's, each in [0, 1).
+        eps: AdamW's.
+        weight_decay: on matrices only; biases, LayerNorms and single learned vectors are not decayed.
+        warmup_steps: steps of linear warm-up.
+        schedule: "constant", or "cosine" to 0 at the last step.
+        clip_norm: largest gradient norm; None does not clip.
+        ema_decay: decay of the exponential moving average of the weights that is evaluated and kept as the result;
+            0 evaluates the weights themselves.
+
+    Raises:
+        ValueError: on values outside these.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    clip_norm: float | None = None
+    ema_decay: float = 0.0
+
+    def __post_init__(self):
+        require = {
+            f"lr must be positive, got {self.lr}": 0 < self.lr < math.inf,
+            f"betas must be two numbers in [0, 1), got {list(self.betas)}": len(self.betas) == 2
+            and all(0 <= b < 1 for b in self.betas),
+            f"eps must be positive, got {self.eps}": self.eps > 0,
+            f"weight_decay must not be negative, got {self.weight_decay}": self.weight_decay >= 0,
+            f"warmup_steps must not be negative, got {self.warmup_steps}": self.warmup_steps >= 0,
+            f"schedule must be 'constant' or 'cosine', got {self.schedule!r}": self.schedule in ("constant", "cosine"),
+            f"clip_norm must be positive or null, got {self.clip_norm}": self.clip_norm is None or self.clip_norm > 0,
+            f"ema_decay must be in [0, 1), got {self.ema_decay}": 0 <= self.ema_decay < 1,
+        }
+        for message, holds in require.items():
+            if not holds:
+                raise ValueError(message)
+
+    def optimizer(self, net: nn.Module) -> torch.optim.AdamW:
+        """AdamW over the network's parameters."""
+        groups = [
+            {"params": [p for p in net.parameters() if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        fused = next(net.parameters()).device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of this step, counted from 0, of a run of `steps`."""
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        decay = 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+        return self.lr * warm * decay
+
+
+class Interruption:
+    """While entered, Ctrl-C and SIGTERM raise a flag instead of stopping the program; a second one stops it."""
+
+    def __init__(self):
+        self.requested = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self._handlers = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _request(self, *_) -> None:
+        self.requested = True
+        self.__exit__()
+
+
+class Trainer:
+    """Trains a network, and resumes what an earlier one in the same folder left.
+
+    Args:
+        net: the network, on the world's device; not wrapped.
+        loss, batches, evaluate: see the module's text. `evaluate` is called at step 0, each `evaluate_every` steps
+            and at the end, on the main process.
+        optim: the optimizer and its schedule.
+        steps: the last step.
+        folder: for checkpoints; none are written without one.
+        seed: of what each step draws.
+        world: this process among the others.
+        evaluate_every, report_every, checkpoint_every: in steps.
+        monitor: the number of `evaluate` whose largest value makes the best checkpoint.
+        metadata: plain values that are written into every checkpoint.
+
+    Raises:
+        ValueError: if an interval or `steps` is below 1, or the folder holds checkpoints of another network.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Callable,
+        batches: Callable[[int], Any],
+        optim: Optim,
+        *,
+        steps: int,
+        folder: Path | None = None,
+        seed: int = 0,
+        world: World | None = None,
+        evaluate: Callable | None = None,
+        evaluate_every: int = 1000,
+        report_every: int = 100,
+        checkpoint_every: int = 1000,
+        monitor: str = "valid/elbo",
+        metadata: dict[str, Any] | None = None,
+    ):
+        self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
+        for name, value in dict(steps=steps, **{f"{k}_every": v for k, v in self.every.items()}).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
+        self.steps, self.folder, self.seed, self.monitor = steps, folder, seed, monitor
+        self.world, self.metadata = world or World(), metadata or {}
+        self.loggers: list[Logger] = []
+        self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
+        self.optimizer = optim.optimizer(net)
+        self.step, self.seconds, self.best = 0, 0.0, -math.inf
+        self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
+        self._names: list[str] = []
+        self._reported = (0, 0.0)  # step and seconds at the last report
+        self._wrapped: nn.Module = net
+        if self.world.size > 1:
+            ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+            self._wrapped = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to evaluate and keep: the average of the weights if there is one."""
+        return self.net if self.average is None else self.average
+
+    def resume(self) -> int:
+        """Go on from the newest readable checkpoint of the folder, if any; returns the step."""
+        state = checkpoint.load_latest(self.folder, self.world.device) if self.folder else None
+        if state is not None:
+            checkpoint.load_weights(self.net, state["net"], self.folder / checkpoint.LATEST)
+            if self.average is not None:
+                checkpoint.load_weights(self.average, state["average"] or state["net"], self.folder / checkpoint.LATEST)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+            self._names, self._pending = state["names"], list(state["pending"])
+            self._reported = tuple(state["reported"])
+        return self.step
+
+    def fit(self, loggers: Iterable[Logger] = ()) -> bool:
+        """Train to the last step. Returns False if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written.
+
+        Raises:
+            TrainingError: if the loss is not finite.
+        """
+        self.loggers = list(loggers)
+        with Interruption() as interruption:
+            if self.step == 0:
+                self._evaluate()
+            while self.step < self.steps:
+                self._train_step()
+                last = self.step == self.steps
+                if last or self.step % self.every["report"] == 0:
+                    self._report()
+                if last or self.step % self.every["evaluate"] == 0:
+                    self._evaluate()
+                # Processes must stop at the same step, so with several the flag is shared, now and then.
+                stop = (
+                    interruption.requested
+                    if self.world.size == 1
+                    else self.step % 10 == 0 and self.world.any(interruption.requested)
+                )
+                if last or stop or self.step % self.every["checkpoint"] == 0:
+                    self._save_latest()
+                if stop and not last:
+                    return False
+        return True
+
+    def _train_step(self) -> None:
+        start = time.perf_counter()
+        self.net.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optim.lr_at(self.step, self.steps)
+        random = StepRandom.at(self.seed, self.step, self.world)
+        parts = self.loss(self._wrapped, self.batches(self.step), random=random, step=self.step)
+        self.optimizer.zero_grad()
+        parts.loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
+        self.optimizer.step()
+        self._update_average()
+        scalars = parts.scalars() | {"grad_norm": norm}
+        self._names = list(scalars)
+        self._pending.append(torch.stack([value.detach() for value in scalars.values()]))
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self.average is None:
+            return
+        decay = min(self.optim.ema_decay, (1 + self.step) / (10 + self.step))  # follows closely at first
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - decay)
+
+    def _pending_values(self) -> Tensor:
+        """The pending parts, (steps, parts), as the mean over processes, on the CPU; they must be finite."""
+        start = time.perf_counter()
+        values = self.world.mean(torch.stack(self._pending)).cpu()
+        self.seconds += time.perf_counter() - start  # on a GPU the steps themselves end here
+        bad = (~values.isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            parts = ", ".join(
+                f"{name} {value:g}" for name, value in zip(self._names, values[row].tolist(), strict=True)
+            )
+            kept = self.folder and (self.folder / checkpoint.LATEST).exists()
+            advice = "The last good checkpoint stays in the run's folder. " if kept else ""
+            raise TrainingError(
+                f"the loss is not finite at step {self.step - len(values) + row}: {parts}. {advice}"
+                "Try a lower optim.lr, more optim.warmup_steps or optim.clip_norm=1."
+            )
+        return values
+
+    def _report(self) -> None:
+        values = self._pending_values()
+        means = dict(zip(self._names, values.mean(0).tolist(), strict=True))
+        step, seconds = self._reported
+        speed = (self.step - step) * self.batches.batch_size / max(self.seconds - seconds, 1e-9)
+        self._pending, self._reported = [], (self.step, self.seconds)
+        scalars = {f"train/{name}": value for name, value in means.items()}
+        scalars |= {
+            "lr": self.optim.lr_at(self.step - 1, self.steps),
+            "seconds": self.seconds,
+            "images_per_second": speed,
+        }
+        self._log(lambda logger: logger.scalars(self.step, scalars))
+
+    def _evaluate(self) -> None:
+        if self.evaluate is not None and self.world.is_main:
+            self.result.eval()
+            with torch.no_grad():
+                numbers, pictures = self.evaluate(self.result)
+            self._log(lambda logger: logger.scalars(self.step, numbers))
+            for name, pixels in pictures.items():
+                self._log(lambda logger, name=name, pixels=pixels: logger.picture(self.step, name, pixels))
+            value = numbers.get(self.monitor, -math.inf)
+            if value > self.best and self.folder is not None:
+                self.best = value
+                state = {
+                    "step": self.step,
+                    "net": self.result.state_dict(),
+                    "metrics": numbers,
+                    "metadata": self.metadata,
+                }
+                checkpoint.save(self.folder / checkpoint.BEST, state)
+        self.world.barrier()
+
+    def _save_latest(self) -> None:
+        if self.folder is None:
+            return
+        if self._pending:
+            self._pending_values()  # a network that a bad step has spoilt must not replace a good checkpoint
+        if self.world.is_main:
+            checkpoint.save_latest(self.folder, self._state())
+        self.world.barrier()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "seconds": self.seconds,
+            "best": self.best,
+            "names": self._names,
+            "pending": torch.stack(self._pending) if self._pending else torch.empty(0),
+            "reported": self._reported,
+            "metadata": self.metadata,
+        }
+
+    def _log(self, call: Callable[[Logger], None]) -> None:
+        for logger in self.loggers if self.world.is_main else ():
+            call(logger)

@@ -1,0 +1,20 @@
+"""Small networks that several test files share."""
+
+import pytest
+import torch
+
+from biglearn_vae import TwoStackViT, UniversalViT
+
+TINY = dict(grid=(2, 3), token_dim=5, dim=16, z_dim=3, heads=2)  # L = 6, D = 5, Z = 3
+
+
+@pytest.fixture(params=["universal", "two-stack"])
+def tiny_net(request):
+    """Both networks, tiny, in float64, with no parameter at a special value such as a zero bias."""
+    torch.manual_seed(0)
+    net = UniversalViT(**TINY, depth=3) if request.param == "universal" else TwoStackViT(**TINY, depth=(2, 1))
+    net.double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return net

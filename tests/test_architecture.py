@@ -1,0 +1,70 @@
+"""What holds for the package as a whole: its floors, its import, its functions' length."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
+FLOORS = [
+    {"patches", "gaussian", "layers", "distributed"},
+    {"masks", "data"},
+    {"models", "losses"},
+    {"capabilities", "checkpoint", "loggers"},
+    {"trainer", "evaluation", "figures"},
+    {"config"},
+    {"commands"},
+]
+MODULES = sorted(PACKAGE.glob("*.py"))
+
+
+def floor_of(module: str) -> int:
+    return next(number for number, floor in enumerate(FLOORS) if module in floor)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "biglearn_vae":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("biglearn_vae."):
+            names.add(node.module.split(".")[1])
+    return names
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "__init__"], ids=lambda p: p.stem)
+def test_a_module_imports_only_from_lower_floors(path):
+    # Losses may use masks and models may use layers: a floor below. Figures draw what evaluation computes.
+    same_floor = {("figures", "evaluation"), ("data", "distributed")}
+    for name in imported(path):
+        assert floor_of(name) < floor_of(path.stem) or (path.stem, name) in same_floor, f"{path.stem} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_only_config_and_commands_know_hydra(path):
+    if path.stem not in ("config", "commands"):
+        assert not any(
+            "hydra" in ast.unparse(node) or "omegaconf" in ast.unparse(node)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_no_function_is_longer_than_60_lines(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{path.stem}.{node.name}"
+
+
+def test_the_import_leaves_heavy_modules_alone():
+    code = (
+        "import sys, torch; before = set(sys.modules); import biglearn_vae; new = set(sys.modules) - before;"
+        "print(sorted({m.split('.')[0] for m in new} & {'hydra', 'omegaconf', 'torchvision', 'matplotlib', 'sklearn',"
+        " 'tensorboard', 'PIL'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,145 @@
+"""Settings: every choice composes and builds, every setting is explained, bad ones are refused by name."""
+
+import itertools
+import zipfile
+
+import pytest
+
+from biglearn_vae import config, count_parameters
+
+CASES = ("tiny", "case1", "case2", "case3", "case4")
+METHODS = ("vae", "biglearn_t", "biglearn_u")
+# DESIGN's table: the paper's counts are these over 2^20.
+PARAMETERS = {"tiny": 182_948, "case1": 1_269_104, "case2": 4_962_928, "case3": 5_012_144, "case4": 24_125_744}
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (config.folder() / group).glob("*.yaml"))
+
+
+def composed(*overrides: str):
+    return config.compose([*overrides, "data.root=x"] if "data=image_folder" in overrides else overrides)
+
+
+@pytest.mark.parametrize(("case", "method"), list(itertools.product(CASES, METHODS)))
+def test_every_case_and_method_builds_with_the_papers_count(case, method):
+    cfg = config.compose([f"case={case}", f"method={method}", f"data={'digits' if case == 'tiny' else 'mnist'}"])
+    net = config.network(cfg, config.tokenizer(cfg))
+    assert count_parameters(net) == PARAMETERS[case]
+    loss = config.objective(cfg)
+    assert loss.prior == ("standard" if method == "vae" else "learned")
+    assert loss.masks.joint == (1.0 if method == "vae" else cfg.masks.joint)
+
+
+@pytest.mark.parametrize("group", ["data", "method", "case", "optim", "trainer"])
+def test_every_choice_composes_and_builds(group):
+    for choice in choices(group):
+        cfg = composed(f"{group}={choice}")
+        config.network(cfg, config.tokenizer(cfg))
+        config.objective(cfg)
+        config.build(cfg.optim, "optim")
+
+
+def test_the_papers_optimizer_settings():
+    for case, lr in {"case1": 1e-4, "case2": 1e-4, "case3": 1e-4, "case4": 2e-5}.items():
+        optim = config.build(config.compose([f"case={case}"]).optim, "optim")
+        assert (optim.lr, tuple(optim.betas), optim.eps, optim.schedule) == (lr, (0.0, 0.999), 1e-8, "constant")
+
+
+def test_every_setting_is_explained_in_a_line():
+    explained = config.explanations()
+    for name in ("train", "evaluate"):
+        text = config.help_text(name, [])
+        for key, _ in config._raw_leaves(config.compose([], name)):
+            assert explained.get(key), f"{key} has no comment behind it"
+            assert f"  {key}=" in text
+    for group in ("data", "method", "case", "optim", "trainer"):
+        for choice in choices(group):
+            for key, _ in config._raw_leaves(config.compose([f"{group}={choice}"])):
+                assert explained.get(key), f"{key} of {group}={choice} has no comment behind it"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.dim=wide", "model.dim must be a whole number, got 'wide'"),
+        ("model.z_dim=0", "model: z_dim must be at least 1, got 0"),
+        ("model.depth=[4,4]", "model.depth must be a whole number, got [4, 4]"),
+        ("model.heads=3", "model: heads must divide dim, got heads=3 and dim=64"),
+        ("+model.width=3", "model.width: there is no such setting"),
+        ("masks.s_ratio=[0,1]", "masks: s_ratio must be two positive Beta parameters, got [0, 1]"),
+        ("masks.t_ratio=1", "masks.t_ratio must be a list, each a number, got 1"),
+        ("masks.joint=2", "masks: joint must be a share in [0, 1], got 2"),
+        ("loss.beta=-1", "loss: beta must be a number not below 0, got -1"),
+        ("loss.prior=flat", "loss: prior must be 'learned' or 'standard', got 'flat'"),
+        ("data.patch_size=3", "data: patch_size must divide the image"),
+        ("data.channels=2", "data.channels must be 1 or 3, got 2"),
+        ("optim.lr=0", "optim: lr must be positive, got 0"),
+        ("optim.lr=fast", "optim.lr must be a number, got 'fast'"),
+        ("optim.betas=[0.9]", "optim: betas must be two numbers in [0, 1), got [0.9]"),
+        ("optim.schedule=step", "optim: schedule must be 'constant' or 'cosine', got 'step'"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(override, expected):
+    cfg = config.compose([override])
+    with pytest.raises(ValueError) as caught:
+        config.network(cfg, config.tokenizer(cfg))
+        config.objective(cfg)
+        config.build(cfg.optim, "optim")
+    assert expected in str(caught.value)
+
+
+def test_weights_depend_on_the_seed_alone():
+    first, again, other = (config.compose([f"seed={seed}"]) for seed in (0, 0, 1))
+    weights = [config.network(cfg, config.tokenizer(cfg)).token_in.weight for cfg in (first, again, other)]
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+
+
+def test_run_names():
+    def name(*overrides):
+        return config.run_name(config.compose(list(overrides)), overrides)
+
+    assert name() == "digits-tiny-biglearn_u-seed0"
+    assert name("case=case4", "data=mnist", "data.root=/somewhere", "trainer.steps=9") == "mnist-case4-biglearn_u-seed0"
+    assert name("method=vae", "seed=3", "optim.lr=1e-4") == "digits-tiny-vae-seed3-optim.lr=1e-4"
+    assert name("name=mine", "optim.lr=1e-4") == "mine"
+    assert name("data=image_folder", "data.root=/pictures/cats") == "cats-tiny-biglearn_u-seed0"
+    assert len(name(*[f"optim.lr={k}e-{k}" for k in range(10, 60)])) < 100
+    assert "/" not in name("output_dir=a/b", "masks.s_ratio=[1,2]", "optim=paper")
+
+
+def test_differences_ignore_what_may_change():
+    old = config.compose(["data=mnist"])
+    free = ["data=mnist", "trainer.steps=7", "device=cpu", "data.root=there", "name=x", "evaluation.draws=1"]
+    assert config.differences(old, config.compose(free)) == []
+    assert config.differences(old, config.compose(["data=mnist", "optim.lr=0.5"])) == ["optim.lr: 0.002, now 0.5"]
+
+
+def test_composing_inside_a_program_that_uses_hydra():
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(config.folder())):
+        assert config.compose(["case=case2"]).model.dim == 256
+        assert compose("train", ["case=case1"]).model.dim == 128
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_the_wheel_carries_the_configs(tmp_path):
+    import subprocess
+    import sys
+
+    root = config.folder().parent
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
+    code = (
+        "import biglearn_vae as blv; cfg = blv.compose(['case=case4', 'data=mnist']);"
+        "print(blv.__file__, blv.config.folder(), cfg.model.dim)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "site", check=True, capture_output=True, text=True
+    )
+    file, folder, dim = done.stdout.split()
+    assert file.startswith(str(tmp_path)) and folder.startswith(str(tmp_path)) and dim == "512"

@@ -1,0 +1,603 @@
+import math
+import os
+import random
+import re
+import shutil
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image, features
+from sklearn.datasets import load_digits
+
+import biglearn_vae as blv
+from biglearn_vae import Batches, ImageSet, World, data
+
+NAMES = ("train", "valid", "test")
+
+
+def parts(splits: data.Splits) -> list[ImageSet]:
+    return [getattr(splits, name) for name in NAMES]
+
+
+def all_pixels(splits: data.Splits) -> torch.Tensor:
+    return torch.cat([part.pixels for part in parts(splits)])
+
+
+# --- digits ---
+
+
+def test_digits_sizes():
+    splits = data.load("digits")
+    assert [len(part) for part in parts(splits)] == [1200, 300, 297]
+    for part in parts(splits):
+        assert part.pixels.shape == (len(part), 1, 8, 8) and part.pixels.dtype == torch.uint8
+        assert part.labels.shape == (len(part),) and part.labels.dtype == torch.int64
+    assert splits.note == ""
+
+
+def test_digits_splits_are_disjoint_and_together_everything():
+    raw = load_digits()
+    expected = Counter(
+        (*image.astype(int).ravel().tolist(), int(label)) for image, label in zip(raw.images, raw.target, strict=True)
+    )
+    assert max(expected.values()) == 1  # so that equal counts mean disjoint splits
+    splits = data.load("digits")
+    levels = (all_pixels(splits).double() * 16 / 255).round().long().flatten(1)
+    labels = torch.cat([part.labels for part in parts(splits)])
+    assert Counter(map(tuple, torch.cat([levels, labels.unsqueeze(1)], dim=1).tolist())) == expected
+
+
+def test_digits_are_rounded_to_the_nearest_byte():
+    pixels = all_pixels(data.load("digits"))
+    values = pixels.double() / 255
+    assert (values - (values * 16).round() / 16).abs().max() <= 1 / 510 + 1e-12
+
+
+def test_digits_are_the_same_on_each_call():
+    for one, other in zip(parts(data.load("digits")), parts(data.load("digits")), strict=True):
+        assert torch.equal(one.pixels, other.pixels) and torch.equal(one.labels, other.labels)
+        assert one.fingerprint() == other.fingerprint()
+
+
+def test_indexing_gives_floats_from_zero_to_one():
+    part = data.load("digits").train
+    for index in (slice(None), slice(3, 9), torch.tensor([5, 1, 5])):
+        x = part[index]
+        assert x.dtype == torch.float32 and torch.equal(x, part.pixels[index].float() / 255)
+    assert part[:].min() == 0 and part[:].max() == 1
+
+
+@pytest.mark.parametrize("size", [4, 11, 32])
+def test_digits_resized_with_three_channels(size):
+    plain, resized = data.load("digits").test, data.load("digits", image_size=size, channels=3).test
+    assert resized.pixels.shape == (297, 3, size, size)
+    assert torch.equal(resized.pixels, resized.pixels[:, :1].expand(-1, 3, -1, -1))
+    assert torch.equal(resized.labels, plain.labels)
+    expected = torch.nn.functional.interpolate(
+        plain.pixels.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    assert (resized.pixels[:, :1].float() - expected).abs().max() <= 1
+
+
+def test_images_are_those_of_the_split():
+    splits = data.load("digits")
+    assert torch.equal(blv.images("digits"), splits.test[:])
+    for name in NAMES:
+        assert torch.equal(blv.images("digits", split=name), getattr(splits, name)[:])
+    assert blv.images("digits", "valid", image_size=16, channels=3).shape == (300, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"train, valid or test.*'dev'"):
+        blv.images("digits", split="dev")
+
+
+# --- Batches ---
+
+
+def numbered(count: int) -> ImageSet:
+    """One pixel per image, its number."""
+    return ImageSet(torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1))
+
+
+def numbers(batch: torch.Tensor) -> list[int]:
+    return (batch.flatten() * 255).round().int().tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 25, 37])
+def test_each_epoch_visits_every_image_once(batch_size):
+    batches, epochs = Batches(numbered(10), batch_size, seed=3), 8
+    seen = [n for step in range(math.ceil(epochs * 10 / batch_size)) for n in numbers(batches(step))]
+    orders = [tuple(seen[10 * epoch : 10 * epoch + 10]) for epoch in range(epochs)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len(set(orders)) == epochs
+
+
+def test_batches_have_their_size_even_across_epochs():
+    for batch_size in (4, 25):
+        batches = Batches(numbered(10), batch_size)
+        assert all(batches(step).shape == (batch_size, 1, 1, 1) for step in range(12))
+
+
+def test_order_depends_on_the_seed_alone():
+    def orders(seed):
+        return numbers(Batches(numbered(50), 50, seed)(0)), numbers(Batches(numbered(50), 50, seed)(1))
+
+    assert orders(0) == orders(0)
+    assert len({tuple(order) for seed in range(4) for order in orders(seed)}) == 8
+
+
+def test_order_does_not_depend_on_the_batch_size():
+    one, other = Batches(numbered(30), 10, seed=1), Batches(numbered(30), 15, seed=1)
+    assert [n for step in range(6) for n in numbers(one(step))] == [
+        n for step in range(4) for n in numbers(other(step))
+    ]
+
+
+def test_batches_do_not_touch_the_global_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    Batches(numbered(10), 4)(5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 25])
+def test_a_batch_is_a_function_of_the_step(batch_size):
+    in_order = Batches(numbered(10), batch_size)
+    expected = {step: numbers(in_order(step)) for step in range(40)}
+    steps = [*range(40), *range(40)]
+    random.Random(0).shuffle(steps)
+    again = Batches(numbered(10), batch_size)
+    for step in steps:
+        assert numbers(again(step)) == expected[step]
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+@pytest.mark.parametrize("count", [5, 10, 100])
+def test_the_ranks_batches_are_those_of_a_single_process(size, count):
+    whole = Batches(numbered(count), 12, seed=2)
+    ranks = [Batches(numbered(count), 12, seed=2, world=World(rank, size)) for rank in range(size)]
+    for step in range(20):
+        assert torch.equal(torch.cat([batches(step) for batches in ranks]), whole(step))
+
+
+def test_batch_size_must_be_shared_evenly():
+    for batch_size in (5, 1, 0):
+        with pytest.raises(ValueError, match=f"2 processes.*got {batch_size}"):
+            Batches(numbered(10), batch_size, world=World(0, 2))
+
+
+def test_transform_is_applied():
+    splits = data.load("digits")
+    tokens = blv.Patchify(8, 2, 1)
+    plain, cut = Batches(splits.train, 32), Batches(splits.train, 32, transform=tokens.encode)
+    for step in (0, 50):
+        assert torch.equal(cut(step), tokens.encode(plain(step)))
+        assert torch.equal(plain(step), splits.train[plain.positions(step)])
+
+
+# --- fingerprint ---
+
+
+def random_set(count: int = 50, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, 4, 4), generator=generator, dtype=torch.uint8)
+
+
+def test_fingerprint_of_the_same_data():
+    pixels = random_set()
+    assert ImageSet(pixels).fingerprint() == ImageSet(pixels.clone()).fingerprint()
+    grey = random_set(channels=1)
+    assert (
+        ImageSet(grey.expand(-1, 3, -1, -1)).fingerprint() == ImageSet(grey.repeat_interleave(3, dim=1)).fingerprint()
+    )
+
+
+def test_fingerprint_of_other_data():
+    pixels = random_set()
+    prints = {ImageSet(pixels).fingerprint()}
+    others = [pixels[:-1], pixels[:, :1], pixels.flatten(2).view(50, 3, 2, 8), pixels.flip(0), random_set(seed=1)]
+    for n, c in ((0, 0), (49, 0), (0, 1), (49, 2)):  # one level of one pixel, in every channel
+        changed = pixels.clone()
+        changed[n, c, 3, 3] ^= 1
+        others.append(changed)
+    prints |= {ImageSet(other).fingerprint() for other in others}
+    assert len(prints) == 1 + len(others)
+
+
+@pytest.mark.parametrize("count", [999, 1001, 2500])
+def test_fingerprint_of_many_images_sees_the_first_and_the_count(count):
+    pixels = random_set(count)
+    changed = pixels.clone()
+    changed[0, 0, 0, 0] ^= 1
+    assert len({ImageSet(p).fingerprint() for p in (pixels, changed, pixels[:-1])}) == 3
+
+
+# --- image_folder: modes ---
+
+GENERATOR = np.random.default_rng(0)
+COLOUR = GENERATOR.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+GREY = GENERATOR.integers(0, 256, (8, 8), dtype=np.uint8)
+LEFT = np.arange(8) < 4  # the columns that are opaque where there is transparency
+THREE = np.stack([GREY] * 3, axis=-1)
+
+
+def write(path: Path, image: Image.Image, **settings) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **settings)
+
+
+def load_one(folder: Path, name: str, image: Image.Image, channels: int = 3, image_size: int = 8, **settings):
+    """What `image_folder` makes of a file, (C, S, S); three copies of it, since that is the least."""
+    for k in range(3):
+        write(folder / f"{k}{name}", image, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        splits = data.load("image_folder", str(folder), image_size=image_size, channels=channels)
+    assert splits.note == "" and [len(part) for part in parts(splits)] == [1, 1, 1]
+    first, *rest = (part.pixels[0] for part in parts(splits))
+    assert all(torch.equal(first, other) for other in rest)
+    assert first.dtype == torch.uint8
+    return first
+
+
+def chw(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1)
+
+
+def on_white(pixels: np.ndarray) -> torch.Tensor:
+    return chw(np.where(LEFT[None, :, None], pixels, 255))
+
+
+def test_rgb_png_as_it_is(tmp_path):
+    assert torch.equal(load_one(tmp_path, ".png", Image.fromarray(COLOUR)), chw(COLOUR))
+
+
+def test_suffixes_of_any_case(tmp_path):
+    assert torch.equal(load_one(tmp_path, ".PNG", Image.fromarray(COLOUR)), chw(COLOUR))
+
+
+def test_jpeg(tmp_path):
+    pixels = load_one(tmp_path, ".jpg", Image.fromarray(COLOUR), quality=90)
+    with Image.open(tmp_path / "0.jpg") as file:
+        assert torch.equal(pixels, chw(np.asarray(file.convert("RGB"))))
+    flat = load_one(tmp_path / "flat", ".jpeg", Image.new("RGB", (8, 8), (200, 100, 50)), quality=95)
+    assert (flat.int() - torch.tensor([200, 100, 50]).view(3, 1, 1)).abs().max() <= 2
+
+
+def test_greyscale(tmp_path):
+    assert torch.equal(load_one(tmp_path, ".png", Image.fromarray(GREY)), chw(THREE))
+
+
+def test_greyscale_with_transparency_is_laid_on_white(tmp_path):
+    image = Image.fromarray(GREY).convert("LA")
+    image.putalpha(Image.fromarray(np.broadcast_to(LEFT * 255, (8, 8)).astype(np.uint8)))
+    assert image.mode == "LA"
+    assert torch.equal(load_one(tmp_path, ".png", image), on_white(THREE))
+
+
+def test_colour_with_transparency_is_laid_on_white(tmp_path):
+    image = Image.fromarray(np.dstack([COLOUR, np.broadcast_to(LEFT * 255, (8, 8)).astype(np.uint8)]))
+    assert image.mode == "RGBA"
+    assert torch.equal(load_one(tmp_path, ".png", image), on_white(COLOUR))
+
+
+def test_half_transparent(tmp_path):
+    pixels = load_one(tmp_path, ".png", Image.new("RGBA", (8, 8), (255, 0, 0, 128)))
+    assert (pixels.int() - torch.tensor([255, 127, 127]).view(3, 1, 1)).abs().max() <= 1
+
+
+def palette_image() -> tuple[Image.Image, np.ndarray]:
+    """A palette image, and its colours; entry 1 on the left, 2 on the right."""
+    image = Image.fromarray(np.broadcast_to(np.where(LEFT, 1, 2), (8, 8)).astype(np.uint8))
+    image.putpalette([0, 0, 0, 10, 20, 30, 200, 100, 50])
+    assert image.mode == "P"
+    return image, np.where(LEFT[None, :, None], [10, 20, 30], [200, 100, 50]) * np.ones((8, 1, 1), int)
+
+
+def test_palette(tmp_path):
+    image, colours = palette_image()
+    assert torch.equal(load_one(tmp_path, ".png", image), chw(colours))
+
+
+@pytest.mark.parametrize("transparency", [2, b"\xff\xff\x00"], ids=["index", "table"])
+def test_palette_with_transparency(tmp_path, transparency):
+    image, colours = palette_image()
+    assert torch.equal(load_one(tmp_path, ".png", image, transparency=transparency), on_white(colours))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, channels):
+    levels = np.array([0, 257, 5140, 32768, 40000, 65535], dtype=np.uint16)
+    image = Image.fromarray(np.tile(levels, (6, 1)))
+    pixels = load_one(tmp_path, ".png", image, channels=channels, image_size=6)
+    with Image.open(tmp_path / "0.png") as file:
+        assert file.mode.startswith("I")
+    assert pixels.shape == (channels, 6, 6)
+    assert (pixels.double() - torch.from_numpy(levels / 257.0)).abs().max() < 1
+    assert pixels[0, 0, 0] == 0 and pixels[0, 0, -1] == 255
+
+
+def test_one_bit(tmp_path):
+    bits = GENERATOR.integers(0, 2, (8, 8)).astype(bool)
+    image = Image.fromarray(bits)
+    assert image.mode == "1"
+    assert torch.equal(load_one(tmp_path, ".png", image, channels=1)[0], torch.from_numpy(bits * np.uint8(255)))
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_one_pixel(tmp_path, size):
+    pixels = load_one(tmp_path, ".png", Image.new("RGB", (1, 1), (9, 99, 199)), image_size=size)
+    assert torch.equal(pixels, torch.tensor([9, 99, 199], dtype=torch.uint8).view(3, 1, 1).expand(3, size, size))
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_middle_square_is_kept(tmp_path, wide):
+    middle = COLOUR[:6, :6]
+    strips = np.full((6, 6, 3), 255, np.uint8), np.zeros((6, 6, 3), np.uint8)
+    image = np.concatenate([strips[0], middle, strips[1]], axis=1 if wide else 0)
+    assert torch.equal(load_one(tmp_path, ".png", Image.fromarray(image), image_size=6), chw(middle))
+
+
+def test_the_shorter_side_is_resized(tmp_path):
+    # 40 x 20 in four vertical bands of one colour; the middle square holds the two inner ones.
+    bands = np.repeat(np.array([[0, 60, 180, 255]], np.uint8), 10, axis=1).repeat(20, axis=0)
+    pixels = load_one(tmp_path, ".png", Image.fromarray(bands), channels=1, image_size=10)[0]
+    assert (pixels[:, 2] == 60).all() and (pixels[:, -3] == 180).all()  # columns far from any edge of a band
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    corners = np.zeros((16, 16, 3), np.uint8)
+    corners[:8, :8], corners[:8, 8:], corners[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    shown = {  # how a viewer turns what is stored
+        1: corners,
+        2: corners[:, ::-1],
+        3: corners[::-1, ::-1],
+        4: corners[::-1],
+        5: corners.transpose(1, 0, 2),
+        6: np.rot90(corners, -1),
+        7: corners[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(corners),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = load_one(tmp_path, ".jpg", Image.fromarray(corners), image_size=16, exif=exif, quality=100, subsampling=0)
+    assert (pixels.int() - chw(shown).int()).abs().max() <= 3
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((0, 255, 0), (0, 0, 255), (255, 0, 0))]
+    pixels = load_one(tmp_path, ".gif", frames[0], save_all=True, append_images=frames[1:], duration=50)
+    with Image.open(tmp_path / "0.gif") as file:
+        assert file.n_frames == 3
+    assert torch.equal(pixels, torch.tensor([0, 255, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_colour_becomes_grey_with_one_channel(tmp_path):
+    pixels = load_one(tmp_path, ".png", Image.fromarray(COLOUR), channels=1)
+    luma = COLOUR @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
+    assert pixels.shape == (1, 8, 8) and (pixels[0].double() - torch.from_numpy(luma)).abs().max() <= 1
+
+
+# --- image_folder: files that cannot be read ---
+
+
+def write_greys(folder: Path, count: int, first: int = 0) -> None:
+    """Images of one grey level each, `first`, `first` + 1, ..."""
+    for level in range(first, first + count):
+        write(folder / f"{level:03d}.png", Image.new("L", (4, 4), level))
+
+
+def levels(part: ImageSet) -> list[int]:
+    assert (part.pixels == part.pixels[:, :1, :1, :1]).all()
+    return part.pixels[:, 0, 0, 0].tolist()
+
+
+def truncated(path: Path, image: Image.Image, share: float = 0.5, **settings) -> None:
+    write(path, image, **settings)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def test_broken_files_are_named_counted_and_skipped(tmp_path):
+    write_greys(tmp_path, 10)
+    noise = Image.fromarray(GENERATOR.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    truncated(tmp_path / "cut.png", noise)
+    truncated(tmp_path / "cut.jpg", noise)
+    (tmp_path / "garbage.png").write_bytes(b"this is no image\n" * 20)
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "notes.txt").write_text("no image and not counted as one")
+    with pytest.warns(UserWarning) as caught:
+        splits = data.load("image_folder", str(tmp_path), image_size=4)
+    (warning,) = caught
+    assert str(warning.message) == splits.note
+    assert splits.note.startswith("4 of 14 ")
+    for name in ("cut.png", "cut.jpg", "garbage.png", "empty.jpg"):
+        assert str(tmp_path / name) in splits.note
+    assert sorted(level for part in parts(splits) for level in levels(part)) == list(range(10))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_decoder_of_another_format_that_fails(tmp_path):
+    write_greys(tmp_path, 3)
+    path = tmp_path / "zeros.avif"
+    write(path, Image.fromarray(COLOUR))
+    head, _, payload = path.read_bytes().partition(b"mdat")
+    path.write_bytes(head + b"mdat" + bytes(len(payload)))  # a download that stopped after reserving its space
+    with pytest.warns(UserWarning, match=r"1 of 4 .*zeros\.avif"):
+        splits = data.load("image_folder", str(tmp_path), image_size=4)
+    assert len(all_pixels(splits)) == 3
+
+
+def test_many_broken_files_are_all_counted(tmp_path):
+    write_greys(tmp_path, 3)
+    for k in range(20):
+        (tmp_path / f"broken{k}.png").touch()
+    with pytest.warns(UserWarning, match="20 of 23 "):
+        splits = data.load("image_folder", str(tmp_path))
+    assert "broken0.png" in splits.note and len(all_pixels(splits)) == 3
+
+
+def test_nothing_readable(tmp_path):
+    for k in range(4):
+        (tmp_path / f"broken{k}.png").touch()
+    with (
+        pytest.warns(UserWarning, match="4 of 4 "),
+        pytest.raises(ValueError, match=re.escape(str(tmp_path)) + r" holds 0 readable.*broken0\.png"),
+    ):
+        data.load("image_folder", str(tmp_path))
+
+
+# --- image_folder: classes and splits ---
+
+
+def test_subfolders_are_classes(tmp_path):
+    for first, folder in ((0, "dog"), (50, "cat/indoors"), (100, "cat/outdoors"), (150, "ant")):
+        write_greys(tmp_path / folder, 10, first)
+    splits = data.load("image_folder", str(tmp_path), image_size=4, channels=1)
+    seen = {
+        level: label for part in parts(splits) for level, label in zip(levels(part), part.labels.tolist(), strict=True)
+    }
+    classes = {0: 2, 50: 1, 100: 1, 150: 0}  # ant, cat, dog by name
+    assert seen == {first + k: label for first, label in classes.items() for k in range(10)}
+    assert all(part.labels.dtype == torch.int64 for part in parts(splits))
+
+
+def test_no_classes_if_an_image_lies_at_the_top(tmp_path):
+    write_greys(tmp_path / "cat", 5)
+    write_greys(tmp_path, 1, first=9)
+    splits = data.load("image_folder", str(tmp_path), image_size=4)
+    assert all(part.labels is None for part in parts(splits))
+    assert len(all_pixels(splits)) == 6
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(3, (1, 1, 1)), (7, (5, 1, 1)), (30, (24, 3, 3)), (39, (33, 3, 3))])
+def test_folder_is_split_80_10_10(tmp_path, count, sizes):
+    write_greys(tmp_path, count)
+    splits = data.load("image_folder", str(tmp_path), image_size=4)
+    assert tuple(len(part) for part in parts(splits)) == sizes
+    assert sorted(level for part in parts(splits) for level in levels(part)) == list(range(count))
+
+
+def test_folder_split_depends_on_relative_paths_alone(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "another place" / "two"
+    write_greys(one / "b", 15)
+    write_greys(one / "a", 15, first=100)
+    shutil.copytree(one / "a", other / "a")  # written in another order
+    shutil.copytree(one / "b", other / "b")
+    expected = data.load("image_folder", str(one), image_size=4)
+    torch.manual_seed(123)
+    for again in (data.load("image_folder", str(one), image_size=4), data.load("image_folder", str(other), None, 1)):
+        assert [levels(part) for part in parts(again)] == [levels(part) for part in parts(expected)]
+        assert all(torch.equal(a.labels, b.labels) for a, b in zip(parts(again), parts(expected), strict=True))
+
+
+def test_root_comes_from_the_environment(tmp_path, monkeypatch):
+    write_greys(tmp_path, 5)
+    monkeypatch.setenv("BIGLEARN_DATA", str(tmp_path))
+    assert len(all_pixels(data.load("image_folder"))) == 5
+    monkeypatch.delenv("BIGLEARN_DATA")
+    monkeypatch.chdir(tmp_path)
+    write_greys(tmp_path / "data", 4)
+    assert len(all_pixels(data.load("image_folder"))) == 4
+
+
+# --- errors ---
+
+
+def test_errors_name_what_was_expected_and_what_came(tmp_path):
+    for settings, message in (
+        (dict(name="cifar"), r"'cifar'.*digits, mnist, fashion_mnist, image_folder"),
+        (dict(name="digits", channels=2), "1 or 3, got 2"),
+        (dict(name="digits", image_size=0), "at least 1, got 0"),
+        (dict(name="image_folder", root=str(tmp_path), channels=2), "1 or 3, got 2"),
+        (dict(name="image_folder", root=str(tmp_path), image_size=0), "at least 1, got 0"),
+        (dict(name="image_folder", root=str(tmp_path / "absent")), re.escape(str(tmp_path / "absent"))),
+        (dict(name="image_folder", root=str(tmp_path)), re.escape(str(tmp_path)) + " holds 0 readable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.load(**settings)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    for source in (torchvision.datasets.MNIST, torchvision.datasets.FashionMNIST):
+        monkeypatch.setattr(source, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setenv("no_proxy", "*")
+
+
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+@pytest.mark.parametrize("root", [".", "absent", "absent/deeper"])
+def test_mnist_that_is_not_there(tmp_path, no_network, name, folder, root):
+    with pytest.raises(ValueError) as caught:
+        data.load(name, str(tmp_path / root))
+    assert str(tmp_path / root / folder) in str(caught.value)
+    assert all(file in str(caught.value) for file in IDX_FILES)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_mnist_failing_leaves_what_was_there(tmp_path, no_network):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / IDX_FILES[0]).write_bytes(b"something")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        data.load("mnist", str(tmp_path))
+    assert [(p.name, p.read_bytes()) for p in raw.iterdir()] == [(IDX_FILES[0], b"something")]
+
+
+@pytest.mark.parametrize("content", [b"", b"no idx file, whatever its name", b"\0\0\x08\x03" + b"\0\0\0\x20" * 3])
+def test_mnist_with_damaged_files(tmp_path, no_network, content):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in IDX_FILES:
+        (raw / file).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(raw))):
+        data.load("mnist", str(tmp_path))
+
+
+# --- real data ---
+
+
+@pytest.fixture(params=["mnist", "fashion_mnist"])
+def real_data(request) -> tuple[str, Path]:
+    """A data set's name and the folder of its official files."""
+    folder = Path(
+        os.environ.get("BIGLEARN_DATA", "absent"), {"mnist": "MNIST"}.get(request.param, "FashionMNIST"), "raw"
+    )
+    if not all((folder / file).exists() for file in IDX_FILES):
+        pytest.skip("the environment variable BIGLEARN_DATA names no folder with these files")
+    return request.param, folder
+
+
+def test_real_mnist(real_data):
+    splits = data.load(real_data[0])
+    assert [len(part) for part in parts(splits)] == [55_000, 5_000, 10_000]
+    for part in parts(splits):
+        assert part.pixels.shape[1:] == (3, 32, 32) and part.pixels.dtype == torch.uint8
+        assert part.pixels.stride(1) == 0  # three equal channels in the memory of one
+        assert part.labels.shape == (len(part),) and set(part.labels.tolist()) == set(range(10))
+    assert len({part.fingerprint() for part in parts(splits)}) == 3
+
+
+def test_real_mnist_splits_are_the_official_images(real_data):
+    name, folder = real_data
+
+    def official(part: str) -> Counter:
+        images = np.fromfile(folder / f"{part}-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 784)
+        labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8)[8:]
+        return Counter(zip(map(bytes, images), labels.tolist(), strict=True))
+
+    def ours(*sets: ImageSet) -> Counter:
+        pairs = [zip(map(bytes, s.pixels.flatten(1).numpy()), s.labels.tolist(), strict=True) for s in sets]
+        return Counter(pair for several in pairs for pair in several)
+
+    splits = data.load(name, image_size=28, channels=1)
+    assert ours(splits.train, splits.valid) == official("train")
+    assert ours(splits.test) == official("t10k")

@@ -1,0 +1,222 @@
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from biglearn_vae import BigLearnELBO, MaskSampler, StepRandom, TwoStackViT, UniversalViT, World, distributed
+
+BATCH = 8
+TINY = dict(grid=(2, 3), token_dim=5, dim=16, z_dim=3, heads=2)
+METHODS = {
+    "vae": (lambda: TwoStackViT(**TINY, depth=(2, 1)), dict(prior="standard", masks=MaskSampler(joint=1))),
+    "biglearn_t": (lambda: TwoStackViT(**TINY, depth=(2, 1)), dict(masks=MaskSampler((2, 1), (1, 2), joint=0.3))),
+    "biglearn_u": (lambda: UniversalViT(**TINY, depth=2), dict(masks=MaskSampler(ratios_per="step"))),
+}
+
+
+def loss_and_gradients(method: str, world: World) -> dict[str, torch.Tensor]:
+    """One training step's loss and gradients on this process's share of a global batch."""
+    build, settings = METHODS[method]
+    torch.manual_seed(0)
+    net = build().double()
+    model = DistributedDataParallel(net) if world.size > 1 else net
+    batch = torch.randn(BATCH, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    share = world.share(BATCH)
+    x = batch[world.rank * share : (world.rank + 1) * share]
+    loss = BigLearnELBO(0.3, **settings)(model, x, random=StepRandom.at(2, 3, world)).loss
+    loss.backward()
+    return {"loss": world.mean(loss.detach())} | {name: p.grad for name, p in net.named_parameters()}
+
+
+def work(folder: str) -> None:
+    """What each of several processes does."""
+    world = distributed.start("cpu")
+    values = torch.tensor([1.0, 10.0]) * (world.rank + 1)
+    torch.save(
+        {
+            "rank and size": (world.rank, world.size),
+            "main": world.is_main,
+            "mean": world.mean(values),
+            "values": values,
+            "any": [world.any(flag) for flag in (False, world.rank == 1, True)],
+            "steps": {method: loss_and_gradients(method, world) for method in METHODS},
+        },
+        Path(folder) / f"{world.rank}.pt",
+    )
+    world.barrier()
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    """What `work` found in each of two real processes."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = "import sys, test_distributed; test_distributed.work(sys.argv[1])"
+    shared = dict(
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    )
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            env = os.environ | shared | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+            command = [sys.executable, "-c", script, str(folder)]
+            with log.open("w") as out:
+                processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_step_like_one(two_processes, method):
+    expected = loss_and_gradients(method, World())
+    for found in two_processes:
+        assert found["steps"][method].keys() == expected.keys()
+        for name, value in found["steps"][method].items():
+            assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_reductions_over_two_processes(two_processes):
+    for rank, found in enumerate(two_processes):
+        assert found["rank and size"] == (rank, 2)
+        assert found["main"] == (rank == 0)
+        assert found["mean"].tolist() == [1.5, 15.0]
+        assert found["any"] == [False, True, True]
+
+
+def test_mean_leaves_its_argument_alone(two_processes):
+    for rank, found in enumerate(two_processes):
+        assert found["values"].tolist() == [1.0 * (rank + 1), 10.0 * (rank + 1)]
+
+
+def test_one_process_reduces_to_itself():
+    values = torch.tensor([1.0, 2.0])
+    assert torch.equal(World().mean(values), values)
+    assert World().any(True) and not World().any(False)
+    assert World().is_main and not World(rank=1, size=2).is_main
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_rows_of_all_processes_are_those_of_one(size):
+    rows = BATCH // size
+    one = StepRandom.at(5, 7, World())
+    sampler = MaskSampler(joint=0.2)
+    expected = [
+        *one.rows(BATCH, lambda count, generator: sampler(count, 6, generator)),
+        one.normal((BATCH, 3), torch.float32),
+        one.normal((BATCH, 2, 4), torch.float64),
+        one.rows(BATCH, lambda count, generator: torch.randperm(count, generator=generator)),
+    ]
+    found = []
+    for rank in range(size):
+        random = StepRandom.at(5, 7, World(rank, size))
+        found.append(
+            [
+                *random.rows(rows, lambda count, generator: sampler(count, 6, generator)),
+                random.normal((rows, 3), torch.float32),
+                random.normal((rows, 2, 4), torch.float64),
+                random.rows(rows, lambda count, generator: torch.randperm(count, generator=generator)),
+            ]
+        )
+    for whole, *parts in zip(expected, *found, strict=True):
+        assert all(len(part) == rows for part in parts)
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_step_random_is_a_function_of_seed_and_step():
+    def draw(seed, step):
+        return StepRandom.at(seed, step, World()).normal((4,), torch.float64)
+
+    assert torch.equal(draw(0, 0), draw(0, 0))
+    draws = torch.stack([draw(seed, step) for seed in range(10) for step in range(10)])
+    assert len(draws.unique()) == draws.numel()
+
+
+def test_derive_seed_is_the_same_everywhere():
+    # Runs of earlier versions can be repeated only as long as these stay.
+    assert distributed.derive_seed("step", 0, 0) == 46_582_905_400_180_972
+    assert distributed.derive_seed(1) == 24_320_571_503_961_036
+
+
+def test_derive_seed_tells_its_parts_apart():
+    grid = {distributed.derive_seed("step", seed, step) for seed in range(100) for step in range(100)}
+    assert len(grid) == 10_000
+    parts = [(1,), ("1",), (1, 2), (2, 1), (12,), ("1", 2), ("a", 12), ("a", 1, 2), ("a1", 2), ("b", 1, 2), ()]
+    assert len({distributed.derive_seed(*part) for part in parts}) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in grid)
+
+
+@pytest.mark.parametrize(("size", "batch_size", "share"), [(1, 7, 7), (2, 8, 4), (4, 4, 1)])
+def test_share(size, batch_size, share):
+    assert World(rank=0, size=size).share(batch_size) == share
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(2, 7), (4, 2), (1, 0), (2, 0), (2, -2)])
+def test_share_needs_a_multiple(size, batch_size):
+    with pytest.raises(ValueError, match=f"all {size} processes.* got {batch_size}$"):
+        World(rank=0, size=size).share(batch_size)
+
+
+def test_pick_device():
+    assert distributed.pick_device("cpu") == torch.device("cpu")
+    assert distributed.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        assert distributed.pick_device("cuda") == distributed.pick_device("auto") == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("device", ["toaster", "", "cpu:x"])
+def test_unknown_device_is_named(device):
+    with pytest.raises(ValueError, match=f"unknown device '{device}': use auto, cpu"):
+        distributed.pick_device(device)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta"])
+def test_absent_device_is_named(device):
+    with pytest.raises(ValueError, match=f"'{device}' is not available here"):
+        distributed.pick_device(device)
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(ValueError, match="'cuda:99' is not available here"):
+        distributed.pick_device("cuda", local_rank=99)
+
+
+def test_start_without_torchrun_is_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.under_torchrun()
+    assert distributed.start("cpu") == World(0, 1, torch.device("cpu"))
+    distributed.stop()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [(dict(RANK="0", WORLD_SIZE="1"), False), (dict(RANK="1", WORLD_SIZE="2"), True), (dict(WORLD_SIZE="2"), False)],
+)
+def test_under_torchrun(monkeypatch, variables, expected):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.under_torchrun() is expected

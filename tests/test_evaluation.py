@@ -1,0 +1,265 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from biglearn_vae import BigLearnELBO, BigLearnVAE, MaskSampler, Patchify, UniversalViT, evaluation, masks
+
+N, Z = 6, 3
+
+
+def make(channels: int = 1, size=8) -> BigLearnVAE:
+    tokenizer = Patchify(size, 2, channels)
+    torch.manual_seed(0)
+    net = UniversalViT(grid=tokenizer.grid, token_dim=tokenizer.token_dim, dim=16, depth=2, z_dim=Z, heads=2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return BigLearnVAE(net, tokenizer)
+
+
+@pytest.fixture(params=["grey", "colour"])
+def vae(request) -> BigLearnVAE:
+    return make() if request.param == "grey" else make(3, (4, 6))
+
+
+def pictures(vae: BigLearnVAE, count: int = N, seed: int = 0) -> Tensor:
+    return torch.rand(count, *vae.image_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def direct_elbo(vae, x: Tensor, S: Tensor, T: Tensor, noise: Tensor, beta: float, prior: str) -> dict[str, float]:
+    """Eq. 6 from the network's outputs, image by image, with torch's own distributions."""
+    q, mean_of_kl, rows = vae.net(x, S | T), [], []
+    p = vae.net(x, S)
+    means = vae.net(x, S, q.mean + q.std * noise)
+    for n in range(len(x)):
+        target = x[n][T[n]].double()
+        likelihood = Normal(means[n][T[n]].double(), 1.0).log_prob(target).sum()
+        constant = -0.5 * target.numel() * math.log(2 * math.pi)
+        other = Normal(p.mean[n], p.std[n]) if prior == "learned" else Normal(torch.zeros(Z), torch.ones(Z))
+        kl = kl_divergence(Normal(q.mean[n], q.std[n]), other).sum()
+        mean_of_kl.append(kl)
+        rows.append((likelihood - constant - beta * kl, likelihood - constant, kl, likelihood - beta * kl))
+    values = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    return dict(zip(("elbo", "reconstruction", "kl", "elbo_nats"), values, strict=True))
+
+
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+def test_joint_elbo(vae, prior):
+    x = pictures(vae)
+    tokens = vae.tokenizer.encode(x)
+    nothing = torch.zeros(N, vae.num_tokens, dtype=torch.bool)
+    noise = torch.randn(N, Z, generator=torch.Generator().manual_seed(4))
+    expected = direct_elbo(vae, tokens, nothing, ~nothing, noise, 0.37, prior)
+    # The warm-up and q(S, T) have no say in the final joint number.
+    loss = BigLearnELBO(0.37, MaskSampler((5, 1), (1, 5)), prior, beta_warmup_steps=1000)
+    assert evaluation.elbo(vae, x, loss, seed=4) == pytest.approx(expected, rel=1e-5)
+
+
+def test_elbo_of_sampled_tasks(vae):
+    x, sampler = pictures(vae), MaskSampler((2, 1), (1, 1))
+    generator = torch.Generator().manual_seed(4)
+    S, T = sampler(N, vae.num_tokens, generator)
+    noise = torch.randn(N, Z, generator=generator)
+    assert S.any() and not (S | T).all()
+    expected = direct_elbo(vae, vae.tokenizer.encode(x), S, T, noise, 0.37, "learned")
+    assert evaluation.elbo(vae, x, BigLearnELBO(0.37, sampler), joint=False, seed=4) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_elbo_repeats_for_a_seed(vae, joint):
+    x, loss = pictures(vae), BigLearnELBO(0.1)
+    numbers = [evaluation.elbo(vae, x, loss, joint, seed) for seed in (0, 0, 1)]
+    assert numbers[0] == numbers[1]
+    assert numbers[0]["elbo"] != numbers[2]["elbo"]
+    torch.manual_seed(99)
+    assert evaluation.elbo(vae, x, loss, joint) == numbers[0]
+
+
+def test_elbo_is_a_mean_over_images_whatever_the_chunks(vae, monkeypatch):
+    x, loss = pictures(vae, 7), BigLearnELBO(0.1)
+    expected = evaluation.elbo(vae, x, loss)["kl"]  # the one part of the joint ELBO that depends on no noise
+    monkeypatch.setattr(evaluation, "CHUNK", 3)
+    assert evaluation.elbo(vae, x, loss)["kl"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_elbo_beta_weighs_the_kl_alone(vae):
+    x = pictures(vae)
+    one, other = (evaluation.elbo(vae, x, BigLearnELBO(beta)) for beta in (0.0, 2.0))
+    assert one["elbo"] == one["reconstruction"] == other["reconstruction"] and one["kl"] == other["kl"] > 0
+    assert other["elbo"] == pytest.approx(other["reconstruction"] - 2 * other["kl"], rel=1e-6)
+
+
+# --- masks ---
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 16, 64])
+def test_hidden_masks_hide_at_least_one_patch(num_tokens):
+    ratios = [0.0, 0.3, 0.5, 0.9, 0.99, 1.0]
+    result = evaluation.hidden_masks(50, num_tokens, ratios)
+    assert list(result) == ratios
+    for ratio, S in result.items():
+        assert S.shape == (50, num_tokens) and S.dtype == torch.bool
+        assert (S.sum(-1) == min(round(ratio * num_tokens), num_tokens - 1)).all()
+    assert not result[0.0].any()
+
+
+def test_hidden_masks_depend_on_the_seed_alone():
+    one, same, other = (evaluation.hidden_masks(20, 16, [0.25, 0.75], seed) for seed in (0, 0, 1))
+    for ratio in one:
+        assert torch.equal(one[ratio], same[ratio]) and not torch.equal(one[ratio], other[ratio])
+        assert len(set(map(tuple, one[ratio].tolist()))) > 1  # a mask of its own for each image
+
+
+def test_pixel_masks_are_those_of_the_patches(vae):
+    S = masks.random(N, vae.num_tokens, 0.5, seed=0)
+    pixels = evaluation.pixel_mask(S, vae)
+    assert pixels.dtype == torch.bool and pixels.shape == (N, 1, *vae.image_shape[1:])
+    assert torch.equal(masks.from_pixels(pixels[:, 0], vae.grid), S)
+    assert torch.equal(~masks.from_pixels(~pixels[:, 0], vae.grid), S)  # no patch is seen in part
+    tokens = vae.tokenizer.encode(pixels.expand(-1, vae.image_shape[0], -1, -1))
+    assert torch.equal(tokens, S.unsqueeze(-1).expand_as(tokens))
+
+
+# --- PSNR ---
+
+
+def slow_psnr(completed: Tensor, images: Tensor, observed: Tensor) -> float:
+    errors = [
+        (completed[n, c, i, j].item() - images[n, c, i, j].item()) ** 2
+        for n in range(images.shape[0])
+        for c in range(images.shape[1])
+        for i in range(images.shape[2])
+        for j in range(images.shape[3])
+        if not observed[n, 0, i, j]
+    ]
+    return 10 * math.log10(1 / (sum(errors) / len(errors)))
+
+
+def test_psnr_is_over_hidden_pixels(vae):
+    completed, images = pictures(vae, seed=1), pictures(vae, seed=2)
+    observed = torch.rand(N, 1, *vae.image_shape[1:], generator=torch.Generator().manual_seed(0)) < 0.6
+    value = evaluation.psnr(completed, images, observed)
+    assert value == pytest.approx(slow_psnr(completed, images, observed), rel=1e-6)
+    elsewhere = torch.where(observed, completed + 7, completed)
+    assert evaluation.psnr(elsewhere, images, observed) == value
+
+
+def test_psnr_of_a_known_error():
+    images = torch.full((2, 3, 4, 4), 0.25)
+    nothing = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    assert evaluation.psnr(images + 0.5, images, nothing) == pytest.approx(10 * math.log10(4))
+    assert evaluation.psnr(images + 1, images, nothing) == 0
+
+
+def test_psnr_of_no_error_is_infinite(vae):
+    x = pictures(vae)
+    assert evaluation.psnr(x, x, torch.zeros(N, 1, *vae.image_shape[1:], dtype=torch.bool)) == math.inf
+
+
+class Recorder(BigLearnVAE):
+    """Keeps what it is asked and what it answers."""
+
+    def inpaint(self, x, S, draws=None, seed=None):
+        result = super().inpaint(x, S, draws, seed)
+        self.kept.append((S, result if draws is not None else result.unsqueeze(0)))
+        return result
+
+
+@pytest.mark.parametrize("draws", [1, 5])
+def test_inpainting_psnr_is_that_of_the_mean_completion(vae, draws):
+    recorder = Recorder(vae.net, vae.tokenizer)
+    recorder.kept = []
+    x, ratios = pictures(vae), [0.0, 0.5, 1.0]
+    result = evaluation.inpainting_psnr(recorder, x, ratios, draws=draws, seed=3)
+    assert list(result) == ratios
+    for ratio, S in evaluation.hidden_masks(N, vae.num_tokens, ratios, seed=3).items():
+        completions = torch.cat([answer for asked, answer in recorder.kept if torch.equal(asked, S)])
+        assert len(completions) == draws
+        assert len({tuple(completion.flatten().tolist()) for completion in completions}) == draws
+        observed = vae.tokenizer.decode(S.unsqueeze(-1).expand(-1, -1, vae.tokenizer.token_dim).float())[:, :1].bool()
+        expected = slow_psnr(completions.double().mean(0), x, observed)
+        assert result[ratio] == pytest.approx(expected, rel=1e-5)
+
+
+def test_inpainting_psnr_of_one_draw_is_that_of_inpaint(vae):
+    x = pictures(vae)
+    S = evaluation.hidden_masks(N, vae.num_tokens, [0.5], seed=3)[0.5]
+    expected = evaluation.psnr(vae.inpaint(x, S, seed=3), x, evaluation.pixel_mask(S, vae))
+    assert evaluation.inpainting_psnr(vae, x, [0.5], draws=1, seed=3) == pytest.approx({0.5: expected})
+
+
+def test_inpainting_psnr_repeats_for_a_seed(vae):
+    x = pictures(vae)
+    one, same, other = (evaluation.inpainting_psnr(vae, x, [0.5], draws=2, seed=seed) for seed in (0, 0, 1))
+    assert one == same != other
+
+
+# --- nearest training images ---
+
+
+def tokens(count: int, seed: int, length: int = 6, dim: int = 5) -> Tensor:
+    return torch.rand(count, length, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_nearest(x: Tensor, S: Tensor, train: Tensor, neighbours: int) -> Tensor:
+    result = []
+    for n in range(len(x)):
+        distances = []
+        for m in range(len(train)):
+            seen = [(x[n, k, d].item() - train[m, k, d].item()) ** 2 for k in range(6) if S[n, k] for d in range(5)]
+            distances.append((sum(seen), m))
+        distances.sort()
+        gaps = [b[0] - a[0] for a, b in pairwise(distances)]
+        assert min(gaps) > 1e-6  # no ties, so that there is one answer
+        result.append(train[[m for _, m in distances[:neighbours]]].double().mean(0))
+    return torch.stack(result).float()
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 10, 12, 13, 100])
+def test_nearest_completion_by_brute_force(neighbours):
+    x, train = tokens(7, 0), tokens(12, 1)
+    S = masks.random(7, 6, 0.5, seed=2)
+    expected = slow_nearest(x, S, train, neighbours)
+    torch.testing.assert_close(evaluation.nearest_completion(x, S, train, neighbours), expected, rtol=0, atol=1e-6)
+
+
+def test_nearest_completion_in_chunks(monkeypatch):
+    x, train, S = tokens(7, 0), tokens(12, 1), masks.random(7, 6, 0.5, seed=2)
+    expected = evaluation.nearest_completion(x, S, train, 3)
+    monkeypatch.setattr(evaluation, "CHUNK", 2)
+    torch.testing.assert_close(evaluation.nearest_completion(x, S, train, 3), expected, rtol=0, atol=1e-6)
+
+
+def test_nearest_completion_does_not_look_at_what_is_hidden():
+    x, train, S = tokens(7, 0), tokens(12, 1), masks.random(7, 6, 0.5, seed=2)
+    changed = torch.where(S.unsqueeze(-1), x, tokens(7, 5) * 100)
+    expected = evaluation.nearest_completion(x, S, train, 3)
+    assert torch.equal(evaluation.nearest_completion(changed, S, train, 3), expected)
+
+
+def test_a_training_image_is_completed_exactly(vae):
+    train = pictures(vae, 30)
+    chosen = torch.tensor([4, 17, 29, 0])
+    x = vae.tokenizer.encode(train)
+    for S in evaluation.hidden_masks(4, vae.num_tokens, [0.25, 0.5, 1.0]).values():
+        assert torch.equal(evaluation.nearest_completion(x[chosen], S, x, neighbours=1), x[chosen])
+    ratios = [0.25, 0.5, 1.0]
+    result = evaluation.nearest_psnr(vae, train[chosen], train, ratios, neighbours=1)
+    assert result == dict.fromkeys(ratios, math.inf)
+
+
+def test_nearest_psnr_is_that_of_the_completion(vae):
+    x, train = pictures(vae, seed=1), pictures(vae, 20, seed=2)
+    result = evaluation.nearest_psnr(vae, x, train, [0.25, 0.75], neighbours=4, seed=5)
+    assert list(result) == [0.25, 0.75]
+    for ratio, S in evaluation.hidden_masks(N, vae.num_tokens, [0.25, 0.75], seed=5).items():
+        seen = evaluation.pixel_mask(S, vae)  # (N, 1, H, W)
+        distances = ((x[:, None] - train[None]).double().square() * seen[:, None]).sum((2, 3, 4))  # (N, M)
+        completed = train[distances.argsort(dim=1)[:, :4]].mean(1)
+        assert result[ratio] == pytest.approx(slow_psnr(completed, x, seen), rel=1e-5)

@@ -1,0 +1,257 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+from torch.testing import assert_close
+
+from biglearn_vae import BigLearnELBO, MaskSampler, StepRandom, World
+
+CLOSE = dict(rtol=1e-10, atol=1e-10)
+BETA = 0.3
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (6, 6, 5) and noise (6, 3)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 6, 5, dtype=torch.float64, generator=generator)
+    return x, torch.randn(6, 3, dtype=torch.float64, generator=generator)
+
+
+def tasks() -> tuple[torch.Tensor, torch.Tensor]:
+    """S and T of six images: joint, two marginal, three conditional (the first leaves nothing out)."""
+    S, T = torch.zeros(2, 6, 6, dtype=torch.bool)
+    T[0] = True
+    T[1, 3] = T[2, [0, 1, 5]] = True
+    S[3, [0, 2]] = T[3, [1, 3, 4, 5]] = True
+    S[4, [5, 1, 2]] = T[4, [0, 4]] = True
+    S[5, 3] = T[5, 0] = True
+    return S, T
+
+
+def by_hand(net, x, S, T, noise, prior="learned") -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 6 and 7 image by image and target by target: log p(x_T | z, x_S) in nats, and the KL."""
+    likelihoods, divergences = [], []
+    for i in range(len(x)):
+        image, observed, both = x[i : i + 1], S[i : i + 1], (S | T)[i : i + 1]
+        posterior = net(image, both)
+        q = Normal(posterior.mean[0], torch.exp(0.5 * posterior.logvar[0]))
+        if prior == "learned":
+            p = Normal(net(image, observed).mean[0], torch.exp(0.5 * net(image, observed).logvar[0]))
+        else:
+            p = Normal(torch.zeros_like(q.mean), torch.ones_like(q.mean))
+        z = q.mean + q.stddev * noise[i]
+        mean = net(image, observed, z.unsqueeze(0))[0]
+        likelihoods.append(sum(Normal(mean[j], 1.0).log_prob(x[i, j]).sum() for j in range(6) if T[i, j]))
+        divergences.append(kl_divergence(q, p).sum())
+    return torch.stack(likelihoods), torch.stack(divergences)
+
+
+def gradients(net, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+def test_all_parts_by_hand(tiny_net, prior):
+    (x, noise), (S, T) = data(), tasks()
+    parts = BigLearnELBO(BETA, prior=prior)(tiny_net, x, S, T, noise)
+    log_likelihood, kl = by_hand(tiny_net, x, S, T, noise, prior)
+    constant = 2.5 * math.log(2 * math.pi) * T.double().sum(-1)  # D / 2 = 2.5
+    assert_close(parts.kl, kl, **CLOSE)
+    assert_close(parts.reconstruction, log_likelihood + constant, **CLOSE)
+    assert_close(parts.elbo, log_likelihood + constant - BETA * kl, **CLOSE)
+    assert_close(parts.elbo_nats, log_likelihood - BETA * kl, **CLOSE)
+    assert_close(parts.elbo_nats, parts.elbo - constant, **CLOSE)
+    assert parts.num_targets.tolist() == [6, 1, 3, 4, 2, 1] and parts.token_dim == 5 and parts.beta == BETA
+
+
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+def test_gradients_by_hand(tiny_net, prior):
+    (x, noise), (S, T) = data(), tasks()
+    loss = BigLearnELBO(BETA, prior=prior)(tiny_net, x, S, T, noise).loss
+    log_likelihood, kl = by_hand(tiny_net, x, S, T, noise, prior)
+    expected = gradients(tiny_net, -(log_likelihood - BETA * kl).mean())
+    for found, reference in zip(gradients(tiny_net, loss), expected, strict=True):
+        assert_close(found, reference, **CLOSE)
+
+
+def normal(distribution) -> Normal:
+    return Normal(distribution.mean, distribution.std)
+
+
+def test_joint_elbo(tiny_net):
+    """Eq. 1: E_{q(z|x)} log p(x|z) - beta KL[q(z|x) || p(z)]."""
+    x, noise = data()
+    everything = torch.ones(6, 6, dtype=torch.bool)
+    q, prior = normal(tiny_net(x, everything)), normal(tiny_net(torch.zeros_like(x), ~everything))
+    z = q.mean + q.stddev * noise
+    log_likelihood = Normal(tiny_net(torch.zeros_like(x), ~everything, z), 1.0).log_prob(x).sum((1, 2))
+    expected = log_likelihood - BETA * kl_divergence(q, prior).sum(-1)
+    assert_close(BigLearnELBO(BETA)(tiny_net, x, ~everything, everything, noise).elbo_nats, expected, **CLOSE)
+    standard = log_likelihood - BETA * kl_divergence(q, Normal(0.0, 1.0)).sum(-1)  # the ordinary VAE
+    vae = BigLearnELBO(BETA, prior="standard")(tiny_net, x, ~everything, everything, noise)
+    assert_close(vae.elbo_nats, standard, **CLOSE)
+
+
+def test_margin_elbo(tiny_net):
+    """Eq. 4: E_{q(z|x_T)} log p(x_T|z) - beta KL[q(z|x_T) || p(z)]."""
+    x, noise = data()
+    targets = [1, 2, 5]
+    T = torch.zeros(6, 6, dtype=torch.bool)
+    T[:, targets] = True
+    none = torch.zeros_like(T)
+    x_T = torch.zeros_like(x)
+    x_T[:, targets] = x[:, targets]
+    q, prior = normal(tiny_net(x_T, T)), normal(tiny_net(torch.zeros_like(x), none))
+    means = tiny_net(torch.zeros_like(x), none, q.mean + q.stddev * noise)[:, targets]
+    log_likelihood = Normal(means, 1.0).log_prob(x[:, targets]).sum((1, 2))
+    expected = log_likelihood - BETA * kl_divergence(q, prior).sum(-1)
+    assert_close(BigLearnELBO(BETA)(tiny_net, x, none, T, noise).elbo_nats, expected, **CLOSE)
+
+
+def test_condition_elbo(tiny_net):
+    """Eq. 5: E_{q(z|x_SuT)} log p(x_T|z, x_S) - beta KL[q(z|x_SuT) || p(z|x_S)]."""
+    x, noise = data()
+    observed, targets = [0, 4], [1, 2]
+    S, T = torch.zeros(2, 6, 6, dtype=torch.bool)
+    S[:, observed] = T[:, targets] = True
+    x_S, x_ST = torch.zeros_like(x), torch.zeros_like(x)
+    x_S[:, observed] = x[:, observed]
+    x_ST[:, observed + targets] = x[:, observed + targets]
+    q, prior = normal(tiny_net(x_ST, S | T)), normal(tiny_net(x_S, S))
+    means = tiny_net(x_S, S, q.mean + q.stddev * noise)[:, targets]
+    log_likelihood = Normal(means, 1.0).log_prob(x[:, targets]).sum((1, 2))
+    expected = log_likelihood - BETA * kl_divergence(q, prior).sum(-1)
+    assert_close(BigLearnELBO(BETA)(tiny_net, x, S, T, noise).elbo_nats, expected, **CLOSE)
+
+
+def test_loss_and_scalars_are_batch_means(tiny_net):
+    parts = BigLearnELBO(BETA)(tiny_net, data()[0], *tasks(), data()[1])
+    assert_close(parts.loss, -sum(parts.elbo) / 6, **CLOSE)
+    expected = {
+        "loss": -sum(parts.elbo) / 6,
+        "elbo": sum(parts.elbo) / 6,
+        "reconstruction": sum(parts.reconstruction) / 6,
+        "kl": sum(parts.kl) / 6,
+    }
+    assert parts.scalars().keys() == expected.keys()
+    for name, value in parts.scalars().items():
+        assert_close(value, expected[name], **CLOSE)
+
+
+def test_targets_reach_the_reconstruction_only_as_data_and_through_z(tiny_net):
+    """d reconstruction / d x = -(x - mu) on T + (dz / dx) (d reconstruction / dz) on S u T + (d mu / d x_S) on S."""
+    (x, noise), (S, T) = data(), tasks()
+    x.requires_grad_()
+    total = torch.autograd.grad(BigLearnELBO(BETA)(tiny_net, x, S, T, noise).reconstruction.sum(), x)[0]
+
+    z = tiny_net(x, S | T).sample(noise)
+    fixed = z.detach().requires_grad_()
+    means = tiny_net(x, S, fixed)
+    error = (x.detach() - means)[T]
+    to_z, to_observed = torch.autograd.grad(-0.5 * error.square().sum(), (fixed, x))
+    through_z = torch.autograd.grad(z, x, to_z)[0]
+    assert not to_observed[T].any() and not through_z[~(S | T)].any()
+    direct = torch.where(T.unsqueeze(-1), means.detach() - x.detach(), 0)
+    assert_close(total, direct + through_z + to_observed, **CLOSE)
+
+
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e6])
+def test_tokens_outside_s_and_t_have_no_influence(tiny_net, junk, prior):
+    (x, noise), (S, T) = data(), tasks()
+    assert (~(S | T)).any()
+    objective = BigLearnELBO(BETA, prior=prior)
+    clean, dirty = (
+        objective(tiny_net, tokens, S, T, noise) for tokens in (x, x.masked_fill(~(S | T).unsqueeze(-1), junk))
+    )
+    assert torch.equal(clean.reconstruction, dirty.reconstruction) and torch.equal(clean.kl, dirty.kl)
+    for a, b in zip(gradients(tiny_net, clean.loss), gradients(tiny_net, dirty.loss), strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+def test_warm_up_weights():
+    ramp = BigLearnELBO(0.8, beta_warmup_steps=4, beta_warmup_start=0.25)
+    assert [ramp.weight(step) for step in range(4)] == pytest.approx([0.2, 0.35, 0.5, 0.65], abs=1e-15)
+    assert ramp.weight(4) == ramp.weight(5) == ramp.weight(10**9) == ramp.weight(None) == 0.8
+    assert BigLearnELBO(0.8, beta_warmup_steps=4).weight(0) == 0
+    assert BigLearnELBO(0.8, beta_warmup_steps=4, beta_warmup_start=1.0).weight(1) == 0.8
+    assert BigLearnELBO(0.8).weight(0) == BigLearnELBO(0.8).weight(None) == 0.8
+
+
+def test_step_weighs_the_kl_and_nothing_else(tiny_net):
+    (x, noise), (S, T) = data(), tasks()
+    objective = BigLearnELBO(0.8, beta_warmup_steps=4, beta_warmup_start=0.25)
+    final = objective(tiny_net, x, S, T, noise)
+    for step, beta in [(0, 0.2), (1, 0.35), (4, 0.8)]:
+        parts = objective(tiny_net, x, S, T, noise, step=step)
+        assert torch.equal(parts.reconstruction, final.reconstruction) and torch.equal(parts.kl, final.kl)
+        assert_close(parts.elbo, final.reconstruction - beta * final.kl, **CLOSE)
+
+
+def test_random_repeats_by_seed_and_step(tiny_net):
+    x, _ = data()
+    objective = BigLearnELBO(BETA, MaskSampler(joint=0.2))
+
+    def draw(seed, step):
+        return objective(tiny_net, x, random=StepRandom.at(seed, step, World()))
+
+    first, again = draw(0, 3), draw(0, 3)
+    assert torch.equal(first.elbo, again.elbo) and torch.equal(first.num_targets, again.num_targets)
+    for other in (draw(0, 4), draw(1, 3)):
+        assert not torch.isclose(first.elbo, other.elbo).any()
+
+
+def test_random_draws_masks_then_noise(tiny_net):
+    x, _ = data()
+    sampler = MaskSampler((2, 1), (1, 2), joint=0.2)
+    objective = BigLearnELBO(BETA, sampler)
+    parts = objective(tiny_net, x, random=StepRandom.at(0, 3, World()))
+    random = StepRandom.at(0, 3, World())
+    S, T = sampler(6, 6, random.generator)
+    noise = random.normal((6, 3), torch.float64)
+    assert torch.equal(parts.elbo, objective(tiny_net, x, S, T, noise).elbo)
+
+
+def test_what_is_given_is_not_drawn(tiny_net):
+    (x, noise), (S, T) = data(), tasks()
+    objective = BigLearnELBO(BETA)
+    given = objective(tiny_net, x, S, T, noise)
+    both = objective(tiny_net, x, S, T, noise, random=StepRandom.at(0, 0, World()))
+    assert torch.equal(both.elbo, given.elbo)
+    drawn = StepRandom.at(0, 0, World()).normal((6, 3), torch.float64)
+    masks_given = objective(tiny_net, x, S, T, random=StepRandom.at(0, 0, World()))
+    assert torch.equal(masks_given.elbo, objective(tiny_net, x, S, T, drawn).elbo)
+
+
+@pytest.mark.parametrize("given", ["S", "T"])
+def test_one_mask_without_the_other_is_refused(tiny_net, given):
+    # Drawing both would drop the given one in silence.
+    mask = dict(zip("ST", tasks(), strict=True))[given]
+    with pytest.raises(ValueError, match="S and T"):
+        BigLearnELBO(BETA)(tiny_net, data()[0], **{given: mask}, random=StepRandom.at(0, 0, World()))
+
+
+@pytest.mark.parametrize("missing", ["S", "T", "noise"])
+def test_missing_random_is_named(tiny_net, missing):
+    (x, noise), (S, T) = data(), tasks()
+    given = {name: value for name, value in dict(S=S, T=T, noise=noise).items() if name != missing}
+    with pytest.raises(ValueError, match=r"S, T and noise, or random"):
+        BigLearnELBO(BETA)(tiny_net, x, **given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(beta=-0.1), r"beta .*-0\.1"),
+        (dict(beta=float("nan")), "beta .*nan"),
+        (dict(beta=float("inf")), "beta .*inf"),
+        (dict(beta=1, prior="normal"), "'learned' or 'standard', got 'normal'"),
+        (dict(beta=1, beta_warmup_steps=-1), "beta_warmup_steps .*-1"),
+        (dict(beta=1, beta_warmup_start=-0.5), r"beta_warmup_start .*-0\.5"),
+        (dict(beta=1, beta_warmup_start=1.5), r"beta_warmup_start .*1\.5"),
+    ],
+)
+def test_objective_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BigLearnELBO(**settings)

@@ -1,0 +1,240 @@
+from collections import Counter
+from math import comb
+
+import pytest
+import torch
+from scipy import stats
+
+from biglearn_vae import MaskSampler, Patchify, masks
+
+BETAS = [(1.0, 1.0), (2.0, 0.5), (0.3, 1.5), (2.0, 5.0), (100.0, 100.0)]
+
+
+def draw(batch: int, tokens: int, seed: int = 0, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    return MaskSampler(**settings)(batch, tokens, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("ratios_per", ["sample", "step"])
+@pytest.mark.parametrize("s_ratio", [(1, 1), (0.01, 0.01), (0.01, 100), (100, 0.01), (100, 100)])
+@pytest.mark.parametrize("t_ratio", [(1, 1), (0.01, 0.01), (0.01, 100), (100, 0.01)])
+def test_disjoint_and_target_never_empty(s_ratio, t_ratio, ratios_per, tokens):
+    for seed in range(1 if ratios_per == "sample" else 20):
+        S, T = draw(500, tokens, seed, s_ratio=s_ratio, t_ratio=t_ratio, ratios_per=ratios_per)
+        assert S.dtype == T.dtype == torch.bool and S.shape == T.shape == (500, tokens)
+        assert not (S & T).any()
+        assert T.any(-1).all()
+
+
+@pytest.mark.parametrize("tokens", [2, 16])
+def test_extreme_tasks_are_reached(tokens):
+    S, T = draw(5000, tokens)
+    assert (~S.any(-1)).any() and T.all(-1).any()
+    assert S.sum(-1).max() == tokens - 1
+    assert ((~S.any(-1)) & (T.sum(-1) == 1)).any()
+
+
+@pytest.mark.parametrize("ratios_per", ["sample", "step"])
+def test_joint_one_is_the_ordinary_vae(ratios_per):
+    S, T = draw(200, 16, s_ratio=(5, 1), joint=1, ratios_per=ratios_per)
+    assert not S.any() and T.all()
+
+
+def test_share_of_joint_tasks():
+    # With this Beta S has about half of the tokens, so that a joint task comes from `joint` alone.
+    for joint in (0, 0.3, 0.8):
+        S, T = draw(4000, 64, s_ratio=(50, 50), joint=joint)
+        joint_tasks = ~S.any(-1) & T.all(-1)
+        assert stats.binomtest(int(joint_tasks.sum()), 4000, joint).pvalue > 1e-3
+        assert torch.equal(joint_tasks, S.sum(-1) < 10)
+
+
+def test_ratios_per_step_shares_sizes_and_not_subsets():
+    sizes = []
+    for seed in range(20):
+        S, T = draw(32, 16, seed, joint=0.2, ratios_per="step")
+        assert len(S.sum(-1).unique()) == len(T.sum(-1).unique()) == 1
+        sizes.append((int(S[0].sum()), int(T[0].sum())))
+        if sizes[-1][0] > 0:
+            assert len(S.unique(dim=0)) > 1
+    assert len(set(sizes)) > 10
+
+
+def test_ratios_per_sample_varies_sizes():
+    S, T = draw(32, 16, ratios_per="sample")
+    assert len(S.sum(-1).unique()) > 4 and len(T.sum(-1).unique()) > 4
+
+
+@pytest.mark.parametrize("s_ratio", BETAS)
+@pytest.mark.parametrize("t_ratio", BETAS)
+def test_ratios_follow_their_betas(s_ratio, t_ratio):
+    tokens, rows = 4096, 400
+    S, T = draw(rows, tokens, s_ratio=s_ratio, t_ratio=t_ratio)
+    s, t = S.sum(-1), T.sum(-1)
+    # Uniform noise undoes the rounding: |S| was rounded down and |T| up.
+    down, up = torch.rand(2, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert stats.kstest((s + down) / tokens, stats.beta(*s_ratio).cdf).pvalue > 1e-3
+    assert stats.kstest((t - up) / (tokens - s), stats.beta(*t_ratio).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("ratio", [*BETAS, (0.01, 0.01), (0.01, 0.03), (0.001, 0.001), (0.001, 0.003)])
+def test_sizes_follow_the_rounded_betas(ratio):
+    """The exact law of |S|, and of |T| where S is empty, also where nearly all of a Beta lies at its ends."""
+    tokens, rows = 8, 4000
+    bins = stats.beta(*ratio).cdf(torch.arange(tokens + 1) / tokens)
+    expected = rows * (bins[1:] - bins[:-1])
+    S, _ = draw(rows, tokens, s_ratio=ratio)
+    observed_s = torch.bincount(S.sum(-1), minlength=tokens).numpy()
+    S, T = draw(rows, tokens, s_ratio=(0.5, 1e6), t_ratio=ratio)
+    assert not S.any()
+    observed_t = torch.bincount(T.sum(-1) - 1, minlength=tokens).numpy()
+    common = expected >= 5  # chi-square needs filled cells; the others are taken together
+    for observed in (observed_s, observed_t):
+        counts, means = observed[common], expected[common]
+        if not common.all():
+            counts, means = [*counts, observed[~common].sum()], [*means, max(expected[~common].sum(), 1e-9)]
+        assert stats.chisquare(counts, means).pvalue > 1e-3
+
+
+def test_positions_are_equally_often_observed_and_targets():
+    tokens = 64
+    for subsets in draw(3000, tokens, s_ratio=(1, 2), t_ratio=(2, 1)):
+        share = subsets.double().mean(-1)
+        counts = subsets.sum(0)
+        # Given the sizes, counts have this variance and negative correlations -1 / (L - 1).
+        variance = (share * (1 - share)).sum() * tokens / (tokens - 1)
+        statistic = ((counts - share.sum()) ** 2).sum() / variance
+        assert stats.chi2(tokens - 1).sf(statistic) > 1e-3
+
+
+def test_subsets_of_each_size_are_equally_frequent():
+    tokens = 4
+    S, T = draw(20_000, tokens)
+    tasks = Counter(zip(map(tuple, S.int().tolist()), map(tuple, T.int().tolist()), strict=True))
+    by_sizes: dict[tuple[int, int], list[int]] = {}
+    for (s, t), count in tasks.items():
+        by_sizes.setdefault((sum(s), sum(t)), []).append(count)
+    assert len(by_sizes) == 10  # |S| from 0 to 3, |T| from 1 to 4 - |S|
+    for (s, t), counts in by_sizes.items():
+        assert len(counts) == comb(tokens, s) * comb(tokens - s, t)
+        if len(counts) > 1:
+            assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_same_seed_same_masks():
+    first, again, other = draw(16, 64, 0), draw(16, 64, 0), draw(16, 64, 1)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(s_ratio=(0, 1)), r"s_ratio .*\[0, 1\]"),
+        (dict(t_ratio=(1, -2)), r"t_ratio .*\[1, -2\]"),
+        (dict(s_ratio=(1, float("inf"))), r"s_ratio .*inf"),
+        (dict(t_ratio=(float("nan"), 1)), r"t_ratio .*nan"),
+        (dict(s_ratio=(1, 2, 3)), r"s_ratio must be two .*\[1, 2, 3\]"),
+        (dict(joint=-0.1), r"joint .*\[0, 1\].*-0\.1"),
+        (dict(joint=1.5), r"joint .*\[0, 1\].*1\.5"),
+        (dict(ratios_per="batch"), r"'sample' or 'step', got 'batch'"),
+    ],
+)
+def test_sampler_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MaskSampler(**settings)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.1, 0.3, 0.5, 0.99, 1])
+def test_random_has_the_ratio_in_every_row(ratio):
+    mask = masks.random(50, 64, ratio, seed=0)
+    assert mask.shape == (50, 64) and mask.dtype == torch.bool
+    assert (mask.sum(-1) == round(ratio * 64)).all()
+    assert torch.equal(mask, masks.random(50, 64, ratio, seed=0))
+
+
+def test_random_differs_by_row_and_seed():
+    mask = masks.random(50, 64, 0.5, seed=0)
+    assert len(mask.unique(dim=0)) == 50
+    assert not torch.equal(mask, masks.random(50, 64, 0.5, seed=1))
+    assert not torch.equal(masks.random(50, 64, 0.5), masks.random(50, 64, 0.5))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
+def test_random_refuses(ratio):
+    with pytest.raises(ValueError, match=rf"ratio must be in \[0, 1\], got {ratio}"):
+        masks.random(2, 4, ratio)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 1, 1), (1, 2, 2, 3), (0, 0, 4, 6), (3, 5, 1, 1), (2, 2, 0, 2), (0, 4, 4, 2)])
+def test_box(place):
+    top, left, height, width = place
+    expected = [
+        not (top <= row < top + height and left <= column < left + width) for row in range(4) for column in range(6)
+    ]
+    assert masks.box((4, 6), *place).tolist() == expected
+
+
+@pytest.mark.parametrize("place", [(-1, 0, 2, 2), (0, -1, 2, 2), (3, 0, 2, 2), (0, 5, 2, 2), (0, 0, -1, 2)])
+def test_box_must_lie_in_the_grid(place):
+    top, left, height, width = place
+    message = f"4 x 6 patches, got rows {top} to {top + height} and columns {left} to {left + width}"
+    with pytest.raises(ValueError, match=message):
+        masks.box((4, 6), *place)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (3, 5), (1, 2)])
+def test_half(grid):
+    cells = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    assert masks.half(grid).tolist() == [row < grid[0] // 2 for row, _ in cells]
+    assert masks.half(grid, "left").tolist() == [column < grid[1] // 2 for _, column in cells]
+    assert torch.equal(masks.half(grid, "bottom"), ~masks.half(grid, "top"))
+    assert torch.equal(masks.half(grid, "right"), ~masks.half(grid, "left"))
+
+
+def test_half_names_the_choices():
+    with pytest.raises(ValueError, match="top, bottom, left, right, got 'up'"):
+        masks.half((2, 2), "up")
+
+
+@pytest.mark.parametrize(("grid", "patch"), [((4, 4), (4, 4)), ((3, 5), (2, 4)), ((2, 3), (1, 1))])
+def test_patch_mask_to_pixels_and_back(grid, patch):
+    mask = masks.random(10, grid[0] * grid[1], 0.5, seed=0)
+    pixels = mask.unflatten(-1, grid).repeat_interleave(patch[0], -2).repeat_interleave(patch[1], -1)
+    assert torch.equal(masks.from_pixels(pixels, grid), mask)
+    for one, expected in zip(pixels, mask, strict=True):
+        assert torch.equal(masks.from_pixels(one, grid), expected)
+
+
+def test_a_patch_with_one_hidden_pixel_is_hidden():
+    for row in range(6):
+        for column in range(8):
+            pixels = torch.ones(6, 8, dtype=torch.bool)
+            pixels[row, column] = False
+            hidden = (~masks.from_pixels(pixels, (3, 2))).nonzero().flatten().tolist()
+            assert hidden == [row // 2 * 2 + column // 4]
+
+
+def test_from_pixels_has_the_order_of_patchify():
+    patchify = Patchify((8, 12), 4, channels=1)
+    pixels = torch.rand(20, 8, 12, generator=torch.Generator().manual_seed(0)) < 0.95
+    assert torch.equal(masks.from_pixels(pixels, patchify.grid), patchify.encode(pixels.unsqueeze(1)).all(-1))
+
+
+@pytest.mark.parametrize("pixels", [torch.ones(8, 8), torch.ones(8, 8, dtype=torch.uint8)])
+def test_from_pixels_wants_booleans(pixels):
+    with pytest.raises(ValueError, match=rf"boolean mask of shape .*{pixels.dtype} \(8, 8\)"):
+        masks.from_pixels(pixels, (2, 2))
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 1, 8, 8)])
+def test_from_pixels_wants_two_or_three_axes(shape):
+    with pytest.raises(ValueError) as error:
+        masks.from_pixels(torch.ones(shape, dtype=torch.bool), (2, 2))
+    assert "(H, W) or (B, H, W)" in str(error.value) and str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (8, 7), (3, 7, 8)])
+def test_from_pixels_wants_whole_patches(shape):
+    with pytest.raises(ValueError, match=f"{shape[-2]} x {shape[-1]} pixels does not fit a grid of 2 x 2"):
+        masks.from_pixels(torch.ones(shape, dtype=torch.bool), (2, 2))

@@ -1,0 +1,254 @@
+"""Whole commands, as a user types them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from biglearn_vae import checkpoint, commands
+
+ROOT = Path(__file__).parents[1]
+# A network and a schedule so small that a run takes a second.
+SMALL = [
+    "device=cpu",
+    "model.dim=16",
+    "model.heads=2",
+    "case.depth=2",
+    "case.split=[1,1]",
+    "trainer.steps=24",
+    "trainer.batch_size=16",
+    "trainer.report_every=5",
+    "trainer.evaluate_every=12",
+    "trainer.checkpoint_every=7",
+    "evaluation.draws=2",
+    "evaluation.images=20",
+]
+
+
+def start(*words: str, cwd: Path, script: str = "train", torchrun: int = 0) -> subprocess.Popen:
+    """A script in a process of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / f"{script}.py"), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The commands run inside this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_here(monkeypatch, *words: str, script: str = "train") -> int:
+    """A script's main program inside this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    try:
+        commands.main(getattr(commands, script), config_name=script)
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    states = [checkpoint.load(run / "checkpoints" / checkpoint.LATEST) for run in (a, b)]
+    for key in ("step", "names", "best"):
+        assert states[0][key] == states[1][key]
+    torch.testing.assert_close(states[0]["net"], states[1]["net"], rtol=0, atol=0)
+    torch.testing.assert_close(states[0]["average"], states[1]["average"], rtol=0, atol=0)
+    torch.testing.assert_close(states[0]["optimizer"], states[1]["optimizer"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["biglearn_u", "biglearn_t", "vae"])
+def test_train_then_evaluate(here, monkeypatch, capsys, method):
+    assert run_here(monkeypatch, *SMALL, f"method={method}", "name=run") == 0
+    printed = capsys.readouterr().out
+    run = here / "run" if False else here / "outputs" / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"{summary['parameters']:,} parameters ({summary['parameters'] / 2**20:.4f} x 2^20)" in printed
+    assert summary["steps"] == 24 and summary["seconds"] > 0 and summary["images_per_second"] > 0
+    elbo = summary["test_reconstruction"] - 0.01 * summary["test_kl"]
+    assert summary["test_joint_elbo"] == pytest.approx(elbo, rel=1e-5)
+    assert list(summary["inpainting_psnr"]) == list(summary["nearest_psnr"]) == ["0.1", "0.3", "0.5", "0.7"]
+    rows = metrics(run)
+    first, last = (
+        next(r["valid/joint_elbo"] for r in order if "valid/joint_elbo" in r) for order in (rows, rows[::-1])
+    )
+    assert last > first
+    for name in ("inpainting.png", "config.yaml", "environment.json", "pictures/inpainting-0000024.png"):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "tensorboard").iterdir())
+
+    assert run_here(monkeypatch, "run=outputs/run", "images=20", "draws=2", script="evaluate") == 0
+    again = json.loads((run / "evaluation.json").read_text())
+    for key in ("test_joint_elbo", "test_kl", "inpainting_psnr", "nearest_psnr"):
+        assert again[key] == pytest.approx(summary[key])
+
+    before = (run / "summary.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run_here(monkeypatch, *SMALL, f"method={method}", "name=run") == 0
+    assert "is finished: 24 steps" in capsys.readouterr().out
+    assert (run / "summary.json").stat().st_mtime_ns == before
+
+
+def test_more_steps_continue_and_other_settings_are_refused(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
+    assert "going on with outputs/run" in capsys.readouterr().out
+    assert json.loads((here / "outputs/run/summary.json").read_text())["steps"] == 30
+    assert run_here(monkeypatch, *SMALL, "name=run", "optim.lr=0.5") == 2
+    error = capsys.readouterr().err
+    assert "other settings (optim.lr: 0.002, now 0.5)" in error and "name=NAME" in error
+    assert json.loads((here / "outputs/run/summary.json").read_text())["steps"] == 30
+
+
+def test_a_sweep_skips_what_is_done_and_goes_on_with_what_is_not(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "seed=1") == 0
+    capsys.readouterr()
+    words = ["-m", *SMALL, "seed=0,1", "method=biglearn_u,vae"]
+    assert run_here(monkeypatch, *words) == 0
+    assert capsys.readouterr().out.count("is finished: 24 steps") == 1
+    runs = sorted(path.parent.name for path in (here / "outputs").glob("*/summary.json"))
+    assert len(runs) == 4 and all("seed" in name for name in runs)
+    assert run_here(monkeypatch, *words) == 0
+    assert capsys.readouterr().out.count("is finished: 24 steps") == 4
+
+
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tmp_path):
+    whole = start(*SMALL, "name=whole", cwd=tmp_path)
+    finish(whole)
+    process = start(*SMALL, "name=killed", cwd=tmp_path)
+    latest = tmp_path / "outputs" / "killed" / "checkpoints" / checkpoint.LATEST
+    while not latest.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    assert "going on with" in finish(start(*SMALL, "name=killed", cwd=tmp_path))
+    assert_same_runs(tmp_path / "outputs" / "whole", tmp_path / "outputs" / "killed")
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(here, monkeypatch, capsys, recwarn):
+    assert run_here(monkeypatch, *SMALL, "name=whole") == 0
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    run = here / "outputs" / "run"
+    (run / "summary.json").unlink()
+    latest = run / "checkpoints" / checkpoint.LATEST
+    latest.write_bytes(latest.read_bytes()[:5000])
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    assert any(
+        "latest.pt is not a readable checkpoint" in str(w.message) and "previous.pt" in str(w.message) for w in recwarn
+    )
+    assert_same_runs(here / "outputs" / "whole", run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, number):
+    words = [*SMALL, "name=run", "trainer.steps=100000", "trainer.checkpoint_every=100000"]
+    process = start(*words, cwd=tmp_path)
+    log = tmp_path / "outputs" / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and '"train/loss"' in log.read_text()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = finish(process)
+    assert "a checkpoint is written, the same command goes on" in output and "Traceback" not in output
+    state = checkpoint.load(tmp_path / "outputs" / "run" / "checkpoints" / checkpoint.LATEST)
+    assert f"stopped at step {state['step']} of 100000" in output
+
+
+def test_two_processes_train_like_one(tmp_path):
+    finish(start(*SMALL, "name=one", cwd=tmp_path))
+    output = finish(start(*SMALL, "name=two", cwd=tmp_path, torchrun=2))
+    assert output.count("training outputs/two") == 1  # rank 0 alone prints
+    one, two = (metrics(tmp_path / "outputs" / name) for name in ("one", "two"))
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path):
+    # What torchrun gives its processes, without torchrun's own report of a failed process around it.
+    os_environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", "seed=0,1"]
+    environment = os.environ | os_environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "cannot run under torchrun" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["case=case9"], "case9"),
+        (["trainer.stepz=3"], "stepz"),
+        (["data.patch_size=3"], "data: patch_size must divide the image"),
+        (["model.z_dim=0"], "z_dim must be at least 1, got 0"),
+        (["masks.s_ratio=[0,1]"], "two positive Beta parameters"),
+        (["loss.beta=-0.1"], "beta must be a number not below 0"),
+        (["seed=zero"], "seed must be a whole number, got 'zero'"),
+        (["trainer.steps=1.5"], "trainer.steps must be a whole number, got 1.5"),
+        (["trainer.steps=0"], "steps must be at least 1, got 0"),
+        (["trainer.batch_size=0"], "batch_size"),
+        (["data=image_folder", "data.root=empty"], "holds 0 readable image files"),
+        (["data=image_folder", "data.root=absent"], "there is no folder absent"),
+        (["data=image_folder"], "data.root=... must be given: folder of the data"),
+        (["+trainer.stepz=3"], "trainer.stepz: there is no such setting"),
+        (["device=cuda:99"], "not available here"),
+        (["device=abacus"], "unknown device"),
+    ],
+)
+def test_errors_are_a_line_that_says_what_to_do(here, monkeypatch, capsys, words, expected):
+    (here / "empty").mkdir()
+    assert run_here(monkeypatch, *words) in (1, 2)
+    output = capsys.readouterr()
+    assert expected in output.err + output.out
+    assert "Traceback" not in output.err
+    assert not (here / "outputs").exists()
+
+
+def test_evaluating_what_is_not_there(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, "run=outputs/nothing", script="evaluate") == 2
+    assert "there is no run in outputs/nothing" in capsys.readouterr().err
+    assert run_here(monkeypatch, script="evaluate") == 2
+    assert "run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_architecture(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=a") == 0
+    assert run_here(monkeypatch, *SMALL, "name=b", "model.dim=8") == 0
+    name = Path("checkpoints") / checkpoint.BEST
+    (here / "outputs/a" / name).write_bytes((here / "outputs/b" / name).read_bytes())
+    assert run_here(monkeypatch, "run=outputs/a", script="evaluate") == 2
+    assert "holds another architecture" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite(here, monkeypatch, capsys):
+    words = [*SMALL, "name=run", "optim.lr=1e30", "optim.clip_norm=null"]
+    assert run_here(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert "the loss is not finite at step" in error and "reconstruction" in error and "Traceback" not in error
+
+
+def test_help_explains_the_settings(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, "--help", "case=case4") == 0
+    printed = capsys.readouterr().out
+    assert "model.dim=512" in printed and "loss.beta=0.01" in printed and "weight of the KL" in printed

@@ -1,0 +1,206 @@
+"""Trainer, on a network, a loss and batches that have nothing to do with the model."""
+
+import copy
+import math
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from biglearn_vae import Optim, Trainer, TrainingError, checkpoint
+from biglearn_vae.loggers import Logger
+
+OPTIM = Optim(lr=0.05, warmup_steps=3, schedule="cosine", clip_norm=1.0, ema_decay=0.9)
+
+
+@dataclass
+class Parts:
+    loss: torch.Tensor
+
+    def scalars(self):
+        return {"loss": self.loss, "root": self.loss.sqrt()}
+
+
+def noisy_squares(net, batch, *, random, step):
+    return Parts(
+        (net(batch) - batch.sum(-1, keepdim=True) + 0.1 * random.normal((len(batch), 1), batch.dtype)).square().mean()
+    )
+
+
+class Points:
+    batch_size = 4
+
+    def __call__(self, step):
+        return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+
+class Recorder(Logger):
+    def __init__(self):
+        self.rows = []
+
+    def scalars(self, step, values):
+        timing = ("seconds", "images_per_second")
+        self.rows.append((step, {k: v for k, v in values.items() if k not in timing}))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def distance(net):
+    x = torch.ones(1, 3)
+    return {"valid/elbo": -(net(x) - 3).square().item()}, {}
+
+
+def make(folder=None, steps=20, loss=noisy_squares, batches=None, **options):
+    options = dict(report_every=5, evaluate_every=8, checkpoint_every=6) | options
+    return Trainer(
+        network(), loss, batches or Points(), OPTIM, steps=steps, folder=folder, evaluate=distance, **options
+    )
+
+
+def assert_same(a, b):
+    assert a.step == b.step
+    for x, y in zip(a.net.parameters(), b.net.parameters(), strict=True):
+        assert x.equal(y)
+    for x, y in zip(a.average.parameters(), b.average.parameters(), strict=True):
+        assert x.equal(y)
+    for x, y in zip(a.optimizer.state.values(), b.optimizer.state.values(), strict=True):
+        assert all(x[key].equal(y[key]) for key in x)
+
+
+@pytest.mark.parametrize("lost", [6, 7, 8, 11, 13, 19])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, lost):
+    whole, log = make(tmp_path / "a"), Recorder()
+    assert whole.fit([log])
+
+    def dies(net, batch, *, random, step):
+        if step == lost:
+            raise KeyboardInterrupt
+        return noisy_squares(net, batch, random=random, step=step)
+
+    first = Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "b", loss=dies).fit([first])
+    second, resumed = Recorder(), make(tmp_path / "b")
+    start = resumed.resume()
+    assert start == lost // 6 * 6
+    assert resumed.fit([second])
+    assert_same(whole, resumed)
+    assert log.rows == [row for row in first.rows if row[0] <= start] + second.rows
+    best = [checkpoint.load(tmp_path / name / checkpoint.BEST) for name in "ab"]
+    assert best[0]["step"] == best[1]["step"] and best[0]["metrics"] == best[1]["metrics"]
+
+
+def test_more_steps_continue_a_finished_run(tmp_path):
+    make(tmp_path, steps=6).fit()
+    longer = make(tmp_path, steps=20)
+    assert longer.resume() == 6
+    assert longer.fit() and longer.step == 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, number):
+    class Signalled(Points):
+        def __call__(self, step):
+            if step == 9:
+                signal.raise_signal(number)
+            return super().__call__(step)
+
+    before = signal.getsignal(number)
+    stopped = make(tmp_path, batches=Signalled())
+    assert stopped.fit() is False
+    assert stopped.step == 10 and signal.getsignal(number) == before
+    whole, resumed = make(tmp_path / "whole"), make(tmp_path)
+    assert resumed.resume() == 10
+    whole.fit()
+    resumed.fit()
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("bad", [0, 7, 13])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, bad):
+    def breaks(net, batch, *, random, step):
+        parts = noisy_squares(net, batch, random=random, step=step)
+        return Parts(parts.loss * (math.inf if step == bad else 1))
+
+    with pytest.raises(TrainingError, match=rf"not finite at step {bad}: loss inf, root inf"):
+        make(tmp_path, loss=breaks).fit()
+    kept = bad // 6 * 6
+    state = checkpoint.load_latest(tmp_path)
+    assert state["step"] == kept if kept else state is None
+    if kept:
+        assert all(value.isfinite().all() for value in state["net"].values())
+
+
+def test_the_average_and_the_update_by_hand():
+    trainer = make(steps=7)
+    by_hand, reference = network(), copy.deepcopy(trainer.average)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in by_hand.parameters() if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
+            {"params": [p for p in by_hand.parameters() if p.ndim < 2], "weight_decay": 0},
+        ],
+        betas=OPTIM.betas,
+        eps=OPTIM.eps,
+    )
+    trainer.fit()
+    from biglearn_vae import StepRandom, World
+
+    for step in range(7):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * min(1, (step + 1) / 4) * 0.5 * (1 + math.cos(math.pi * step / 7))
+        optimizer.zero_grad()
+        noisy_squares(by_hand, Points()(step), random=StepRandom.at(0, step, World()), step=step).loss.backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.9, (1 + step) / (10 + step))
+        for average, value in zip(reference.parameters(), by_hand.parameters(), strict=True):
+            average.data = decay * average.data + (1 - decay) * value.data
+    for x, y in zip(trainer.net.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+    for x, y in zip(trainer.result.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_the_best_checkpoint_is_that_of_the_largest_value(tmp_path):
+    log = Recorder()
+    make(tmp_path, evaluate_every=1).fit([log])
+    values = {step: row["valid/elbo"] for step, row in log.rows if "valid/elbo" in row}
+    state = checkpoint.load(tmp_path / checkpoint.BEST)
+    assert state["step"] == max(values, key=values.get)
+    net = network()
+    net.load_state_dict(state["net"])
+    assert distance(net)[0]["valid/elbo"] == values[state["step"]]
+
+
+def test_reports_are_means_over_their_steps():
+    every, grouped = Recorder(), Recorder()
+    make(report_every=1).fit([every])
+    make(report_every=5).fit([grouped])
+    single = [row["train/loss"] for _, row in every.rows if "train/loss" in row]
+    means = [row["train/loss"] for _, row in grouped.rows if "train/loss" in row]
+    assert means == pytest.approx([sum(single[k : k + 5]) / 5 for k in range(0, 20, 5)])
+
+
+def test_schedules():
+    constant = Optim(lr=2.0, warmup_steps=9)
+    assert [constant.lr_at(step, 100) for step in (0, 4, 9, 99)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    cosine = Optim(lr=2.0, schedule="cosine")
+    assert [cosine.lr_at(step, 100) for step in (0, 50, 100)] == pytest.approx([2.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("name", ["steps", "report_every", "evaluate_every", "checkpoint_every"])
+def test_intervals_must_be_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        make(**{name: 0})
+
+
+def test_checkpoints_of_another_network_are_refused(tmp_path):
+    make(tmp_path, steps=6).fit()
+    other = Trainer(nn.Linear(3, 1), noisy_squares, Points(), OPTIM, steps=6, folder=tmp_path)
+    with pytest.raises(ValueError, match="another architecture"):
+        other.resume()
