@@ -81,7 +81,7 @@ class BigLearnVAE:
         if z.ndim not in (1, 2) or z.shape[-1] != self.z_dim:
             raise ValueError(f"expected latents z of shape (B, {self.z_dim}) or ({self.z_dim},), got {tuple(z.shape)}")
         single = z.ndim == 1
-        z = z.to(self.device).reshape(-1, self.z_dim)
+        z = z.to(next(self.net.parameters())).reshape(-1, self.z_dim)
         tokens = z.new_zeros(1, self.num_tokens, self.net.token_dim) if x is None else self._tokens(x)[0]
         if len(tokens) not in (1, len(z)):
             raise ValueError(f"expected one image for each of the {len(z)} latents, or one for all, got {len(tokens)}")
@@ -160,15 +160,16 @@ class BigLearnVAE:
             return torch.full((batch, self.num_tokens), default, device=self.device)
         if S.dtype != torch.bool:
             raise ValueError(f"expected a boolean mask, True = observed, got {S.dtype}")
-        S = S.to(self.device)
-        if S.ndim >= 2 and tuple(S.shape[-2:]) == self.image_shape[1:]:
-            S = masks.from_pixels(S, self.grid)
-        if tuple(S.shape) not in ((self.num_tokens,), (1, self.num_tokens), (batch, self.num_tokens)):
+        # Patches are tried first: a mask (B, L) may look like one of pixels, (H, W).
+        mask = S.to(self.device)
+        if tuple(S.shape) != (batch, self.num_tokens) and tuple(S.shape[-2:]) == self.image_shape[1:]:
+            mask = masks.from_pixels(mask, self.grid)
+        if tuple(mask.shape) not in ((self.num_tokens,), (1, self.num_tokens), (batch, self.num_tokens)):
             raise ValueError(
                 f"expected a mask of patches (L,) or (B, L), or of pixels (H, W) or (B, H, W), with B = {batch}, "
                 f"L = {self.num_tokens} and H x W = {self.image_shape[1]} x {self.image_shape[2]}, got {tuple(S.shape)}"
             )
-        return S.expand(batch, -1)
+        return mask.expand(batch, -1)
 
 
 def _of_batch(shape: tuple[int, ...]) -> str:

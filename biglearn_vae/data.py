@@ -10,12 +10,20 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from biglearn_vae.distributed import World, derive_seed
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".tga"}
+    | {".ppm", ".pgm", ".pbm", ".pnm"}
+)
 SPLIT_SEED = 0  # one split for everyone, whatever the run's seed, so that no test image is ever trained on
 
 
@@ -44,7 +52,7 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """A short digest of the size and of at most 1,000 evenly spaced images, to tell one data set from another."""
-        some = self.pixels[:: max(1, len(self) // 1000), :1].contiguous().cpu()
+        some = self.pixels[:: -(-len(self) // 1000)].contiguous().cpu()
         return hashlib.blake2b(
             repr(tuple(self.pixels.shape)).encode() + some.numpy().tobytes(), digest_size=8
         ).hexdigest()
@@ -168,14 +176,15 @@ def _torchvision(name: str, root: Path, image_size: int, channels: int, num_vali
     from torchvision import datasets
 
     source = getattr(datasets, name)
-    new = [folder for folder in (root, root / name, root / name / "raw") if not folder.exists()]
+    folders = (*reversed(root.parents), root, root / name, root / name / "raw")
+    new = [folder for folder in folders if not folder.exists()]
     try:
         train, test = (source(root, train=part, download=True) for part in (True, False))
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # torchvision has no error of its own for files that are missing or damaged
         _remove_empty(new)
         files = ", ".join(Path(url).stem for url, _ in source.resources)
         raise ValueError(
-            f"{name} is not under {root}/{name}/raw and could not be downloaded ({_first_line(error)}). "
+            f"{name} is missing or damaged under {root}/{name}/raw and could not be downloaded ({_first_line(error)}). "
             f"Put its files there ({files}), or point data.root at the folder that holds {name}/raw."
         ) from None
     order = shuffled(len(train.data), derive_seed("split", SPLIT_SEED))
@@ -200,13 +209,11 @@ def image_folder(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
     """
-    from PIL import Image
     from tqdm import tqdm
 
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: point data.root at a folder of images")
-    known = set(Image.registered_extensions())
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in known and p.is_file())
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     with ThreadPoolExecutor() as pool:
         decoded = pool.map(lambda path: _decode(path, image_size, channels), paths)
         decoded = list(tqdm(decoded, total=len(paths), desc="reading images", disable=len(paths) < 1000, leave=False))
@@ -236,14 +243,24 @@ def _decode(path: Path, image_size: int, channels: int) -> Tensor | str:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # 16 bits a pixel and more: scale, since convert() would clip
-                image = image.convert("F").point(lambda value: value / 257).convert("L")
+            if image.mode.startswith(("I", "F")):
+                image = _eight_bits(image)
             if "A" in image.mode or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("L" if channels == 1 else "RGB")
         return pil_to_tensor(ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # on a damaged file each decoder raises what it likes
         return _first_line(error)
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """A grey image of 16 or 32 bits or of floats, in 8 bits; convert() would clip it."""
+    largest = image.convert("F").getextrema()[1]
+    if image.mode.startswith("I"):
+        peak = 65535 if image.mode != "I" or largest > 255 else 255
+    else:
+        peak = 255 if largest > 1 else 1
+    return image.convert("F").point(lambda value: value * (255 / peak) + 0.5).convert("L")
 
 
 def _class_labels(paths: list[Path]) -> Tensor | None:

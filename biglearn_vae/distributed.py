@@ -37,10 +37,11 @@ class World:
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes; every process must call it."""
-        if self.size > 1:
-            dist.all_reduce(values)
-            values = values / self.size
-        return values
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.size
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process; every process must call it."""

@@ -53,7 +53,7 @@ def inpainting_psnr(
     """
     result = {}
     for ratio, S in hidden_masks(len(images), vae.num_tokens, ratios, seed).items():
-        completed = sum(vae.inpaint(images, S, seed=seed + draw) for draw in range(draws)) / draws
+        completed = vae.inpaint(images, S, draws=draws, seed=seed).mean(0)
         result[ratio] = psnr(completed, images.to(vae.device), pixel_mask(S, vae))
     return result
 
@@ -104,4 +104,5 @@ def pixel_mask(S: Tensor, vae: BigLearnVAE) -> Tensor:
 def psnr(completed: Tensor, images: Tensor, observed: Tensor) -> float:
     """Peak signal-to-noise ratio in dB over all hidden pixels of all images together, for a peak of 1."""
     hidden = (~observed).expand_as(images)
-    return -10 * math.log10((completed - images)[hidden].double().square().mean().item())
+    error = (completed - images)[hidden].double().square().mean().item()
+    return -10 * math.log10(error) if error else math.inf

@@ -24,11 +24,11 @@ def inpainting(
     """
     images = images.to(vae.device)
     S = masks.random(len(images), vae.num_tokens, ratio, seed=seed)
-    completions = vae.inpaint(images, S, draws=16, seed=seed)
+    completions = vae.inpaint(images, S, draws=max(16, draws), seed=seed)
     observed = hide(images, evaluation.pixel_mask(S, vae))
     columns = {"image": rgb(images), "observed": observed}
     columns |= {f"draw {k + 1}": rgb(completions[k]) for k in range(draws)}
-    columns |= {"mean of 16": rgb(completions.mean(0))}
+    columns |= {f"mean of {len(completions)}": rgb(completions.mean(0))}
     return table(columns, title)
 
 

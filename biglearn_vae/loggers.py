@@ -61,7 +61,7 @@ class TensorBoard(Logger):
     def __init__(self, folder: Path, resume_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(folder, purge_step=resume_step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -116,7 +116,7 @@ class Progress(Logger):
         text = "  ".join(
             f"{name.removeprefix('train/')} {_short(value)}"
             for name, value in values.items()
-            if name not in ("seconds", "lr", "grad_norm")
+            if name not in ("seconds", "lr", "train/grad_norm")
         )
         if self._bar is None:
             print(f"step {step}/{self._steps}  {text}", file=self._stream, flush=True)

@@ -35,7 +35,8 @@ class ELBO:
     @property
     def elbo_nats(self) -> Tensor:
         """The same with the constant -|T| D/2 log(2 pi) of N(mu, I)."""
-        return self.elbo - 0.5 * LOG_2PI * self.token_dim * self.num_targets
+        numbers = self.token_dim * self.num_targets.to(self.reconstruction.dtype)
+        return self.elbo - 0.5 * LOG_2PI * numbers
 
     @property
     def loss(self) -> Tensor:
@@ -124,7 +125,9 @@ class BigLearnELBO:
         """
         if random is None and (S is None or T is None or noise is None):
             raise ValueError("give S, T and noise, or random to draw them from")
-        if S is None or T is None:
+        if (S is None) != (T is None):
+            raise ValueError("give both S and T, or neither to have them drawn")
+        if S is None:
             S, T = random.rows(len(x), lambda rows, generator: self.masks(rows, x.shape[1], generator))
         q = net(x, S | T)
         p = net(x, S) if self.prior == "learned" else None

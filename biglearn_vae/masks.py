@@ -56,10 +56,15 @@ class MaskSampler:
 
 
 def _beta(parameters: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
-    """Beta(a, b) numbers in [0, 1], (count,), in float64 so that small parameters do not underflow to 0 / 0."""
-    concentration = torch.tensor([parameters] * count, dtype=torch.float64, device=generator.device)
-    # The only sampler of torch's that takes a generator; torch.distributions.Beta calls it without one.
-    return torch._sample_dirichlet(concentration, generator=generator)[:, 0]
+    """Beta(a, b) numbers in [0, 1], (count,): G_a / (G_a + G_b) of Gamma variables, which torch's Beta cannot seed.
+
+    Computed through logarithms, by G_a = G_{a+1} U^(1/a), so that small parameters do not underflow to 0 / 0.
+    """
+    device = generator.device
+    concentration = torch.tensor([parameters] * count, dtype=torch.float64, device=device)
+    uniform = torch.rand(count, 2, dtype=torch.float64, device=device, generator=generator)
+    logs = torch._standard_gamma(concentration + 1, generator=generator).log() + uniform.log() / concentration
+    return torch.sigmoid(logs[:, 0] - logs[:, 1])
 
 
 def _shuffled(batch_size: int, num_tokens: int, generator: torch.Generator) -> Tensor:

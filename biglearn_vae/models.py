@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from biglearn_vae.gaussian import DiagGaussian
 from biglearn_vae.layers import Block, init_weights, mlp, sincos_positions
 
-# Log-variances are kept in (-LOGVAR_BOUND, LOGVAR_BOUND) by a smooth saturation, so that neither a variance nor its
+# Log-variances are kept in [-LOGVAR_BOUND, LOGVAR_BOUND] by a smooth saturation, so that neither a variance nor its
 # inverse overflows in float32, and so that gradients reach a saturated unit (a hard clamp would stop them).
 LOGVAR_BOUND = 12.0
+# Far beyond any data: larger inputs are cut to this, since their squares would overflow in a LayerNorm.
+INPUT_BOUND = 1e6
 
 
 class MaskedViT(nn.Module):
@@ -68,9 +70,12 @@ class MaskedViT(nn.Module):
     def _embed(self, x: Tensor, S: Tensor, z: Tensor | None) -> Tensor:
         seen = S.unsqueeze(-1)  # (B, L, 1)
         # Hidden tokens are zeroed before the matrix as well: a NaN among them must not reach its gradient.
-        tokens = torch.where(seen, self.token_in(x.masked_fill(~seen, 0)), self.token_mask)
+        x = x.masked_fill(~seen, 0).clamp(-INPUT_BOUND, INPUT_BOUND)
+        tokens = torch.where(seen, self.token_in(x), self.token_mask)
         tokens = tokens + self.positions.to(tokens.dtype) + self.token_type
-        latent = self.latent_mask.expand(len(x), -1) if z is None else self.latent_in(z)
+        latent = (
+            self.latent_mask.expand(len(x), -1) if z is None else self.latent_in(z.clamp(-INPUT_BOUND, INPUT_BOUND))
+        )
         return torch.cat([(latent + self.latent_type).unsqueeze(1), tokens], dim=1)
 
     def _init_weights(self) -> None:
@@ -80,7 +85,9 @@ class MaskedViT(nn.Module):
         nn.init.normal_(self.token_in.weight, std=2 / math.sqrt(self.token_dim))
 
     def _check(self, x: Tensor, S: Tensor, z: Tensor | None) -> None:
-        expected = (len(x), self.num_tokens, self.token_dim)
+        if not x.is_floating_point():
+            raise ValueError(f"expected floating-point tokens, pixels in [0, 1], got {x.dtype}")
+        expected = (*x.shape[:1], self.num_tokens, self.token_dim)
         if tuple(x.shape) != expected:
             raise ValueError(
                 f"expected tokens x of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(x.shape)}"

@@ -111,7 +111,8 @@ def test_drawing_leaves_matplotlib_alone():
 import sys
 import matplotlib
 def settings():
-    return dict.copy(matplotlib.rcParams)  # reading the backend in the usual way would choose one
+    rc = matplotlib.rcParams  # reading the backend in the usual way would choose one
+    return {key: dict.__getitem__(rc, key) for key in dict.keys(rc)}
 before = settings()
 import numpy, biglearn_vae
 biglearn_vae.figures.table({"a": numpy.zeros((1, 4, 4, 3))}, "title")
