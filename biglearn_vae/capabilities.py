@@ -22,14 +22,14 @@ class BigLearnVAE:
     a result repeatable.
 
     Args:
-        net: a network of `models`, unwrapped. It is frozen and put into evaluation mode.
+        net: a network of `models`, unwrapped. It is put into evaluation mode.
         tokenizer: `Patchify`, or anything with its methods and sizes.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
         chunk: most images that pass through the network at once, which bounds the memory.
     """
 
     def __init__(self, net: nn.Module, tokenizer: nn.Module, prior: str = "learned", chunk: int = 1024):
-        self.net, self.prior, self.chunk = net.eval().requires_grad_(False), prior, chunk
+        self.net, self.prior, self.chunk = net.eval(), prior, chunk
         self.tokenizer = tokenizer.to(self.device)
 
     @property

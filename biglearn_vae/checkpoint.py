@@ -52,6 +52,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
 
 
+def is_resumable(folder: Path) -> bool:
+    """Whether the folder has a checkpoint to go on from."""
+    return (folder / LATEST).exists() or (folder / PREVIOUS).exists()
+
+
 def load_latest(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
     """The newest readable of `latest.pt` and `previous.pt`, or None if there is neither.
 

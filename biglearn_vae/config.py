@@ -164,7 +164,7 @@ def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearn
     net = network(cfg, tokens)
     state, path = checkpoint_of(run, which)
     checkpoint.load_weights(net, state.get("average") or state["net"], path)
-    return BigLearnVAE(net.to(pick_device(device)), tokens, prior=cfg.loss.prior)
+    return BigLearnVAE(net.to(pick_device(device)).requires_grad_(False), tokens, prior=cfg.loss.prior)
 
 
 def saved(run: str | Path) -> "DictConfig":

@@ -126,10 +126,10 @@ class Trainer:
         world: this process among the others.
         evaluate_every, report_every, checkpoint_every: in steps.
         monitor: the number of `evaluate` whose largest value makes the best checkpoint.
-        metadata: plain values that are written into every checkpoint.
+        metadata: plain values that are written into every checkpoint; its "data", if there, names the training data.
 
     Raises:
-        ValueError: if an interval or `steps` is below 1, or the folder holds checkpoints of another network.
+        ValueError: if an interval or `steps` is below 1.
     """
 
     def __init__(
@@ -175,9 +175,15 @@ class Trainer:
         return self.net if self.average is None else self.average
 
     def resume(self) -> int:
-        """Go on from the newest readable checkpoint of the folder, if any; returns the step."""
+        """Go on from the newest readable checkpoint of the folder, if any; returns the step.
+
+        Raises:
+            ValueError: if there is one of another network or of other data, or none that can be read.
+        """
         state = checkpoint.load_latest(self.folder, self.world.device) if self.folder else None
         if state is not None:
+            if state["metadata"].get("data") != self.metadata.get("data"):
+                raise ValueError(f"the run in {self.folder.parent} was trained on other data: start another run")
             checkpoint.load_weights(self.net, state["net"], self.folder / checkpoint.LATEST)
             if self.average is not None:
                 checkpoint.load_weights(self.average, state["average"] or state["net"], self.folder / checkpoint.LATEST)

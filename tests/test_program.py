@@ -83,7 +83,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
 def test_train_then_evaluate(here, monkeypatch, capsys, method):
     assert run_here(monkeypatch, *SMALL, f"method={method}", "name=run") == 0
     printed = capsys.readouterr().out
-    run = here / "run" if False else here / "outputs" / "run"
+    run = here / "outputs" / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert f"{summary['parameters']:,} parameters ({summary['parameters'] / 2**20:.4f} x 2^20)" in printed
     assert summary["steps"] == 24 and summary["seconds"] > 0 and summary["images_per_second"] > 0
@@ -109,6 +109,26 @@ def test_train_then_evaluate(here, monkeypatch, capsys, method):
     assert run_here(monkeypatch, *SMALL, f"method={method}", "name=run") == 0
     assert "is finished: 24 steps" in capsys.readouterr().out
     assert (run / "summary.json").stat().st_mtime_ns == before
+
+
+def test_without_an_average_the_weights_themselves_are_evaluated_and_train_on(here, monkeypatch):
+    assert run_here(monkeypatch, *SMALL, "name=run", "optim.ema_decay=0") == 0
+    elbos = [row["valid/elbo"] for row in metrics(here / "outputs" / "run") if "valid/elbo" in row]
+    assert len(elbos) == 3 and elbos == sorted(elbos)
+    assert checkpoint.load(here / "outputs/run/checkpoints" / checkpoint.LATEST)["average"] is None
+
+
+def test_other_data_under_the_same_name_is_refused(here, monkeypatch, capsys):
+    from PIL import Image
+
+    for folder, grey in (("a", 50), ("b", 200)):
+        (here / folder).mkdir()
+        for k in range(12):
+            Image.new("L", (8, 8), grey + k).save(here / folder / f"{k}.png")
+    words = [*SMALL, "data=image_folder", "data.image_size=8", "data.patch_size=4", "name=run"]
+    assert run_here(monkeypatch, *words, "data.root=a") == 0
+    assert run_here(monkeypatch, *words, "data.root=b", "trainer.steps=30") == 2
+    assert "was trained on other data" in capsys.readouterr().err
 
 
 def test_more_steps_continue_and_other_settings_are_refused(here, monkeypatch, capsys):
