@@ -44,7 +44,7 @@ def _mean(parts: Sequence[ELBO], name: str) -> float:
 
 
 def inpainting_psnr(
-    vae: BigLearnVAE, images: Tensor, ratios: Sequence[float], draws: int = 16, seed: int = 0
+    vae: BigLearnVAE, images: Tensor, ratios: Sequence[float], draws: int = 32, seed: int = 0
 ) -> dict[float, float]:
     """PSNR over the missing pixels of the posterior-mean completion, by the ratio of patches observed.
 

@@ -24,7 +24,7 @@ class Attention(nn.Module):
         self.project = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.heads)
+        q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.project(rearrange(x, "b h n c -> b n (h c)"))
 

@@ -106,11 +106,9 @@ class Progress(Logger):
 
         self._stream = stream or sys.stderr
         self._steps = steps
-        self._bar = (
-            tqdm(total=steps, initial=first_step, unit="step", file=self._stream, dynamic_ncols=True, leave=False)
-            if self._stream.isatty()
-            else None
-        )
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", file=self._stream, dynamic_ncols=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         text = "  ".join(
@@ -123,8 +121,8 @@ class Progress(Logger):
         elif any(name.startswith("valid/") for name in values):
             self._bar.write(f"step {step}  {text}", file=self._stream)
         else:
-            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(text)
 
     def close(self) -> None:
         if self._bar is not None:

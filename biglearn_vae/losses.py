@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from biglearn_vae.distributed import StepRandom
@@ -129,8 +130,7 @@ class BigLearnELBO:
             raise ValueError("give both S and T, or neither to have them drawn")
         if S is None:
             S, T = random.rows(len(x), lambda rows, generator: self.masks(rows, x.shape[1], generator))
-        q = net(x, S | T)
-        p = net(x, S) if self.prior == "learned" else None
+        q, p = self._posterior_and_prior(net, x, S, T)
         if noise is None:
             noise = random.normal(tuple(q.mean.shape), q.mean.dtype)
         mean = net(x, S, q.sample(noise))  # (B, L, D)
@@ -142,3 +142,10 @@ class BigLearnELBO:
             num_targets=T.sum(-1),
             token_dim=x.shape[-1],
         )
+
+    def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
+        """p(z | x_{S u T}) and p(z | x_S), in one pass of twice the batch; None for the standard normal."""
+        if self.prior == "standard":
+            return net(x, S | T), None
+        both = net(torch.cat([x, x]), torch.cat([S | T, S]))
+        return both[: len(x)], both[len(x) :]
