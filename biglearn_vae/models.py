@@ -20,6 +20,7 @@ from biglearn_vae.layers import Block, init_weights, mlp, sincos_positions
 # Log-variances are kept in [-LOGVAR_BOUND, LOGVAR_BOUND] by a smooth saturation, so that neither a variance nor its
 # inverse overflows in float32, and so that gradients reach a saturated unit (a hard clamp would stop them).
 LOGVAR_BOUND = 12.0
+INITIAL_LOGVAR = -4.6  # a standard deviation of 0.1
 # Far beyond any data: larger inputs are cut to this, since their squares would overflow in a LayerNorm.
 INPUT_BOUND = 1e6
 
@@ -83,6 +84,9 @@ class MaskedViT(nn.Module):
         # Pixels in [0, 1] have a root mean square of about 1/2: with this gain a token enters with unit scale, like its
         # position. Xavier's would make it a fifth of that at D = 4, and content a small part of what attention sees.
         nn.init.normal_(self.token_in.weight, std=2 / math.sqrt(self.token_dim))
+        # At first the mean of z varies by less than a tenth from image to image. Under unit noise nothing of that would
+        # reach the decoder, which would learn to do without z before z says anything.
+        nn.init.constant_(self.latent_out[-1].bias[self.z_dim :], INITIAL_LOGVAR)
 
     def _check(self, x: Tensor, S: Tensor, z: Tensor | None) -> None:
         if not x.is_floating_point():

@@ -20,3 +20,10 @@ def tiny_net(request):
         for parameter in net.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
     return net
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

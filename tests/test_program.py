@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import biglearn_vae as blv
 from biglearn_vae import checkpoint, commands
 
 ROOT = Path(__file__).parents[1]
@@ -272,3 +273,16 @@ def test_help_explains_the_settings(here, monkeypatch, capsys):
     assert run_here(monkeypatch, "--help", "case=case4") == 0
     printed = capsys.readouterr().out
     assert "model.dim=512" in printed and "loss.beta=0.01" in printed and "weight of the KL" in printed
+
+
+@pytest.mark.gpu
+def test_a_run_made_on_a_gpu_gives_the_same_numbers_on_a_cpu(here, monkeypatch):
+    assert run_here(monkeypatch, *SMALL, "name=run", "device=cuda") == 0
+    there, back = (blv.load("outputs/run", device=device) for device in ("cuda", "cpu"))
+    x = blv.images("digits")[:8]
+    S = blv.masks.random(8, back.num_tokens, ratio=0.5, seed=0)
+    z = torch.randn(8, back.z_dim, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(there.encode(x, S).mean.cpu(), back.encode(x, S).mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(there.decode(z, x, S).cpu(), back.decode(z, x, S), rtol=1e-3, atol=1e-4)
+    assert run_here(monkeypatch, *SMALL, "name=run", "device=cuda", "trainer.steps=30") == 0
+    assert json.loads((here / "outputs/run/summary.json").read_text())["steps"] == 30
