@@ -192,7 +192,7 @@ def validate(
     some = images[: settings.images]
     numbers["valid/psnr_0.5"] = evaluation.inpainting_psnr(vae, some, [0.5], draws=settings.draws)[0.5]
     return numbers, {
-        "inpainting": figures.inpainting(vae, images[:8], title="validation images, half of the patches hidden")
+        "inpainting": figures.inpainting(vae, images[:8], title="validation images, half of the patches hidden (red)")
     }
 
 
@@ -239,7 +239,7 @@ def _finish(cfg: "DictConfig", run: Path, trainer: Trainer, splits: Splits) -> d
     vae = config.load(run, device=str(trainer.world.device))
     state, _ = config.checkpoint_of(run)
     measured = measure(vae, config.objective(cfg), splits, cfg.evaluation)
-    picture = figures.inpainting(vae, splits.test[:8], title="test images, half of the patches hidden")
+    picture = figures.inpainting(vae, splits.test[:8], title="test images, half of the patches hidden (red)")
     Pictures.save(run / "inpainting.png", picture)
     summary = {
         "name": run.name,
