@@ -97,6 +97,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | None:
     """Train a run, or go on with one, and evaluate it; returns its summary, or None if a signal ended it early."""
+    config.check_evaluation(cfg.evaluation, "evaluation.")
     config.check_types(
         {"seed": int, "device": str, "name": str | None, "output_dir": str},
         {k: cfg[k] for k in ("seed", "device", "name", "output_dir")},
@@ -166,7 +167,7 @@ def _trainer(cfg, run: Path, net, loss: BigLearnELBO, tokens, splits: Splits, wo
 
     def evaluate(net: torch.nn.Module) -> tuple[dict[str, float], dict[str, Any]]:
         vae = BigLearnVAE(net, tokens, prior=loss.prior)
-        return validate(vae, splits.valid[:], loss, cfg.evaluation)
+        return validate(vae, splits.valid[: cfg.evaluation.valid_images], loss, cfg.evaluation.valid_draws)
 
     return Trainer(
         net,
@@ -183,17 +184,15 @@ def _trainer(cfg, run: Path, net, loss: BigLearnELBO, tokens, splits: Splits, wo
 
 
 def validate(
-    vae: BigLearnVAE, images: torch.Tensor, loss: BigLearnELBO, settings: "DictConfig"
+    vae: BigLearnVAE, images: torch.Tensor, loss: BigLearnELBO, draws: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """What is reported on the validation images during training: ELBOs, half-hidden in-painting, and a picture."""
     joint = evaluation.elbo(vae, images, loss)
-    numbers = {"valid/elbo": evaluation.elbo(vae, images, loss, joint=False)["elbo"], "valid/joint_elbo": joint["elbo"]}
-    numbers |= {f"valid/joint_{name}": joint[name] for name in ("reconstruction", "kl")}
-    some = images[: settings.images]
-    numbers["valid/psnr_0.5"] = evaluation.inpainting_psnr(vae, some, [0.5], draws=settings.draws)[0.5]
-    return numbers, {
-        "inpainting": figures.inpainting(vae, images[:8], title="validation images, half of the patches hidden (red)")
-    }
+    numbers = {"valid/elbo": evaluation.elbo(vae, images, loss, joint=False)["elbo"]}
+    numbers |= {f"valid/joint_{name}": joint[name] for name in ("elbo", "reconstruction", "kl")}
+    numbers["valid/psnr_0.5"] = evaluation.inpainting_psnr(vae, images, [0.5], draws=draws)[0.5]
+    title = "validation images, half of the patches hidden (red)"
+    return numbers, {"inpainting": figures.inpainting(vae, images[:8], title=title)}
 
 
 def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
@@ -277,6 +276,7 @@ def measure(
 def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
     run = Path(cfg.run)
+    config.check_evaluation(cfg)
     vae = config.load(run, cfg.device, cfg.checkpoint)
     trained = config.saved(run)
     splits = config.dataset(trained, cfg.data_root)

@@ -118,6 +118,20 @@ def _describe(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
+def check_evaluation(settings: "DictConfig", where: str = "") -> None:
+    """Raise a ValueError for what would fail at the end of a run: counts below 1, shares outside [0, 1]."""
+    from omegaconf import OmegaConf
+
+    hints = {"ratios": list[float], **dict.fromkeys(("valid_images", "valid_draws", "images", "draws"), int)}
+    values = {name: value for name, value in OmegaConf.to_container(settings).items() if name in hints}
+    check_types(hints, values, where.rstrip("."))
+    for name, value in values.items():
+        if name == "ratios" and (not value or not all(0 <= ratio <= 1 for ratio in value)):
+            raise ValueError(f"{where}ratios must be shares in [0, 1], at least one, got {value}")
+        if name != "ratios" and value < 1:
+            raise ValueError(f"{where}{name} must be at least 1, got {value}")
+
+
 def tokenizer(cfg: "DictConfig") -> Patchify:
     """The tokenizer of these settings."""
     hints = {"image_size": int, "patch_size": int, "channels": int, "name": str, "root": str | None}

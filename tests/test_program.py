@@ -29,6 +29,8 @@ SMALL = [
     "trainer.checkpoint_every=7",
     "evaluation.draws=2",
     "evaluation.images=20",
+    "evaluation.valid_images=40",
+    "evaluation.valid_draws=2",
 ]
 
 
@@ -233,6 +235,9 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path):
         (["data=image_folder", "data.root=absent"], "there is no folder absent"),
         (["data=image_folder"], "data.root=... must be given: folder of the data"),
         (["+trainer.stepz=3"], "trainer.stepz: there is no such setting"),
+        (["evaluation.ratios=[2]"], "evaluation.ratios must be shares in [0, 1]"),
+        (["evaluation.draws=0"], "evaluation.draws must be at least 1, got 0"),
+        (["evaluation.images=all"], "evaluation.images must be a whole number, got 'all'"),
         (["device=cuda:99"], "not available here"),
         (["device=abacus"], "unknown device"),
     ],
