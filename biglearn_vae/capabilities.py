@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import masks
 from biglearn_vae.gaussian import DiagGaussian, normal
+from biglearn_vae.patches import of_batch
 
 
 class BigLearnVAE:
@@ -142,6 +143,10 @@ class BigLearnVAE:
         """Images or tokens, a batch or one -> tokens (B, L, D) on the device, and whether there was no batch axis."""
         token_shape = (self.num_tokens, self.net.token_dim)
         x = x.to(self.device)
+        if not x.is_floating_point() and x.dtype != torch.uint8:
+            raise ValueError(
+                f"expected images in [0, 1] or tokens as floating-point numbers, or uint8 images, got {x.dtype}"
+            )
         x = x.float() / 255 if x.dtype == torch.uint8 else x.to(next(self.net.parameters()).dtype)
         encode: Callable[[Tensor], Tensor] = self.tokenizer.encode
         for shape, convert in ((self.image_shape, encode), (token_shape, lambda tokens: tokens)):
@@ -150,7 +155,7 @@ class BigLearnVAE:
             if x.ndim == len(shape) + 1 and tuple(x.shape[1:]) == shape and len(x):
                 return convert(x), False
         raise ValueError(
-            f"expected images {_of_batch(self.image_shape)} or tokens {_of_batch(token_shape)}, a batch or one, "
+            f"expected images {of_batch(self.image_shape)} or tokens {of_batch(token_shape)}, a batch or one, "
             f"got {tuple(x.shape)}"
         )
 
@@ -170,8 +175,3 @@ class BigLearnVAE:
                 f"L = {self.num_tokens} and H x W = {self.image_shape[1]} x {self.image_shape[2]}, got {tuple(S.shape)}"
             )
         return mask.expand(batch, -1)
-
-
-def _of_batch(shape: tuple[int, ...]) -> str:
-    """(3, 32, 32) -> "(B, 3, 32, 32)", for messages."""
-    return f"(B, {', '.join(map(str, shape))})"

@@ -1,8 +1,8 @@
 """Checkpoints: tensors and readable settings in one file, written atomically, loaded without running code."""
 
+import hashlib
 import os
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,34 @@ import torch
 from torch import nn
 
 LATEST, PREVIOUS, BEST = "latest.pt", "previous.pt", "best.pt"
+DIGEST_SIZE = 32  # bytes behind the archive of each file
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint so that at every moment `path` is either the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            file.write(_digest(partial))
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # on a full disk torch raises the second
+        partial.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}, is the disk full? ({str(error).splitlines()[0]})") from error
     partial.replace(path)
+
+
+def _digest(path: Path, without: int = 0) -> bytes:
+    """Digest of a file but for its last bytes. torch.load does not notice changed ones, and ignores what follows."""
+    digest, left = hashlib.blake2b(digest_size=DIGEST_SIZE), path.stat().st_size - without
+    with path.open("rb") as file:
+        while left > 0 and (part := file.read(min(left, 2**24))):
+            digest.update(part)
+            left -= len(part)
+    return digest.digest()
 
 
 def save_latest(folder: Path, state: dict[str, Any]) -> None:
@@ -32,8 +49,8 @@ def save_latest(folder: Path, state: dict[str, Any]) -> None:
     fresh.replace(latest)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint.
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, its tensors on the CPU.
 
     Raises:
         ValueError: if the file is missing, truncated or not a checkpoint.
@@ -42,11 +59,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not notice changed bytes, the archive's sums do
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
-        return torch.load(path, map_location=device, weights_only=True)
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - DIGEST_SIZE))
+            if file.read() != _digest(path, DIGEST_SIZE):
+                raise ValueError("it is truncated or damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # no permission, say: nothing is wrong with the file
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
@@ -57,7 +76,7 @@ def is_resumable(folder: Path) -> bool:
     return (folder / LATEST).exists() or (folder / PREVIOUS).exists()
 
 
-def load_latest(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+def load_latest(folder: Path) -> dict[str, Any] | None:
     """The newest readable of `latest.pt` and `previous.pt`, or None if there is neither.
 
     A file that cannot be read is reported in a warning.
@@ -70,7 +89,9 @@ def load_latest(folder: Path, device: torch.device | str = "cpu") -> dict[str, A
         if not (folder / name).exists():
             continue
         try:
-            state = load(folder / name, device)
+            state = load(folder / name)
+            if "optimizer" not in state:
+                raise ValueError(f"{folder / name} is not a checkpoint to go on from")
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -17,7 +17,7 @@ import torch
 from biglearn_vae import checkpoint, config, evaluation, figures
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Splits
-from biglearn_vae.distributed import World, start, stop, under_torchrun
+from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.models import count_parameters
@@ -47,7 +47,9 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
         try:
             if hydra_cfg.mode.name == "MULTIRUN" and under_torchrun():
                 raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
-            config.require_all(cfg)
+            if hydra_cfg.mode.name == "MULTIRUN":
+                config.refuse_sweep_over_free(sys.argv[1:])
+            config.require_all(cfg, config_name)
             task(cfg, hydra_cfg.overrides.task)
         except user_errors() as error:
             # Other launchers run this in another process, which can only tell by raising.
@@ -64,10 +66,9 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
         failed.append(str(error))
     except KeyboardInterrupt:  # outside of training, which takes it for itself
         failed.append("interrupted; the same command goes on from the last checkpoint")
-    finally:
-        stop()
     if failed:
-        sys.exit(_complaint(failed))
+        _complain_and_exit(failed)
+    stop()
 
 
 def _print_help(config_name: str) -> None:
@@ -75,12 +76,17 @@ def _print_help(config_name: str) -> None:
     print(config.help_text(config.argument("--config-name", config_name), overrides))
 
 
-def _complaint(messages: list[str]) -> int:
-    """Print what went wrong, once however many processes there are; the exit code."""
-    if _is_main():
+def _complain_and_exit(messages: list[str]) -> None:
+    """Print what went wrong, once if it went wrong everywhere, and end with exit code 2."""
+    if _is_main() or in_group():
+        who = f" (process {os.environ['RANK']})" if under_torchrun() else ""
         for message in messages:
-            print(f"error: {message}", file=sys.stderr)
-    return 2
+            print(f"error{who}: {message}", file=sys.stderr, flush=True)
+    if in_group():
+        # The others may wait in a collective for this one. Leaving the group would wait for them; ending without a
+        # word lets torchrun notice and end them.
+        os._exit(2)
+    sys.exit(2)
 
 
 def _is_main() -> bool:
@@ -92,28 +98,33 @@ def user_errors() -> tuple[type[Exception], ...]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    return ValueError, OSError, TrainingError, HydraException, OmegaConfBaseException
+    mendable = (ValueError, OSError, TrainingError, torch.OutOfMemoryError)
+    return (*mendable, HydraException, OmegaConfBaseException)
 
 
 def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Train a run, or go on with one, and evaluate it; returns its summary, or None if a signal ended it early."""
+    """Train a run, or go on with one, and evaluate it; returns its summary (on the main process).
+
+    Raises:
+        SystemExit: with code 0, after a checkpoint, if Ctrl-C or SIGTERM ended the training early.
+    """
     config.check_evaluation(cfg.evaluation, "evaluation.")
     config.check_types(
         {"seed": int, "device": str, "name": str | None, "output_dir": str},
         {k: cfg[k] for k in ("seed", "device", "name", "output_dir")},
         "",
     )
-    run = Path(cfg.output_dir) / config.run_name(cfg, overrides)
+    run = Path(cfg.output_dir).expanduser() / config.run_name(cfg, overrides)
     say = print if _is_main() else lambda *_: None
+    world = start(cfg.device)
     if done := finished(run, cfg):
         say(f"{run} is finished: {done['steps']} steps. A larger trainer.steps continues it, name=NAME starts another.")
         say(report(done, run))
         return done
-    world = start(cfg.device)
     tokens = config.tokenizer(cfg)
     net = config.network(cfg, tokens).to(world.device)
     loss = config.objective(cfg)
-    splits = config.dataset(cfg)
+    splits = _dataset(cfg, world)
     trainer = _trainer(cfg, run, net, loss, tokens, splits, world)
     first = trainer.resume()
     say(f"{'going on with' if first else 'training'} {run}")
@@ -131,7 +142,20 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     world.barrier()
     if summary:
         say(report(summary, run))
+    if trainer.interrupted:  # at the last step: this run is done, but a sweep must not go on
+        sys.exit(0)
     return summary
+
+
+def _dataset(cfg: "DictConfig", world: World) -> Splits:
+    """The data; the first process of each machine reads it before the others, since it may have to download it."""
+    later = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if later:
+        world.barrier()
+    splits = config.dataset(cfg)
+    if not later:
+        world.barrier()
+    return splits
 
 
 def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
@@ -151,8 +175,13 @@ def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
         )
     if changed or not (run / SUMMARY_FILE).exists():
         return None
-    summary = json.loads((run / SUMMARY_FILE).read_text())
-    return summary if summary["steps"] >= cfg.trainer.steps else None
+    try:
+        summary = json.loads((run / SUMMARY_FILE).read_text())
+        done = summary["steps"] >= cfg.trainer.steps
+        report(summary, run)
+    except (ValueError, KeyError, TypeError):  # damaged: it is made again from the checkpoint
+        return None
+    return summary if done else None
 
 
 def _trainer(cfg, run: Path, net, loss: BigLearnELBO, tokens, splits: Splits, world: World) -> Trainer:
@@ -200,7 +229,7 @@ def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
     from omegaconf import OmegaConf
 
     run.mkdir(parents=True, exist_ok=True)
-    (run / config.CONFIG_FILE).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    _write(run / config.CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
     _write_json(run / "environment.json", environment(cfg.device))
     return [
         MetricsFile(run / "metrics.jsonl", first_step),
@@ -215,13 +244,10 @@ def environment(device: str) -> dict[str, Any]:
     import torchvision
 
     chosen = config.pick_device(device)
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -231,6 +257,18 @@ def environment(device: str) -> dict[str, Any]:
         else f"{chosen.type}, {torch.get_num_threads()} threads",
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
     }
+
+
+def _commit() -> str | None:
+    """The commit of this repository, None for an installed package or where there is no git."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def _finish(cfg: "DictConfig", run: Path, trainer: Trainer, splits: Splits) -> dict[str, Any]:
@@ -275,12 +313,20 @@ def measure(
 
 def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
-    run = Path(cfg.run)
+    run = Path(str(cfg.run)).expanduser()
+    words = dict.fromkeys(("run", "checkpoint", "split", "device"), str) | {"data_root": str | None, "seed": int}
+    config.check_types(words, {name: cfg[name] for name in words}, "")
     config.check_evaluation(cfg)
+    if cfg.split not in ("train", "valid", "test"):
+        raise ValueError(f"split must be train, valid or test, got {cfg.split!r}")
+    if cfg.checkpoint not in ("best", "latest"):
+        raise ValueError(f"checkpoint must be best or latest, got {cfg.checkpoint!r}")
     vae = config.load(run, cfg.device, cfg.checkpoint)
     trained = config.saved(run)
     splits = config.dataset(trained, cfg.data_root)
     state, path = config.checkpoint_of(run, cfg.checkpoint)
+    if splits.train.fingerprint() != state["metadata"]["data"]:
+        raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
     result = {
         "name": run.name,
         "checkpoint": path.name,
@@ -336,6 +382,11 @@ def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file so that at every moment it is either the old one or the new one, whole."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text)
     partial.replace(path)

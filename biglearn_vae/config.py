@@ -25,8 +25,9 @@ from biglearn_vae.patches import Patchify
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Settings that may differ when a run is continued, since the weights at a given step do not depend on them.
-FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "evaluation")
+# Settings in which a run may differ from what it was started with, and still go on.
+FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "evaluation.images")
+FREE += ("evaluation.ratios", "evaluation.draws")
 IN_NAME = ("data", "case", "method", "seed")
 CONFIG_FILE = "config.yaml"
 
@@ -74,17 +75,17 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     check_types(typing.get_type_hints(target.__init__), values, where)
     try:
         return target(**given, **values)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def require_all(cfg: "DictConfig") -> None:
+def require_all(cfg: "DictConfig", config_name: str) -> None:
     """Raise a ValueError if a setting without a default was not given."""
     from omegaconf import OmegaConf
 
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        explained = explanations()
+        explained = explanations(config_name)
         raise ValueError("; ".join(f"{key}=... must be given: {explained.get(key)}" for key in missing))
 
 
@@ -153,7 +154,7 @@ def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
 def network(cfg: "DictConfig", tokens: Patchify) -> torch.nn.Module:
     """The network of these settings, with fresh weights that depend on the seed alone, on the CPU."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("weights", cfg.seed))
+        torch.default_generator.manual_seed(derive_seed("weights", cfg.seed))  # torch.manual_seed reseeds GPUs too
         return build(cfg.model, "model", grid=tokens.grid, token_dim=tokens.token_dim)
 
 
@@ -185,12 +186,19 @@ def saved(run: str | Path) -> "DictConfig":
     """The settings of a run."""
     from omegaconf import OmegaConf
 
-    path = Path(run) / CONFIG_FILE
+    path = Path(run).expanduser() / CONFIG_FILE
     if not path.is_file():
-        near = sorted(str(p.parent) for p in Path(run).parent.glob(f"*/{CONFIG_FILE}"))[:5]
+        near = sorted(str(p.parent) for p in path.parent.parent.glob(f"*/{CONFIG_FILE}"))[:5]
         hint = f" There are {', '.join(near)}." if near else " Train one with scripts/train.py."
         raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}")
-    return OmegaConf.load(path)
+    try:
+        cfg = OmegaConf.load(path)
+        missing = [group for group in ("data", "case", "method", "model", "loss", "masks") if group not in cfg]
+    except Exception as error:  # of YAML, of OmegaConf
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if missing:
+        raise ValueError(f"{path} is not the settings of a run: it lacks {', '.join(missing)}")
+    return cfg
 
 
 def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any], Path]:
@@ -198,20 +206,36 @@ def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any],
     files = {"best": checkpoint.BEST, "latest": checkpoint.LATEST}
     if which not in files:
         raise ValueError(f"checkpoint must be best or latest, got {which!r}")
-    path = Path(run) / "checkpoints" / files[which]
+    folder = Path(run).expanduser() / "checkpoints"
+    path = folder / files[which]
+    if which == "latest" and not path.exists():  # killed between two renames
+        path = folder / checkpoint.PREVIOUS
     return checkpoint.load(path), path
 
 
 def run_name(cfg: "DictConfig", overrides: Sequence[str]) -> str:
     """data-case-method-seed, and what else was set on the command line: runs of a sweep do not share a folder."""
     if cfg.name is not None:
+        if not cfg.name.strip(". /"):
+            raise ValueError(f"name must be that of a folder in output_dir, got {cfg.name!r}")
         return cfg.name
     data = Path(cfg.data.root).resolve().name if cfg.data.name == "image_folder" else cfg.data.name
     extra = [o for o in overrides if not _is_free(key := o.lstrip("+~").split("=")[0]) and key not in IN_NAME]
-    tag = "-".join(re.sub(r"[^\w.,=+-]+", "_", o) for o in sorted(extra))
+    tag = "-".join(sorted(extra))
     if len(tag) > 120:  # file systems take names of 255 characters at most
         tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
-    return "-".join(filter(None, (data, cfg.case.name, cfg.method.name, f"seed{cfg.seed}", tag)))
+    name = "-".join(filter(None, (data, cfg.case.name, cfg.method.name, f"seed{cfg.seed}", tag)))
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")  # what a shell and Hydra take without quotes
+
+
+def refuse_sweep_over_free(words: Sequence[str]) -> None:
+    """Raise a ValueError if the command line sweeps over a setting that does not name a run."""
+    for word in words:
+        key, _, value = word.partition("=")
+        if _is_free(key) and "," in re.sub(r"\[[^]]*\]", "", value):
+            raise ValueError(
+                f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
+            )
 
 
 def _is_free(key: str) -> bool:
@@ -250,7 +274,7 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
         lines += ["", "Groups (GROUP=CHOICE):"]
         lines += [f"  {p.name:<10} {', '.join(sorted(f.stem for f in p.glob('*.yaml')))}" for p in groups]
     lines += ["", "Settings (NAME=VALUE):"]
-    explained = explanations()
+    explained = explanations(config_name)
     for key, value in _raw_leaves(cfg):
         lines.append(f"  {f'{key}={value}':<44} {explained.get(key, '')}".rstrip())
     return "\n".join([*lines, "", "Several values with -m (a sweep): seed=0,1,2. Hydra's own flags: --hydra-help."])
@@ -270,10 +294,10 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
             yield f"{prefix}{key}", "null" if value is None else str(value).replace(" ", "")
 
 
-def explanations() -> dict[str, str]:
-    """Dotted name -> the comment behind the setting, from all YAML files."""
+def explanations(config_name: str = "train") -> dict[str, str]:
+    """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program."""
     result: dict[str, str] = {}
-    for path in sorted(folder().rglob("*.yaml")):
+    for path in [*sorted(folder().glob("*/*.yaml")), folder() / f"{config_name}.yaml"]:
         text = path.read_text()
         group = [] if path.parent == folder() or "@package _global_" in text else [path.parent.name]
         parents: list[str] = []

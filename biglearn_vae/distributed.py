@@ -60,17 +60,30 @@ def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
 
 
+def in_group() -> bool:
+    """Whether this process has joined the others."""
+    return dist.is_initialized()
+
+
 def start(device: str = "auto") -> World:
     """Join the other processes, if torchrun started any, and choose the device.
 
     Args:
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
 
     Raises:
         ValueError: if the device is unknown or not there.
     """
     if not under_torchrun():
         return World(device=pick_device(device))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise ValueError(
+            f"{processes} processes on this machine need a GPU each and there are {torch.cuda.device_count()}: "
+            "start fewer, or use device=cpu"
+        )
+    if ":" in device and processes > 1:
+        raise ValueError(f"device={device} would be shared by {processes} processes: use device=cuda")
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -87,16 +100,16 @@ def stop() -> None:
 
 
 def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device of this name; "auto" is the best there is, and "cuda" the GPU with this local rank."""
+    """The device of this name; "auto" is a GPU if there is one, and "cuda" the GPU with this local rank."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps") from None
+        raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    here = {"cpu": 1, "cuda": torch.cuda.device_count()}
     if (chosen.index or 0) >= here.get(chosen.type, 0):
         raise ValueError(f"device {str(chosen)!r} is not available here: use device=auto or device=cpu")
     return chosen

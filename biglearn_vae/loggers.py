@@ -30,7 +30,8 @@ class MetricsFile(Logger):
 
     def __init__(self, path: Path, resume_step: int = 0):
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resume_step]
+        # A run that starts at 0 evaluates there again, so it keeps nothing of one that was killed before.
+        kept = [line for line in lines if resume_step > 0 and _step_of(line) <= resume_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(path)
@@ -61,7 +62,7 @@ class TensorBoard(Logger):
     def __init__(self, folder: Path, resume_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=resume_step + 1)
+        self._writer = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step > 0 else 0)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -61,7 +61,7 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
     Computed through logarithms, by G_a = G_{a+1} U^(1/a), so that small parameters do not underflow to 0 / 0.
     """
     device = generator.device
-    concentration = torch.tensor([parameters] * count, dtype=torch.float64, device=device)
+    concentration = torch.tensor(parameters, dtype=torch.float64).to(device, non_blocking=True).expand(count, 2)
     uniform = torch.rand(count, 2, dtype=torch.float64, device=device, generator=generator)
     logs = torch._standard_gamma(concentration + 1, generator=generator).log() + uniform.log() / concentration
     return torch.sigmoid(logs[:, 0] - logs[:, 1])

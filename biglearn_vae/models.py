@@ -180,5 +180,5 @@ def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.Module
 
 
 def count_parameters(net: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+    """Number of parameters; all of a network of this module are trained."""
+    return sum(p.numel() for p in net.parameters())

@@ -38,7 +38,7 @@ class Patchify(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> tokens (B, L, D)."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"expected images of shape (B, {shape_text(self.image_shape)}), got {tuple(images.shape)}")
+            raise ValueError(f"expected images of shape {of_batch(self.image_shape)}, got {tuple(images.shape)}")
         p = self.patch_size
         return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
 
@@ -52,6 +52,6 @@ class Patchify(nn.Module):
         return rearrange(tokens, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=self.grid[0], p1=p, p2=p)
 
 
-def shape_text(shape) -> str:
-    """(3, 32, 32) -> '3, 32, 32', for messages."""
-    return ", ".join(map(str, shape))
+def of_batch(shape: tuple[int, ...]) -> str:
+    """(3, 32, 32) -> "(B, 3, 32, 32)", for messages."""
+    return f"(B, {', '.join(map(str, shape))})"

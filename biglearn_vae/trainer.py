@@ -91,7 +91,7 @@ class Optim:
 
 
 class Interruption:
-    """While entered, Ctrl-C and SIGTERM raise a flag instead of stopping the program; a second one stops it."""
+    """While entered, Ctrl-C and SIGTERM raise a flag instead of stopping the program; a second Ctrl-C stops it."""
 
     def __init__(self):
         self.requested = False
@@ -107,9 +107,10 @@ class Interruption:
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _request(self, *_) -> None:
+    def _request(self, number: int, _) -> None:
         self.requested = True
-        self.__exit__()
+        if number == signal.SIGINT:  # launchers send SIGTERM more than once; a person who insists presses Ctrl-C
+            signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
 
 
 class Trainer:
@@ -158,6 +159,7 @@ class Trainer:
         self.steps, self.folder, self.seed, self.monitor = steps, folder, seed, monitor
         self.world, self.metadata = world or World(), metadata or {}
         self.loggers: list[Logger] = []
+        self.interrupted = False
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
         self.optimizer = optim.optimizer(net)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
@@ -180,7 +182,7 @@ class Trainer:
         Raises:
             ValueError: if there is one of another network or of other data, or none that can be read.
         """
-        state = checkpoint.load_latest(self.folder, self.world.device) if self.folder else None
+        state = checkpoint.load_latest(self.folder) if self.folder else None
         if state is not None:
             if state["metadata"].get("data") != self.metadata.get("data"):
                 raise ValueError(f"the run in {self.folder.parent} was trained on other data: start another run")
@@ -189,12 +191,17 @@ class Trainer:
                 checkpoint.load_weights(self.average, state["average"] or state["net"], self.folder / checkpoint.LATEST)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-            self._names, self._pending = state["names"], list(state["pending"])
+            self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
             self._reported = tuple(state["reported"])
+        mean_step = self.world.mean(torch.tensor(float(self.step), device=self.world.device)).item()
+        if self.world.any(mean_step != self.step):
+            raise ValueError(f"the processes would go on from different steps: all must see the same {self.folder}")
         return self.step
 
     def fit(self, loggers: Iterable[Logger] = ()) -> bool:
         """Train to the last step. Returns False if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written.
+
+        `interrupted` says afterwards whether there was such a signal, be it at the last step.
 
         Raises:
             TrainingError: if the loss is not finite.
@@ -216,11 +223,12 @@ class Trainer:
                     if self.world.size == 1
                     else self.step % 10 == 0 and self.world.any(interruption.requested)
                 )
+                self.interrupted |= stop
                 if last or stop or self.step % self.every["checkpoint"] == 0:
                     self._save_latest()
-                if stop and not last:
-                    return False
-        return True
+                if stop:
+                    break
+        return self.step >= self.steps
 
     def _train_step(self) -> None:
         start = time.perf_counter()
@@ -288,7 +296,9 @@ class Trainer:
             self._log(lambda logger: logger.scalars(self.step, numbers))
             for name, pixels in pictures.items():
                 self._log(lambda logger, name=name, pixels=pixels: logger.picture(self.step, name, pixels))
-            value = numbers.get(self.monitor, -math.inf)
+            if self.monitor not in numbers:
+                raise ValueError(f"monitor must be one of {', '.join(numbers)}, got {self.monitor!r}")
+            value = numbers[self.monitor]
             if value > self.best and self.folder is not None:
                 self.best = value
                 state = {
@@ -304,7 +314,8 @@ class Trainer:
         if self.folder is None:
             return
         if self._pending:
-            self._pending_values()  # a network that a bad step has spoilt must not replace a good checkpoint
+            # A network that a bad step has spoilt must not replace a good checkpoint.
+            self._pending = list(self._pending_values().to(self.world.device))
         if self.world.is_main:
             checkpoint.save_latest(self.folder, self._state())
         self.world.barrier()

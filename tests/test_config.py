@@ -47,12 +47,12 @@ def test_the_papers_optimizer_settings():
 
 
 def test_every_setting_is_explained_in_a_line():
-    explained = config.explanations()
     for name in ("train", "evaluate"):
-        text = config.help_text(name, [])
+        explained, text = config.explanations(name), config.help_text(name, [])
         for key, _ in config._raw_leaves(config.compose([], name)):
             assert explained.get(key), f"{key} has no comment behind it"
             assert f"  {key}=" in text
+    explained = config.explanations()
     for group in ("data", "method", "case", "optim", "trainer"):
         for choice in choices(group):
             for key, _ in config._raw_leaves(config.compose([f"{group}={choice}"])):
@@ -102,11 +102,13 @@ def test_run_names():
 
     assert name() == "digits-tiny-biglearn_u-seed0"
     assert name("case=case4", "data=mnist", "data.root=/somewhere", "trainer.steps=9") == "mnist-case4-biglearn_u-seed0"
-    assert name("method=vae", "seed=3", "optim.lr=1e-4") == "digits-tiny-vae-seed3-optim.lr=1e-4"
+    assert name("method=vae", "seed=3", "optim.lr=1e-4") == "digits-tiny-vae-seed3-optim.lr-1e-4"
     assert name("name=mine", "optim.lr=1e-4") == "mine"
     assert name("data=image_folder", "data.root=/pictures/cats") == "cats-tiny-biglearn_u-seed0"
     assert len(name(*[f"optim.lr={k}e-{k}" for k in range(10, 60)])) < 100
-    assert "/" not in name("output_dir=a/b", "masks.s_ratio=[1,2]", "optim=paper")
+    assert name("output_dir=a/b", "masks.s_ratio=[1,2]") == "digits-tiny-biglearn_u-seed0-masks.s_ratio-1-2"
+    with pytest.raises(ValueError, match="name must be that of a folder"):
+        name("name=.")
 
 
 def test_differences_ignore_what_may_change():

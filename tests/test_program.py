@@ -104,7 +104,7 @@ def test_train_then_evaluate(here, monkeypatch, capsys, method):
 
     assert run_here(monkeypatch, "run=outputs/run", "images=20", "draws=2", script="evaluate") == 0
     again = json.loads((run / "evaluation.json").read_text())
-    for key in ("test_joint_elbo", "test_kl", "inpainting_psnr", "nearest_psnr"):
+    for key in ("parameters", "test_joint_elbo", "test_kl", "inpainting_psnr", "nearest_psnr"):
         assert again[key] == pytest.approx(summary[key])
 
     before = (run / "summary.json").stat().st_mtime_ns
@@ -168,6 +168,39 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tmp_path):
     finish(process, -signal.SIGKILL)
     assert "going on with" in finish(start(*SMALL, "name=killed", cwd=tmp_path))
     assert_same_runs(tmp_path / "outputs" / "whole", tmp_path / "outputs" / "killed")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    finish(start(*SMALL, "name=whole", cwd=tmp_path))
+    process = start(*SMALL, "name=killed", "trainer.steps=100000", "trainer.checkpoint_every=7", cwd=tmp_path)
+    log = tmp_path / "outputs" / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.002)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    for left in (tmp_path / "outputs" / "killed" / "checkpoints").glob("*"):  # as if killed a moment earlier
+        left.unlink()
+    assert "training outputs/killed" in finish(start(*SMALL, "name=killed", cwd=tmp_path))
+    assert_same_runs(tmp_path / "outputs" / "whole", tmp_path / "outputs" / "killed")
+
+
+def test_a_machine_without_git_and_damaged_leftovers(here, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(here))
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    run = here / "outputs" / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text("{")
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    again = json.loads((run / "summary.json").read_text())
+    assert again["test_joint_elbo"] == summary["test_joint_elbo"]
+    (run / "config.yaml").write_text("{ broken")
+    assert run_here(monkeypatch, *SMALL, "name=run") == 2
+    assert "config.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_a_sweep_over_what_does_not_name_a_run_is_refused(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, "-m", *SMALL, "trainer.steps=2,4") == 2
+    assert "a sweep over trainer.steps would use one folder" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(here, monkeypatch, capsys, recwarn):
@@ -256,6 +289,27 @@ def test_evaluating_what_is_not_there(here, monkeypatch, capsys):
     assert "there is no run in outputs/nothing" in capsys.readouterr().err
     assert run_here(monkeypatch, script="evaluate") == 2
     assert "run" in capsys.readouterr().err
+
+
+def test_evaluating_on_other_data_than_the_run_was_trained_on(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    config_file = here / "outputs/run/config.yaml"
+    config_file.write_text(config_file.read_text().replace("name: digits", "name: image_folder\n  root: a"))
+    from PIL import Image
+
+    (here / "a").mkdir()
+    for k in range(12):
+        Image.new("L", (8, 8), k).save(here / "a" / f"{k}.png")
+    assert run_here(monkeypatch, "run=outputs/run", script="evaluate") == 2
+    assert "was trained on other images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["split=note", "seed=abc", "checkpoint=worst", "run=5", "ratios=[]"])
+def test_evaluate_refuses_what_it_cannot_use(here, monkeypatch, capsys, word):
+    (here / "outputs").mkdir()
+    words = [word] if word.startswith("run=") else ["run=outputs/run", word]
+    assert run_here(monkeypatch, *words, script="evaluate") == 2
+    assert word.split("=")[0] in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_architecture(here, monkeypatch, capsys):
