@@ -294,9 +294,9 @@ def _finish(cfg: "DictConfig", run: Path, trainer: Trainer, splits: Splits) -> d
 def measure(
     vae: BigLearnVAE, loss: BigLearnELBO, splits: Splits, settings: "DictConfig", split: str = "test", seed: int = 0
 ) -> dict[str, Any]:
-    """JointELBO on a split, and in-painting beside the nearest training images on at most `settings.images` of it."""
+    """JointELBO on a split; in-painting beside the nearest training images, `settings.masks` masks for each image."""
     images, train_images = getattr(splits, split)[:], splits.train
-    some = images[: settings.images]
+    some = images[: settings.images].repeat(settings.masks, 1, 1, 1)
     joint = evaluation.elbo(vae, images, loss, seed=seed)
     options = dict(ratios=list(settings.ratios), seed=seed)
     inpainting = evaluation.inpainting_psnr(vae, some, draws=settings.draws, **options)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Settings in which a run may differ from what it was started with, and still go on.
 FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "evaluation.images")
-FREE += ("evaluation.ratios", "evaluation.draws")
+FREE += ("evaluation.masks", "evaluation.ratios", "evaluation.draws")
 IN_NAME = ("data", "case", "method", "seed")
 CONFIG_FILE = "config.yaml"
 
@@ -123,7 +123,7 @@ def check_evaluation(settings: "DictConfig", where: str = "") -> None:
     """Raise a ValueError for what would fail at the end of a run: counts below 1, shares outside [0, 1]."""
     from omegaconf import OmegaConf
 
-    hints = {"ratios": list[float], **dict.fromkeys(("valid_images", "valid_draws", "images", "draws"), int)}
+    hints = {"ratios": list[float], **dict.fromkeys(("valid_images", "valid_draws", "images", "masks", "draws"), int)}
     values = {name: value for name, value in OmegaConf.to_container(settings).items() if name in hints}
     check_types(hints, values, where.rstrip("."))
     for name, value in values.items():

@@ -28,6 +28,7 @@ SMALL = [
     "trainer.evaluate_every=12",
     "trainer.checkpoint_every=7",
     "evaluation.draws=2",
+    "evaluation.masks=2",
     "evaluation.images=20",
     "evaluation.valid_images=40",
     "evaluation.valid_draws=2",
@@ -102,7 +103,7 @@ def test_train_then_evaluate(here, monkeypatch, capsys, method):
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").iterdir())
 
-    assert run_here(monkeypatch, "run=outputs/run", "images=20", "draws=2", script="evaluate") == 0
+    assert run_here(monkeypatch, "run=outputs/run", "images=20", "draws=2", "masks=2", script="evaluate") == 0
     again = json.loads((run / "evaluation.json").read_text())
     for key in ("parameters", "test_joint_elbo", "test_kl", "inpainting_psnr", "nearest_psnr"):
         assert again[key] == pytest.approx(summary[key])
