@@ -273,8 +273,7 @@ def _commit() -> str | None:
 
 def _finish(cfg: "DictConfig", run: Path, trainer: Trainer, splits: Splits) -> dict[str, Any]:
     """Evaluate the best checkpoint on the test images, draw it, and write the summary."""
-    vae = config.load(run, device=str(trainer.world.device))
-    state, _ = config.checkpoint_of(run)
+    vae, state, _ = config.load_with_state(run, str(trainer.world.device), "best")
     measured = measure(vae, config.objective(cfg), splits, cfg.evaluation)
     picture = figures.inpainting(vae, splits.test[:8], title="test images, half of the patches hidden (red)")
     Pictures.save(run / "inpainting.png", picture)
@@ -321,10 +320,9 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ValueError(f"split must be train, valid or test, got {cfg.split!r}")
     if cfg.checkpoint not in ("best", "latest"):
         raise ValueError(f"checkpoint must be best or latest, got {cfg.checkpoint!r}")
-    vae = config.load(run, cfg.device, cfg.checkpoint)
+    vae, state, path = config.load_with_state(run, cfg.device, cfg.checkpoint)
     trained = config.saved(run)
     splits = config.dataset(trained, cfg.data_root)
-    state, path = config.checkpoint_of(run, cfg.checkpoint)
     if splits.train.fingerprint() != state["metadata"]["data"]:
         raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
     result = {

@@ -174,12 +174,18 @@ def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearn
     Raises:
         ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
     """
+    return load_with_state(run, device, which)[0]
+
+
+def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnVAE, dict[str, Any], Path]:
+    """Like `load`, with the checkpoint that the model is from and its path."""
     cfg = saved(run)
     tokens = tokenizer(cfg)
     net = network(cfg, tokens)
     state, path = checkpoint_of(run, which)
     checkpoint.load_weights(net, state.get("average") or state["net"], path)
-    return BigLearnVAE(net.to(pick_device(device)).requires_grad_(False), tokens, prior=cfg.loss.prior)
+    net = net.to(pick_device(device)).requires_grad_(False)
+    return BigLearnVAE(net, tokens, prior=cfg.loss.prior), state, path
 
 
 def saved(run: str | Path) -> "DictConfig":
