@@ -3,34 +3,66 @@
 B images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension, K draws.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from biglearn_vae import masks
-from biglearn_vae.gaussian import DiagGaussian, normal
+from biglearn_vae.gaussian import LOG_2PI, DiagGaussian
 from biglearn_vae.patches import of_batch
+
+Result = TypeVar("Result", Tensor, DiagGaussian)
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity(Generic[Result]):
+    """What a change does: the result without it and the result with it."""
+
+    before: Result
+    after: Result
+
+
+class _Observed(NamedTuple):
+    """Tokens (B, L, D), zero where not observed; what is observed, (B, L); whether it came without a batch axis."""
+
+    tokens: Tensor
+    mask: Tensor
+    single: bool
 
 
 class BigLearnVAE:
     """A trained network with its tokenizer.
 
     Wherever a method takes data `x`, it may be images (B, C, H, W) with values in [0, 1] (uint8 images are divided by
-    255) or tokens (B, L, D), a batch or a single one; what comes back is images, a batch or a single one alike. Where
-    it takes a mask `S`, that is boolean with True = observed: patches (B, L) or pixels (B, H, W), one for all or one
-    for each; a patch counts as observed if all of its pixels are. What lies outside S has no influence. `seed` makes
-    a result repeatable.
+    255) or tokens (B, L, D), a batch or a single one; what comes back is images in [0, 1], a batch or a single one
+    alike. Where it takes a mask `S`, that is boolean with True = observed: patches (B, L) or pixels (B, H, W), one for
+    all or one for each; a patch counts as observed if all of its pixels are. What lies outside S has no influence and
+    may be NaN. `seed` makes a result repeatable.
+
+    All methods raise ValueError for data or masks of another shape or type, an empty batch, and NaN or infinite
+    values in observed patches.
 
     Args:
         net: a network of `models`, unwrapped. It is put into evaluation mode.
         tokenizer: `Patchify`, or anything with its methods and sizes.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
+        variance: of the observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I).
         chunk: most images that pass through the network at once, which bounds the memory.
     """
 
-    def __init__(self, net: nn.Module, tokenizer: nn.Module, prior: str = "learned", chunk: int = 1024):
-        self.net, self.prior, self.chunk = net.eval(), prior, chunk
+    def __init__(
+        self,
+        net: nn.Module,
+        tokenizer: nn.Module,
+        prior: str = "learned",
+        variance: float = 1.0,
+        chunk: int = 1024,
+    ):
+        self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
         self.tokenizer = tokenizer.to(self.device)
 
     @property
@@ -59,12 +91,12 @@ class BigLearnVAE:
 
     @torch.no_grad()
     def encode(self, x: Tensor, S: Tensor | None = None) -> DiagGaussian:
-        """p(z | x_S), (B, Z): the posterior if everything is observed, the learned prior if nothing is.
+        """p(z | x_S), (B, Z): the posterior if everything is observed (the default), the prior if nothing is.
 
         `.mean`, `.std` and `.sample(seed=0)` of the result are tensors.
         """
-        tokens, single = self._tokens(x)
-        q = self._encode(tokens, self._mask(S, len(tokens), default=True))
+        tokens, mask, single = self._observe(x, S)
+        q = self._encode(tokens, mask)
         return q[0] if single else q
 
     @torch.no_grad()
@@ -74,82 +106,295 @@ class BigLearnVAE:
         Observed patches come back as they are in x.
 
         Args:
-            z: latent vectors (B, Z), or one (Z,).
-            x, S: data and what is observed of it, both or neither.
+            z: latent vectors (B, Z), several for each image (K, B, Z), or one (Z,).
+            x, S: data and what is observed of it, both or neither; one image may serve for all latents.
+
+        Returns:
+            (B, C, H, W), (K, B, C, H, W) or (C, H, W), like z.
         """
         if (x is None) != (S is None):
             raise ValueError("give both x and S, or neither")
-        if z.ndim not in (1, 2) or z.shape[-1] != self.z_dim:
-            raise ValueError(f"expected latents z of shape (B, {self.z_dim}) or ({self.z_dim},), got {tuple(z.shape)}")
-        single = z.ndim == 1
-        z = z.to(next(self.net.parameters())).reshape(-1, self.z_dim)
-        tokens = z.new_zeros(1, self.num_tokens, self.net.token_dim) if x is None else self._tokens(x)[0]
-        if len(tokens) not in (1, len(z)):
-            raise ValueError(f"expected one image for each of the {len(z)} latents, or one for all, got {len(tokens)}")
-        tokens = tokens.expand(len(z), -1, -1)
-        images = self._complete(z, tokens, self._mask(S, len(z), default=False))
-        return images[0] if single else images
+        if z.ndim not in (1, 2, 3) or z.shape[-1] != self.z_dim or not z.numel():
+            raise ValueError(
+                f"expected latents z of shape (B, {self.z_dim}), (K, B, {self.z_dim}) or ({self.z_dim},), "
+                f"got {tuple(z.shape)}"
+            )
+        tokens, mask, _ = self._nothing() if x is None else self._observe(x, S)
+        batch = z.shape[-2] if z.ndim > 1 else 1
+        if len(tokens) not in (1, batch):
+            raise ValueError(f"expected one image for each of the {batch} latents, or one for all, got {len(tokens)}")
+        return self._complete(z.to(tokens), tokens, mask)
 
+    @torch.no_grad()
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """n new images (n, C, H, W): z from the prior, then the mean of p(x | z)."""
-        if n < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {n}")
-        nothing = torch.zeros(1, *self.image_shape, device=self.device)
-        prior = self.encode(nothing, torch.zeros(self.num_tokens, dtype=torch.bool))[0]
-        if self.prior == "standard":
-            prior = DiagGaussian.standard_like(prior)
-        return self.decode(prior.sample(draws=n, seed=seed))
+        _at_least_one("the number of samples", n)
+        tokens, mask, _ = self._nothing()
+        return self._complete(self._encode(tokens, mask)[0].sample(draws=n, seed=seed), tokens, mask)
 
-    def reconstruct(self, x: Tensor, S: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """x from its code alone: z ~ p(z | x_S) (S everything by default), then the mean of p(x | z), (B, C, H, W)."""
-        return self.decode(self.encode(x, S).sample(seed=seed))
+    @torch.no_grad()
+    def reconstruct(
+        self, x: Tensor, S: Tensor | None = None, draws: int | None = None, seed: int | None = None
+    ) -> Tensor:
+        """x from its code alone: z ~ p(z | x_S) (S everything by default), then the mean of p(x | z).
+
+        Args:
+            draws: how many of each image, along a new leading axis: (K, B, C, H, W).
+        """
+        _at_least_one("draws", draws)
+        return self.decode(self.encode(x, S).sample(draws=draws, seed=seed))
 
     @torch.no_grad()
     def inpaint(self, x: Tensor, S: Tensor, draws: int | None = None, seed: int | None = None) -> Tensor:
         """Complete what is missing: z ~ p(z | x_S), then the mean of p(x_T | z, x_S); observed patches are kept.
+
+        With strokes as the observed part this is conditional generation.
 
         Args:
             x: what is outside S may be anything.
             S: what is observed.
             draws: how many completions of each image, along a new leading axis: (K, B, C, H, W).
         """
-        if draws is not None and draws < 1:
-            raise ValueError(f"draws must be at least 1, got {draws}")
-        tokens, single = self._tokens(x)
-        mask = self._mask(S, len(tokens), default=True)
+        _at_least_one("draws", draws)
+        tokens, mask, single = self._observe(x, S)
         q = self._encode(tokens, mask)
-        count = draws or 1
-        noise = normal((count, *q.mean.shape), like=q.mean, seed=seed)
-        images = torch.stack([self._complete(q.sample(part), tokens, mask) for part in noise])  # (K, B, C, H, W)
-        images = images[:, 0] if single else images
-        return images if draws is not None else images[0]
+        return self._complete((q[0] if single else q).sample(draws=draws, seed=seed), tokens, mask)
+
+    def combine(self, *observations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Several observations (x1, S1), (x2, S2), ... as one, (x, S1 u S2 u ...), for every other method.
+
+        So `vae.encode(*vae.combine((x1, S1), (x2, S2)))` is p(z | x_{S1 u S2}). A patch that several observe is
+        taken from the first of them.
+
+        Returns:
+            x: images (B, C, H, W) if all data are images, else tokens (B, L, D); zero where nothing is observed.
+            S: (B, L)
+        """
+        if not observations:
+            raise ValueError("expected at least one pair (x, S), got none")
+        parts = [self._observe(x, S) for x, S in observations]
+        if len({len(part.tokens) for part in parts}) > 1:
+            raise ValueError(f"expected batches of one size, got {[len(part.tokens) for part in parts]}")
+        tokens, mask, single = parts[0]
+        for other in parts[1:]:
+            tokens = torch.where(mask.unsqueeze(-1), tokens, other.tokens)
+            mask = mask | other.mask
+        images = all(tuple(x.shape[-3:]) == self.image_shape for x, _ in observations)
+        x = self.tokenizer.decode(tokens) if images else tokens
+        return (x[0], mask[0]) if single else (x, mask)
+
+    @torch.no_grad()
+    def interpolate(self, x_a: Tensor, x_b: Tensor, steps: int = 9, S: Tensor | None = None) -> Tensor:
+        """Images on the straight line from the code of x_a to that of x_b, the means of p(z | x).
+
+        Args:
+            steps: number of images, both ends among them; at least 2.
+            S: with it the patches S of x_a are kept as observed all along, p(x_T | z, x_S).
+
+        Returns:
+            (steps, B, C, H, W), or (steps, C, H, W) for two single images.
+        """
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2, both ends, got {steps}")
+        start, end = self.encode(x_a).mean, self.encode(x_b).mean
+        if start.shape != end.shape:
+            raise ValueError(f"expected as many images at both ends, got {tuple(x_a.shape)} and {tuple(x_b.shape)}")
+        weights = torch.linspace(0, 1, steps, device=start.device).to(start)
+        path = torch.lerp(start, end, weights.view(-1, *[1] * start.ndim))  # (steps, ..., Z)
+        return self.decode(path) if S is None else self.decode(path, x_a, S)
+
+    @torch.no_grad()
+    def decoding_sensitivity(
+        self, x: Tensor, S: Tensor, dims: Sequence[int], delta: float | Tensor = 5.0
+    ) -> Sensitivity[Tensor]:
+        """What a change of single latent dimensions does to the completion of x_S; z is the mean of p(z | x_S).
+
+        Args:
+            dims: which dimensions, in [0, Z), one after the other.
+            delta: how far each is moved, one number or one for each of `dims`, in the units of z.
+
+        Returns:
+            `.before` (B, C, H, W), the mean of p(x_T | z, x_S), and `.after` (len(dims), B, C, H, W), that of
+            p(x_T | z + delta, x_S).
+        """
+        dims = [int(dim) for dim in dims]
+        if not dims or not all(0 <= dim < self.z_dim for dim in dims):
+            raise ValueError(f"dims must be latent dimensions in [0, {self.z_dim}), at least one, got {dims}")
+        z = self.encode(x, S).mean  # (B, Z) or (Z,)
+        change = torch.zeros(len(dims), self.z_dim, device=z.device, dtype=z.dtype)
+        change[range(len(dims)), dims] = torch.as_tensor(delta).to(z).expand(len(dims))
+        moved = z + (change if z.ndim == 1 else change.unsqueeze(1))
+        return Sensitivity(before=self.decode(z, x, S), after=self.decode(moved, x, S))
+
+    @torch.no_grad()
+    def encoding_sensitivity(self, x: Tensor, S: Tensor | None, change: Tensor) -> Sensitivity[DiagGaussian]:
+        """What a change of the observed data does to the code.
+
+        Args:
+            change: added to x, and of its shape or one that broadcasts to it; outside S it has no influence.
+
+        Returns:
+            `.before` p(z | x_S) and `.after` p(z | x_S + change). How far they are apart is
+            `.after.kl(.before)`, what it looks like `decode(.after.mean, x, S)`.
+        """
+        if not self._observe(x, S).mask.any(-1).all():
+            raise ValueError("expected at least one observed patch in each image, since that is what changes")
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        try:
+            changed = x + change.to(x).expand_as(x)
+        except RuntimeError:
+            raise ValueError(
+                f"expected a change that broadcasts to x, {tuple(x.shape)}, got {tuple(change.shape)}"
+            ) from None
+        return Sensitivity(before=self.encode(x, S), after=self.encode(changed, S))
+
+    def log_prob(
+        self,
+        x: Tensor,
+        T: Tensor | None = None,
+        given: Tensor | None = None,
+        samples: int = 64,
+        variance: float | None = None,
+        seed: int | None = None,
+        unit: str = "nats",
+    ) -> Tensor:
+        """A lower bound on log p(x_T | x_S): joint, marginal or conditional, by importance sampling.
+
+            log 1/K sum_k p(x_T | z_k, x_S) p(z_k | x_S) / p(z_k | x_{S u T}),  z_k ~ p(z | x_{S u T})
+
+        (Burda et al. 2016; with K = 1 it is Eq. 5's bound.) The observations are N(mu, variance I), constants
+        included. Training with weight beta on the KL and unit variance is, up to scale, training with variance beta
+        and weight 1: so the variance is that of the model, beta, unless another is given (`evaluation.fit_variance`
+        fits one). In expectation the bound grows with K, and never exceeds the truth.
+
+        Args:
+            T: what is asked for, by default all that is not given; not empty, disjoint from S.
+            given: S, what is conditioned on; by default nothing.
+            samples: K.
+            variance: of the observations.
+            unit: "nats", or "bits_per_dim": the negative bound in bits for each of the |T| D numbers.
+
+        Returns:
+            float64 (B,), or () for a single image.
+        """
+        if unit not in ("nats", "bits_per_dim"):
+            raise ValueError(f"unit must be 'nats' or 'bits_per_dim', got {unit!r}")
+        weights = self.log_weights(x, T, given, samples, variance, seed)
+        bound = weights.logsumexp(0) - math.log(samples)
+        if unit == "nats":
+            return bound
+        numbers = self._tasks(x, T, given)[2].sum(-1) * self.net.token_dim
+        return -bound / (math.log(2) * numbers.view(bound.shape))
+
+    @torch.no_grad()
+    def log_weights(
+        self,
+        x: Tensor,
+        T: Tensor | None = None,
+        given: Tensor | None = None,
+        samples: int = 64,
+        variance: float | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """The logarithms of the importance weights whose mean `log_prob` takes, float64 (K, B) or (K,).
+
+        For S empty they are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
+        """
+        _at_least_one("samples", samples)
+        variance = self.variance if variance is None else variance
+        if not 0 < variance < math.inf:
+            raise ValueError(f"variance must be positive, got {variance}: give one, log_prob(..., variance=0.01)")
+        tokens, S, T, single = self._tasks(x, T, given)
+        q, p = self._encode(tokens, S | T).double(), self._encode(tokens, S).double()
+        numbers = T.sum(-1) * self.net.token_dim  # (B,)
+        constant = 0.5 * numbers * (LOG_2PI + math.log(variance))
+        result = []
+        for noise in _noise(samples, q.mean, max(1, self.chunk // len(tokens)), seed):
+            z = q.sample(noise)  # (k, B, Z)
+            error = self._squared_error(z.to(tokens), tokens, S, T)
+            result.append(-0.5 * error / variance - constant + p.log_prob(z) - q.log_prob(z))
+        weights = torch.cat(result)
+        return weights[:, 0] if single else weights
+
+    def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Tokens, S, T and whether there was no batch axis, for `log_prob`."""
+        batch = len(self._tokens(x)[0])
+        S = self._mask(given, batch, default=False)
+        T = ~S if T is None else self._mask(T, batch, default=True)
+        if (S & T).any():
+            raise ValueError(f"T and given must be disjoint, {int((S & T).sum())} patches are in both")
+        if not T.any(-1).all():
+            raise ValueError("T must hold at least one patch of each image; a patch counts if all of its pixels do")
+        tokens, _, single = self._observe(x, S | T)
+        return tokens, S, T, single
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> DiagGaussian:
-        parts = [self.net(*part) for part in self._chunks(tokens, mask)]
-        return DiagGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.logvar for q in parts]))
+        parts = [self.net(*part) for part in zip(tokens.split(self.chunk), mask.split(self.chunk), strict=True)]
+        q = DiagGaussian(torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts]))
+        if self.prior == "learned":
+            return q
+        nothing = ~mask.any(-1, keepdim=True)
+        return DiagGaussian(q.mean.masked_fill(nothing, 0), q.logvar.masked_fill(nothing, 0))
+
+    def _decode(self, z: Tensor, tokens: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The network's mean (n, L, D) for z (..., Z), and whose tokens it belongs to (n,), a part at a time.
+
+        Tokens are those of the last axis but one of z, or of one image for all.
+        """
+        z = z.reshape(-1, self.z_dim)
+        for start in range(0, len(z), self.chunk):
+            part = z[start : start + self.chunk]
+            rows = torch.arange(start, start + len(part), device=z.device) % len(tokens)
+            yield self.net(tokens[rows], mask[rows], part), rows
 
     def _complete(self, z: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The mean of p(x_T | z, x_S) with x_S in its place, as images."""
+        """The mean of p(x_T | z, x_S) with x_S in its place, as images (..., C, H, W)."""
+        observed = self.tokenizer.decode(tokens)
+        kept = masks.to_pixels(mask, self.grid, self.image_shape[1:]).unsqueeze(1)
+        images = [
+            torch.where(kept[rows], observed[rows], self.tokenizer.decode(mean).clamp(0, 1))
+            for mean, rows in self._decode(z, tokens, mask)
+        ]
+        return torch.cat(images).view(*z.shape[:-1], *self.image_shape)
 
-        def complete(tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-            return self.tokenizer.decode(torch.where(mask.unsqueeze(-1), tokens, self.net(tokens, mask, z)))
+    def _squared_error(self, z: Tensor, tokens: Tensor, S: Tensor, T: Tensor) -> Tensor:
+        """Sum over T of (x - mu)^2 for z (k, B, Z): float64 (k, B)."""
+        errors = [
+            (tokens[rows] - mean).masked_fill(~T[rows].unsqueeze(-1), 0).double().square().sum((-2, -1))
+            for mean, rows in self._decode(z, tokens.masked_fill(~S.unsqueeze(-1), 0), S)
+        ]
+        return torch.cat(errors).view(z.shape[:-1])
 
-        return torch.cat([complete(*part) for part in self._chunks(tokens, mask, z)])
+    def _nothing(self) -> _Observed:
+        """One image of which nothing is observed."""
+        tokens = next(self.net.parameters()).new_zeros(1, self.num_tokens, self.net.token_dim)
+        return _Observed(tokens, self._mask(None, 1, default=False), False)
 
-    def _chunks(self, *tensors: Tensor):
-        return zip(*(tensor.split(self.chunk) for tensor in tensors), strict=True)
+    def _observe(self, x: Tensor, S: Tensor | None) -> _Observed:
+        """What is observed of data, S being everything by default."""
+        tokens, single = self._tokens(x)
+        mask = self._mask(S, len(tokens), default=True)
+        tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0)
+        bad = ~tokens.isfinite()
+        if bad.any():
+            raise ValueError(
+                f"expected finite values where S says observed, got NaN or infinity in {int(bad.any(-1).sum())} "
+                "observed patches: leave them out of S, such as by S = ~x.isnan().any(1), pixels (B, H, W)"
+            )
+        return _Observed(tokens, mask, single)
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, bool]:
         """Images or tokens, a batch or one -> tokens (B, L, D) on the device, and whether there was no batch axis."""
         token_shape = (self.num_tokens, self.net.token_dim)
-        x = x.to(self.device)
-        if not x.is_floating_point() and x.dtype != torch.uint8:
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
             raise ValueError(
-                f"expected images in [0, 1] or tokens as floating-point numbers, or uint8 images, got {x.dtype}"
+                "expected a tensor of images in [0, 1] or tokens as floating-point numbers, or of uint8 images, "
+                f"got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
             )
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.to(next(self.net.parameters()).dtype)
-        encode: Callable[[Tensor], Tensor] = self.tokenizer.encode
-        for shape, convert in ((self.image_shape, encode), (token_shape, lambda tokens: tokens)):
+        x = x.to(self.device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        x = x.to(next(self.net.parameters()).dtype)
+        for shape, convert in ((self.image_shape, self.tokenizer.encode), (token_shape, lambda tokens: tokens)):
             if tuple(x.shape) == shape:
                 return convert(x.unsqueeze(0)), True
             if x.ndim == len(shape) + 1 and tuple(x.shape[1:]) == shape and len(x):
@@ -163,8 +408,9 @@ class BigLearnVAE:
         """A mask over patches or pixels, one for all or one each -> boolean (B, L); `default` everywhere without S."""
         if S is None:
             return torch.full((batch, self.num_tokens), default, device=self.device)
-        if S.dtype != torch.bool:
-            raise ValueError(f"expected a boolean mask, True = observed, got {S.dtype}")
+        if not isinstance(S, Tensor) or S.dtype != torch.bool:
+            got = S.dtype if isinstance(S, Tensor) else type(S).__name__
+            raise ValueError(f"expected a boolean mask, a tensor with True = observed, got {got}")
         # Patches are tried first: a mask (B, L) may look like one of pixels, (H, W).
         mask = S.to(self.device)
         if tuple(S.shape) != (batch, self.num_tokens) and tuple(S.shape[-2:]) == self.image_shape[1:]:
@@ -175,3 +421,19 @@ class BigLearnVAE:
                 f"L = {self.num_tokens} and H x W = {self.image_shape[1]} x {self.image_shape[2]}, got {tuple(S.shape)}"
             )
         return mask.expand(batch, -1)
+
+
+def _at_least_one(name: str, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _noise(draws: int, like: Tensor, at_once: int, seed: int | None) -> Iterator[Tensor]:
+    """Standard normal numbers for `draws` draws like (B, Z), (k, B, Z) at a time; the same whatever `at_once` is."""
+    generator = torch.Generator(like.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    for start in range(0, draws, at_once):
+        count = min(at_once, draws - start)
+        yield torch.stack(
+            [torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator) for _ in range(count)]
+        )

@@ -310,6 +310,28 @@ def measure(
     }
 
 
+def measure_likelihood(
+    vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int
+) -> dict[str, Any]:
+    """Bounds on log-likelihoods, with the model's variance and with one fitted on training images, and consistency."""
+    count = settings.likelihood_images
+    images = getattr(splits, split)[:count]
+    fitted = evaluation.fit_variance(vae, splits.train[: 10 * count], seed)
+    variances = {"model": vae.variance, "fitted": fitted}
+    bounds = {
+        name: {"variance": variance} | evaluation.likelihood(vae, images, settings.samples, variance, seed)
+        for name, variance in variances.items()
+        if variance > 0  # it is beta, and a run may have been trained without a KL
+    }
+    agreement = {}
+    if vae.num_tokens > 1:
+        agreement = evaluation.consistency(vae, images, settings.samples, fitted if vae.variance == 0 else None, seed)
+    return {
+        "likelihood": {"images": len(images), "samples": settings.samples} | bounds,
+        "consistency": agreement,
+    }
+
+
 def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
     run = Path(str(cfg.run)).expanduser()
@@ -333,6 +355,8 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
         "parameters": count_parameters(vae.net),
     }
     result |= measure(vae, config.objective(trained), splits, cfg, cfg.split, cfg.seed)
+    print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
+    result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
     _write_json(run / "evaluation.json", result)
     print(report(result, run, cfg.split))
     return result
@@ -370,6 +394,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
             "in-painting: PSNR in dB over the missing pixels",
             *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),
             "",
+            *_likelihood_lines(result),
             *(f"{run / name!s:<60} {what}" for name, what in files.items() if (run / name).exists()),
             "",
             f"next: python scripts/evaluate.py run={run}",
@@ -377,6 +402,31 @@ def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
             f'      in Python: import biglearn_vae as blv; vae = blv.load("{run}")',
         ]
     )
+
+
+def _likelihood_lines(result: dict[str, Any]) -> list[str]:
+    """The log-likelihoods and the consistency of an evaluation, as a table; nothing if they were not measured."""
+    if "likelihood" not in result:
+        return []
+    likelihood, agreement, tasks = result["likelihood"], result["consistency"], ("joint", "marginal", "conditional")
+    lines = [
+        f"bounds on log p under N(mu, variance I), {likelihood['images']} images, {likelihood['samples']} samples each",
+        f"  {'':<40}" + "".join(f"{task:>13}" for task in tasks),
+    ]
+    for name, what in (("model", "beta"), ("fitted", "fitted on training images")):
+        if bounds := likelihood.get(name):
+            head = f"variance {bounds['variance']:.4g}, {what}: "
+            lines.append(f"  {head + 'nats':<40}" + "".join(f"{bounds[f'{task}_nats']:>13.2f}" for task in tasks))
+            cells = "".join(f"{bounds[f'{task}_bits_per_dim']:>13.3f}" for task in tasks)
+            lines.append(f"  {'bits per dimension':>40}" + cells)
+    if agreement:
+        lines += [
+            "consistency: log p(a) + log p(b | a) and log p(b) + log p(a | b) differ by "
+            f"{agreement['order_gap']:.2f} nats, {agreement['order_noise']:.2f} of it by estimation alone;",
+            f"  p(z | x_S) is {agreement['posterior_gap']:.2f} nats from the posterior of Bayes' rule "
+            f"({agreement['effective_samples']:.0%} effective samples)",
+        ]
+    return [*lines, ""]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

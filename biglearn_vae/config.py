@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Settings in which a run may differ from what it was started with, and still go on.
 FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "evaluation.images")
 FREE += ("evaluation.masks", "evaluation.ratios", "evaluation.draws")
+EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
 IN_NAME = ("data", "case", "method", "seed")
 CONFIG_FILE = "config.yaml"
 
@@ -123,7 +124,7 @@ def check_evaluation(settings: "DictConfig", where: str = "") -> None:
     """Raise a ValueError for what would fail at the end of a run: counts below 1, shares outside [0, 1]."""
     from omegaconf import OmegaConf
 
-    hints = {"ratios": list[float], **dict.fromkeys(("valid_images", "valid_draws", "images", "masks", "draws"), int)}
+    hints = {"ratios": list[float], **dict.fromkeys(EVALUATION_COUNTS, int)}
     values = {name: value for name, value in OmegaConf.to_container(settings).items() if name in hints}
     check_types(hints, values, where.rstrip("."))
     for name, value in values.items():
@@ -146,9 +147,12 @@ def tokenizer(cfg: "DictConfig") -> Patchify:
 
 
 def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
-    """The data of these settings, from another root if one is given."""
+    """The data of these settings, from another root if one is given, less what `missing` says was never recorded."""
+    missing = {"missing": cfg.get("missing", 0.0), "missing_unit": cfg.get("missing_unit", "patch")}
+    check_types({"missing": float, "missing_unit": str}, missing, "")
     settings = {name: value for name, value in dict(cfg.data).items() if name != "patch_size"}
-    return data.load(**settings | ({"root": root} if root else {}))
+    splits = data.load(**settings | ({"root": root} if root else {}))
+    return data.with_missing(splits, missing["missing"], tokenizer(cfg).grid, missing["missing_unit"])
 
 
 def network(cfg: "DictConfig", tokens: Patchify) -> torch.nn.Module:
@@ -185,7 +189,7 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     state, path = checkpoint_of(run, which)
     checkpoint.load_weights(net, state.get("average") or state["net"], path)
     net = net.to(pick_device(device)).requires_grad_(False)
-    return BigLearnVAE(net, tokens, prior=cfg.loss.prior), state, path
+    return BigLearnVAE(net, tokens, prior=cfg.loss.prior, variance=cfg.loss.beta), state, path
 
 
 def saved(run: str | Path) -> "DictConfig":

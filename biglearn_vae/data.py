@@ -8,13 +8,14 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from biglearn_vae import masks
 from biglearn_vae.distributed import World, derive_seed
 
 if TYPE_CHECKING:
@@ -34,21 +35,37 @@ class ImageSet:
     Attributes:
         pixels: uint8 (N, C, H, W).
         labels: int64 (N,), or None.
+        recorded: boolean (N, rows, columns), which cells of a grid on each image were ever recorded, or None for all.
     """
 
     pixels: Tensor
     labels: Tensor | None = None
+    recorded: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index) -> Tensor:
-        """These images as float32 in [0, 1]: (B, C, H, W) for a slice or a tensor of positions."""
-        return self.pixels[index].float() / 255
+        """These images as float32 in [0, 1], (B, C, H, W) for a slice or a tensor of positions.
+
+        What was never recorded is NaN.
+        """
+        images = self.pixels[index].float() / 255
+        if self.recorded is None:
+            return images
+        cells = self.recorded[index]  # (B, rows, columns)
+        hidden = ~masks.to_pixels(cells.flatten(-2), cells.shape[-2:], images.shape[-2:])
+        return images.masked_fill(hidden.unsqueeze(-3), torch.nan)
+
+    def select(self, index: Tensor) -> "ImageSet":
+        """The set of these images alone."""
+        parts = (self.pixels, self.labels, self.recorded)
+        return ImageSet(*(None if part is None else part[index] for part in parts))
 
     def to(self, device: torch.device) -> "ImageSet":
         """The same set, resident on the device."""
-        return ImageSet(self.pixels.to(device), self.labels)
+        recorded = None if self.recorded is None else self.recorded.to(device)
+        return ImageSet(self.pixels.to(device), self.labels, recorded)
 
     def fingerprint(self) -> str:
         """A short digest of the size and of at most 1,000 evenly spaced images, to tell one data set from another."""
@@ -139,6 +156,41 @@ def load(name: str, root: str | None = None, image_size: int | None = None, chan
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     sizes = {k: v for k, v in dict(image_size=image_size, channels=channels).items() if v is not None}
     return SOURCES[name](Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser(), **sizes)
+
+
+def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str = "patch") -> Splits:
+    """The same data of which a share was never recorded, completely at random; the test images stay complete.
+
+    Args:
+        share: of what is lost, in [0, 1).
+        grid: rows and columns of patches.
+        unit: "patch" loses that share of the patches of each training and validation image, rounded; "image" loses
+            whole images.
+
+    Raises:
+        ValueError: if nothing would be left, or on values outside these.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"missing must be a share in [0, 1), got {share}")
+    if unit not in ("patch", "image"):
+        raise ValueError(f"missing_unit must be 'patch' or 'image', got {unit!r}")
+    if share == 0:
+        return splits
+    parts = {
+        name: _lose(getattr(splits, name), share, grid, unit, derive_seed("missing", SPLIT_SEED, name))
+        for name in ("train", "valid")
+    }
+    return replace(splits, **parts)
+
+
+def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed: int) -> ImageSet:
+    pool = len(images) if unit == "image" else grid[0] * grid[1]
+    if round((1 - share) * pool) < 1:
+        raise ValueError(f"missing={share} would leave nothing of {pool} {unit}{'es' if unit == 'patch' else 's'}")
+    if unit == "image":
+        return images.select(shuffled(pool, seed)[: round((1 - share) * pool)].sort().values)
+    recorded = masks.random(len(images), pool, 1 - share, seed=seed)
+    return replace(images, recorded=recorded.unflatten(-1, grid))
 
 
 def images(

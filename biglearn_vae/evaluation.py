@@ -1,4 +1,4 @@
-"""Numbers about a trained model: test ELBOs, and in-painting against the nearest training images.
+"""Numbers about a trained model: ELBOs, likelihoods, consistency, in-painting against the nearest training images.
 
 N images, L tokens, D token dimension.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from biglearn_vae import masks
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.distributed import StepRandom
+from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.losses import ELBO, BigLearnELBO
 
 CHUNK = 1024  # images at a time
@@ -49,15 +49,16 @@ def inpainting_psnr(
     """PSNR over the missing pixels of the posterior-mean completion, by the ratio of patches observed.
 
     The completion is the mean of `draws` completions, an estimate of E[x_T | x_S], the guess with the least expected
-    squared error. The masks are `hidden_masks` with the same seed.
+    squared error. The masks are `hidden_masks` with the same seed. What was never recorded (NaN) is neither observed
+    nor asked for.
     """
     result = {}
-    for ratio, S in hidden_masks(len(images), vae.num_tokens, ratios, seed).items():
+    for ratio, (S, hidden) in _tasks(vae, images, ratios, seed).items():
         # All draws of a part at a time, at most 2^26 numbers.
         rows = max(1, 2**26 // (draws * images[0].numel()))
         parts = zip(images.split(rows), S.split(rows), strict=True)
         completed = torch.cat([vae.inpaint(x, mask, draws, seed + k).mean(0) for k, (x, mask) in enumerate(parts)])
-        result[ratio] = psnr(completed, images.to(vae.device), pixel_mask(S, vae))
+        result[ratio] = psnr(completed, images.to(vae.device), hidden)
     return result
 
 
@@ -72,23 +73,34 @@ def nearest_psnr(
     """
     target, known = vae.tokenizer.encode(images.to(vae.device)), vae.tokenizer.encode(train.to(vae.device))
     result = {}
-    for ratio, S in hidden_masks(len(images), vae.num_tokens, ratios, seed).items():
-        completed = nearest_completion(target, S.to(vae.device), known, neighbours)
-        result[ratio] = psnr(vae.tokenizer.decode(completed), images.to(vae.device), pixel_mask(S, vae))
+    for ratio, (S, hidden) in _tasks(vae, images, ratios, seed).items():
+        completed = nearest_completion(target, S, known, neighbours)
+        result[ratio] = psnr(vae.tokenizer.decode(completed), images.to(vae.device), hidden)
     return result
 
 
 def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10) -> Tensor:
-    """The mean of the training tokens (M, L, D) that are nearest to x (N, L, D) over the patches S (N, L)."""
-    seen = S.unsqueeze(-1).to(x.dtype).expand_as(x).flatten(1)  # (N, L D)
-    table = train.flatten(1)  # (M, L D)
+    """The mean of the training tokens (M, L, D) that are nearest to x (N, L, D) over the patches S (N, L).
+
+    Where training tokens were not recorded (NaN), the distance is the mean over the numbers that both have, and the
+    completion the mean of the neighbours that have them, or else of all training images.
+    """
+    seen = S.unsqueeze(-1).expand_as(x).flatten(1).to(x.dtype)  # (N, L D)
+    x_seen = x.flatten(1).masked_fill(seen == 0, 0)
+    has = (~train.isnan()).flatten(1).to(x.dtype)  # (M, L D)
+    table = train.nan_to_num(0).flatten(1)
+    everyone = table.sum(0) / has.sum(0).clamp(min=1)
     chosen = []
-    for part, mask in zip(x.flatten(1).split(CHUNK), seen.split(CHUNK), strict=True):
-        # |S (x - y)|^2 less its first term, which is the same for every y
-        distance = mask @ table.square().T - 2 * (mask * part) @ table.T
+    for part, mask in zip(x_seen.split(CHUNK), seen.split(CHUNK), strict=True):
+        # sum of (x - y)^2 over what both have, and how many numbers that is
+        distance = mask @ table.square().T - 2 * part @ table.T + part.square() @ has.T
+        shared = mask @ has.T
+        distance = torch.where(shared > 0, distance / shared.clamp(min=1), torch.inf)
         nearest = distance.topk(min(neighbours, len(table)), largest=False).indices
-        chosen.append(torch.stack([table[rows].mean(0) for rows in nearest]))
-    return torch.cat(chosen).view_as(x)
+        for rows in nearest:
+            count = has[rows].sum(0)
+            chosen.append(torch.where(count > 0, table[rows].sum(0) / count.clamp(min=1), everyone))
+    return torch.stack(chosen).view_as(x)
 
 
 def hidden_masks(count: int, num_tokens: int, ratios: Sequence[float], seed: int = 0) -> dict[float, Tensor]:
@@ -97,15 +109,104 @@ def hidden_masks(count: int, num_tokens: int, ratios: Sequence[float], seed: int
     return {ratio: masks.random(count, num_tokens, min(ratio, largest), seed=seed) for ratio in ratios}
 
 
+def _tasks(
+    vae: BigLearnVAE, images: Tensor, ratios: Sequence[float], seed: int
+) -> dict[float, tuple[Tensor, Tensor]]:
+    """By ratio, the observed patches (N, L) and the hidden pixels (N, 1, H, W) of what was recorded of images."""
+    recorded = masks.recorded(vae.tokenizer.encode(images.to(vae.device)))
+    result = {}
+    for ratio, S in hidden_masks(len(images), vae.num_tokens, ratios, seed).items():
+        S = S.to(vae.device)
+        result[ratio] = S & recorded, pixel_mask(~S & recorded, vae)
+    return result
+
+
 def pixel_mask(S: Tensor, vae: BigLearnVAE) -> Tensor:
-    """Patch masks (N, L) -> which pixels are observed, (N, 1, H, W)."""
-    (rows, columns), (_, height, width) = vae.grid, vae.image_shape
-    cells = S.to(vae.device).unflatten(1, (rows, columns)).unsqueeze(1)
-    return cells.repeat_interleave(height // rows, dim=2).repeat_interleave(width // columns, dim=3)
+    """Patch masks (N, L) -> the same of pixels, (N, 1, H, W), on the model's device."""
+    return masks.to_pixels(S.to(vae.device), vae.grid, vae.image_shape[1:]).unsqueeze(1)
 
 
-def psnr(completed: Tensor, images: Tensor, observed: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all hidden pixels of all images together, for a peak of 1."""
-    hidden = (~observed).expand_as(images)
+def psnr(completed: Tensor, images: Tensor, hidden: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB over all hidden pixels, a mask (N, 1, H, W), for a peak of 1."""
+    hidden = hidden.expand_as(images)
     error = (completed - images)[hidden].double().square().mean().item()
     return -10 * math.log10(error) if error else math.inf
+
+
+@torch.no_grad()
+def fit_variance(vae: BigLearnVAE, images: Tensor, seed: int = 0) -> float:
+    """The variance of N(mu, variance I) under which images are likeliest, as their JointELBO sees it.
+
+    That is the mean squared error of a reconstruction, z ~ p(z | x), over all numbers that were recorded. Fit it on
+    training images; `vae.log_prob(..., variance=)` takes it.
+    """
+    total, count = 0.0, 0
+    for k, chunk in enumerate(images.split(CHUNK)):
+        tokens = vae.tokenizer.encode(chunk.to(vae.device))
+        recorded = masks.recorded(tokens)
+        z = vae.encode(tokens, recorded).sample(seed=derive_seed("variance", seed, k))
+        error = (vae.net(torch.zeros_like(tokens), torch.zeros_like(recorded), z) - tokens)[recorded]
+        total, count = total + error.double().square().sum().item(), count + error.numel()
+    return total / count
+
+
+def likelihood(
+    vae: BigLearnVAE, images: Tensor, samples: int = 64, variance: float | None = None, seed: int = 0
+) -> dict[str, float]:
+    """Bounds on log-likelihoods (`BigLearnVAE.log_prob`), mean per image in nats and in bits per dimension.
+
+    joint: of the whole image; marginal: of a random half of its patches, another half for each image; conditional: of
+    the other half given that one.
+    """
+    A = masks.random(len(images), vae.num_tokens, 0.5, seed=seed)
+    result = {}
+    for name, T, given in (("joint", A | ~A, None), ("marginal", A, None), ("conditional", ~A, A)):
+        nats = vae.log_prob(images, T, given, samples, variance, seed).mean().item()
+        result[f"{name}_nats"] = nats
+        result[f"{name}_bits_per_dim"] = -nats / (math.log(2) * T[0].sum().item() * vae.net.token_dim)
+    return result
+
+
+def consistency(
+    vae: BigLearnVAE, images: Tensor, samples: int = 256, variance: float | None = None, seed: int = 0
+) -> dict[str, float]:
+    """How far the learned conditionals are from those of one joint distribution.
+
+    For each image, random disjoint sets of patches A and B, of uniform sizes from 1 on:
+
+    - order_gap: |log p(x_A) + log p(x_B | x_A) - log p(x_B) - log p(x_A | x_B)|, mean over images, in nats. Both
+      orders give log p(x_A, x_B) if the conditionals agree.
+    - order_noise: the same between two estimates of one order, with other draws: what estimation alone explains.
+    - posterior_gap: KL[p(z | x_S) || p(z) p(x_S | z) / p(x_S)] in nats, from the posterior of Bayes' rule, S = A,
+      as -mean log of self-normalised importance weights times K; for finite K it is a little too small.
+    - effective_samples: (sum w)^2 / sum w^2 / K of those weights, 1 if the two are equal.
+
+    Args:
+        samples: K, of every estimate.
+    """
+    A, B = _disjoint_pairs(len(images), vae.num_tokens, seed)
+
+    def log_joint(A: Tensor, B: Tensor, k: int) -> Tensor:
+        seeds = [derive_seed("consistency", seed, k, part) for part in range(2)]
+        marginal = vae.log_prob(images, A, None, samples, variance, seeds[0])
+        return marginal + vae.log_prob(images, B, A, samples, variance, seeds[1])
+
+    one, again, other = log_joint(A, B, 0), log_joint(A, B, 1), log_joint(B, A, 2)
+    weights = vae.log_weights(images, A, None, samples, variance, derive_seed("posterior", seed))
+    normalised = weights.log_softmax(0)  # (K, N)
+    return {
+        "order_gap": (one - other).abs().mean().item(),
+        "order_noise": (one - again).abs().mean().item(),
+        "posterior_gap": -(normalised + math.log(samples)).mean().item(),
+        "effective_samples": (1 / (normalised.exp().square().sum(0) * samples)).mean().item(),
+    }
+
+
+def _disjoint_pairs(count: int, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Masks A and B (N, L), neither empty: |A| uniform in 1 .. L - 1, |B| uniform in 1 .. L - |A|."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = torch.rand(count, num_tokens, generator=generator).argsort(-1)
+    uniform = torch.rand(count, 2, 1, generator=generator)
+    a = 1 + (uniform[:, 0] * (num_tokens - 1)).floor()
+    b = 1 + (uniform[:, 1] * (num_tokens - a)).floor()
+    return rank < a, (rank >= a) & (rank < a + b)

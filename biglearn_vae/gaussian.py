@@ -38,6 +38,10 @@ class DiagGaussian:
         """The distributions at these batch positions."""
         return DiagGaussian(self.mean[index], self.logvar[index])
 
+    def double(self) -> "DiagGaussian":
+        """The same in float64."""
+        return DiagGaussian(self.mean.double(), self.logvar.double())
+
     def sample(self, noise: Tensor | None = None, *, draws: int | None = None, seed: int | None = None) -> Tensor:
         """Reparameterised sample, mean + std * noise, of shape (..., Z).
 

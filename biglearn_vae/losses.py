@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from biglearn_vae import masks
 from biglearn_vae.distributed import StepRandom
 from biglearn_vae.gaussian import LOG_2PI
 from biglearn_vae.masks import MaskSampler
@@ -103,7 +104,7 @@ class BigLearnELBO:
     def __call__(
         self,
         net: nn.Module,
-        x: Tensor,
+        x: Tensor | tuple[Tensor, Tensor],
         S: Tensor | None = None,
         T: Tensor | None = None,
         noise: Tensor | None = None,
@@ -115,7 +116,8 @@ class BigLearnELBO:
 
         Args:
             net: a network with the forward of `models.MaskedViT`, wrapped or not.
-            x: tokens (B, L, D).
+            x: tokens (B, L, D), or a pair of tokens and a boolean mask (B, L) of those that were ever recorded. A NaN
+                in a token means that it was not, too. What was not recorded is in neither S nor T.
             S, T: disjoint boolean masks (B, L), T not empty; drawn by `masks` if not given.
             noise: standard normal numbers (B, Z) that become z; drawn if not given.
             random: where what is not given is drawn from.
@@ -128,8 +130,12 @@ class BigLearnELBO:
             raise ValueError("give S, T and noise, or random to draw them from")
         if (S is None) != (T is None):
             raise ValueError("give both S and T, or neither to have them drawn")
+        x, recorded = _recorded(x)
         if S is None:
-            S, T = random.rows(len(x), lambda rows, generator: self.masks(rows, x.shape[1], generator))
+            # What is random is drawn for all processes together, of whose data this one knows its own alone.
+            drawn = random.rows(len(x), lambda rows, generator: self.masks.draw(rows, x.shape[1], generator))
+            S, T = self.masks.assign(*drawn, recorded)
+        S, T = S & recorded, T & recorded
         q, p = self._posterior_and_prior(net, x, S, T)
         if noise is None:
             noise = random.normal(tuple(q.mean.shape), q.mean.dtype)
@@ -149,3 +155,17 @@ class BigLearnELBO:
             return net(x, S | T), None
         both = net(torch.cat([x, x]), torch.cat([S | T, S]))
         return both[: len(x)], both[len(x) :]
+
+
+def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The tokens of a batch and which of them were recorded."""
+    x, given = (batch, None) if isinstance(batch, Tensor) else batch
+    recorded = masks.recorded(x)
+    if given is None:
+        return x, recorded
+    if given.dtype != torch.bool or given.shape != recorded.shape:
+        raise ValueError(
+            f"expected a boolean mask of what was recorded, of shape {tuple(recorded.shape)}, "
+            f"got {given.dtype} {tuple(given.shape)}"
+        )
+    return x, recorded & given

@@ -43,16 +43,36 @@ class MaskSampler:
         if self.ratios_per not in ("sample", "step"):
             raise ValueError(f"ratios_per must be 'sample' or 'step', got {self.ratios_per!r}")
 
-    def __call__(self, batch_size: int, num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw (S, T), each boolean (batch_size, num_tokens), on the generator's device."""
+    def __call__(
+        self, batch_size: int, num_tokens: int, generator: torch.Generator, recorded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw (S, T), each boolean (batch_size, num_tokens), on the generator's device.
+
+        Args:
+            recorded: boolean (batch_size, num_tokens), the patches that were ever recorded; by default all. S and T
+                are subsets of them, with L their number. T is empty only where nothing was recorded.
+        """
+        if recorded is None:
+            recorded = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=generator.device)
+        return self.assign(*self.draw(batch_size, num_tokens, generator), recorded)
+
+    def draw(self, batch_size: int, num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The random numbers behind (S, T), in [0, 1]: S-ratios (B, 1), T-ratios (B, 1) and an order (B, L)."""
         rows = batch_size if self.ratios_per == "sample" else 1
-        s = (_beta(self.s_ratio, rows, generator) * num_tokens).floor().clamp(max=num_tokens - 1)
-        t = (_beta(self.t_ratio, rows, generator) * (num_tokens - s)).ceil().clamp(min=1)
+        s_ratio, t_ratio = (_beta(parameters, rows, generator) for parameters in (self.s_ratio, self.t_ratio))
         joint = torch.rand(rows, generator=generator, device=generator.device) < self.joint
-        s, t = s.masked_fill(joint, 0), t.masked_fill(joint, num_tokens)
-        order = _shuffled(batch_size, num_tokens, generator)
-        s, t = s.unsqueeze(-1), t.unsqueeze(-1)  # (rows, 1)
-        return order < s, (order >= s) & (order < s + t)
+        ratios = (s_ratio.masked_fill(joint, 0), t_ratio.masked_fill(joint, 1))
+        order = torch.rand(batch_size, num_tokens, generator=generator, device=generator.device)
+        return *(ratio.unsqueeze(-1).expand(batch_size, 1) for ratio in ratios), order
+
+    @staticmethod
+    def assign(s_ratio: Tensor, t_ratio: Tensor, order: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, T) from what `draw` gave, among the patches that were recorded (B, L)."""
+        count = recorded.sum(-1, keepdim=True)  # (B, 1)
+        s = (s_ratio * count).floor().minimum(count - 1)
+        t = (t_ratio * (count - s)).ceil().clamp(min=1)
+        rank = order.masked_fill(~recorded, 2).argsort(dim=-1).argsort(dim=-1)  # recorded patches come first
+        return rank < s, (rank >= s) & (rank < s + t) & recorded
 
 
 def _beta(parameters: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
@@ -67,18 +87,13 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
     return torch.sigmoid(logs[:, 0] - logs[:, 1])
 
 
-def _shuffled(batch_size: int, num_tokens: int, generator: torch.Generator) -> Tensor:
-    """(B, L): each row a uniform permutation of 0 .. L - 1."""
-    return torch.rand(batch_size, num_tokens, generator=generator, device=generator.device).argsort(dim=-1)
-
-
 def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = None) -> Tensor:
     """Masks (B, L) in which a random `ratio` of the patches, rounded, is observed: the same ones for the same seed."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    return _shuffled(batch_size, num_tokens, generator) < round(ratio * num_tokens)
+    return torch.rand(batch_size, num_tokens, generator=generator).argsort(dim=-1) < round(ratio * num_tokens)
 
 
 def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
@@ -119,3 +134,14 @@ def from_pixels(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f"a mask of {height} x {width} pixels does not fit a grid of {grid[0]} x {grid[1]} patches")
     cells = pixels.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1))  # (..., rows, P, columns, P)
     return cells.all(dim=-1).all(dim=-2).flatten(-2)
+
+
+def to_pixels(S: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Patch masks (..., L) -> pixel masks (..., H, W), for images of `size` = (H, W)."""
+    cells = S.unflatten(-1, grid)
+    return cells.repeat_interleave(size[0] // grid[0], dim=-2).repeat_interleave(size[1] // grid[1], dim=-1)
+
+
+def recorded(tokens: Tensor) -> Tensor:
+    """Which tokens of (B, L, D) were recorded, (B, L): those without a NaN."""
+    return ~tokens.isnan().any(dim=-1)

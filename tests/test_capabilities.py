@@ -48,6 +48,12 @@ def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def images_of(vae: BigLearnVAE, tokens: Tensor, x: Tensor | None = None, S: Tensor | None = None) -> Tensor:
+    """The network's tokens as images in [0, 1], with what is observed of the tokens x in its place."""
+    tokens = tokens.clamp(0, 1)
+    return vae.tokenizer.decode(tokens if x is None else torch.where(S.unsqueeze(-1), x, tokens))
+
+
 def close(one: Tensor, other: Tensor) -> None:
     assert one.dtype == other.dtype == torch.float32
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -115,9 +121,8 @@ def test_decode_is_the_net(vae):
     x, S, z = pictures(vae), some(vae), latents()
     tokens = vae.tokenizer.encode(x)
     nothing = torch.zeros_like(S)
-    close(vae.decode(z), vae.tokenizer.decode(vae.net(tokens, nothing, z)))
-    expected = torch.where(S.unsqueeze(-1), tokens, vae.net(tokens, S, z))
-    close(vae.decode(z, x, S), vae.tokenizer.decode(expected))
+    close(vae.decode(z), images_of(vae, vae.net(tokens, nothing, z)))
+    close(vae.decode(z, x, S), images_of(vae, vae.net(tokens, S, z), tokens, S))
     assert torch.equal(vae.decode(z, x, nothing), vae.decode(z))
 
 
@@ -142,7 +147,7 @@ def test_reconstruct_by_its_formula(vae):
         tokens = vae.tokenizer.encode(x)
         q = vae.net(tokens, seen)
         z = q.mean + (0.5 * q.logvar).exp() * noise(11, B, Z)
-        expected = vae.tokenizer.decode(vae.net(tokens, torch.zeros_like(S), z))
+        expected = images_of(vae, vae.net(tokens, torch.zeros_like(S), z))
         close(vae.reconstruct(x, given, seed=11), expected)
 
 
@@ -154,7 +159,7 @@ def test_inpaint_by_its_formula(vae):
     assert several.shape == (4, B, *vae.image_shape)
     for result, e in zip(several, noise(5, 4, B, Z), strict=True):
         z = q.mean + (0.5 * q.logvar).exp() * e
-        close(result, vae.tokenizer.decode(torch.where(S.unsqueeze(-1), tokens, vae.net(tokens, S, z))))
+        close(result, images_of(vae, vae.net(tokens, S, z), tokens, S))
 
 
 @pytest.mark.parametrize("name", ["universal", "two-stack", "colour"])
@@ -168,7 +173,7 @@ def test_sample_by_its_formula(name, n):
         if prior == "learned":
             p = vae.net(zeros, nothing)
             z = p.mean + (0.5 * p.logvar).exp() * z
-        close(vae.sample(n, seed=2), vae.tokenizer.decode(vae.net(zeros, nothing, z)))
+        close(vae.sample(n, seed=2), images_of(vae, vae.net(zeros, nothing, z)))
 
 
 def test_combined_observations(vae):
@@ -430,7 +435,7 @@ def test_masks_that_are_not_boolean(dtype, shape):
         vae.inpaint(pictures(vae, 2), torch.ones(shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(2, Z + 1), (Z - 1,), (2, 2, Z), ()])
+@pytest.mark.parametrize("shape", [(2, Z + 1), (Z - 1,), (2, 2, 2, Z), (0, Z), ()])
 def test_wrong_latents(shape):
     with pytest.raises(ValueError, match=message("(B, 3)", f"got {shape}")):
         make().decode(torch.zeros(shape))

@@ -144,22 +144,22 @@ def slow_psnr(completed: Tensor, images: Tensor, observed: Tensor) -> float:
 def test_psnr_is_over_hidden_pixels(vae):
     completed, images = pictures(vae, seed=1), pictures(vae, seed=2)
     observed = torch.rand(N, 1, *vae.image_shape[1:], generator=torch.Generator().manual_seed(0)) < 0.6
-    value = evaluation.psnr(completed, images, observed)
+    value = evaluation.psnr(completed, images, ~observed)
     assert value == pytest.approx(slow_psnr(completed, images, observed), rel=1e-6)
     elsewhere = torch.where(observed, completed + 7, completed)
-    assert evaluation.psnr(elsewhere, images, observed) == value
+    assert evaluation.psnr(elsewhere, images, ~observed) == value
 
 
 def test_psnr_of_a_known_error():
     images = torch.full((2, 3, 4, 4), 0.25)
-    nothing = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
-    assert evaluation.psnr(images + 0.5, images, nothing) == pytest.approx(10 * math.log10(4))
-    assert evaluation.psnr(images + 1, images, nothing) == 0
+    everything = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    assert evaluation.psnr(images + 0.5, images, everything) == pytest.approx(10 * math.log10(4))
+    assert evaluation.psnr(images + 1, images, everything) == 0
 
 
 def test_psnr_of_no_error_is_infinite(vae):
     x = pictures(vae)
-    assert evaluation.psnr(x, x, torch.zeros(N, 1, *vae.image_shape[1:], dtype=torch.bool)) == math.inf
+    assert evaluation.psnr(x, x, torch.ones(N, 1, *vae.image_shape[1:], dtype=torch.bool)) == math.inf
 
 
 class Recorder(BigLearnVAE):
@@ -190,7 +190,7 @@ def test_inpainting_psnr_is_that_of_the_mean_completion(vae, draws):
 def test_inpainting_psnr_of_one_draw_is_that_of_inpaint(vae):
     x = pictures(vae)
     S = evaluation.hidden_masks(N, vae.num_tokens, [0.5], seed=3)[0.5]
-    expected = evaluation.psnr(vae.inpaint(x, S, seed=3), x, evaluation.pixel_mask(S, vae))
+    expected = evaluation.psnr(vae.inpaint(x, S, seed=3), x, evaluation.pixel_mask(~S, vae))
     assert evaluation.inpainting_psnr(vae, x, [0.5], draws=1, seed=3) == pytest.approx({0.5: expected})
 
 
