@@ -114,10 +114,11 @@ class BigLearnVAE:
         """
         if (x is None) != (S is None):
             raise ValueError("give both x and S, or neither")
-        if z.ndim not in (1, 2, 3) or z.shape[-1] != self.z_dim or not z.numel():
+        tensor = isinstance(z, Tensor)
+        if not tensor or z.ndim not in (1, 2, 3) or z.shape[-1] != self.z_dim or not z.numel():
             raise ValueError(
-                f"expected latents z of shape (B, {self.z_dim}), (K, B, {self.z_dim}) or ({self.z_dim},), "
-                f"got {tuple(z.shape)}"
+                f"expected latents z, a tensor of shape (B, {self.z_dim}), (K, B, {self.z_dim}) or ({self.z_dim},), "
+                f"got {tuple(z.shape) if tensor else type(z).__name__}"
             )
         tokens, mask, _ = self._nothing() if x is None else self._observe(x, S)
         batch = z.shape[-2] if z.ndim > 1 else 1
@@ -187,6 +188,8 @@ class BigLearnVAE:
     def interpolate(self, x_a: Tensor, x_b: Tensor, steps: int = 9, S: Tensor | None = None) -> Tensor:
         """Images on the straight line from the code of x_a to that of x_b, the means of p(z | x).
 
+        Both are encoded whole, with S or without.
+
         Args:
             steps: number of images, both ends among them; at least 2.
             S: with it the patches S of x_a are kept as observed all along, p(x_T | z, x_S).
@@ -220,9 +223,14 @@ class BigLearnVAE:
         dims = [int(dim) for dim in dims]
         if not dims or not all(0 <= dim < self.z_dim for dim in dims):
             raise ValueError(f"dims must be latent dimensions in [0, {self.z_dim}), at least one, got {dims}")
+        delta = torch.as_tensor(delta)
+        if tuple(delta.shape) not in ((), (1,), (len(dims),)):
+            raise ValueError(
+                f"delta must be one number or one for each of the {len(dims)} dims, got {tuple(delta.shape)}"
+            )
         z = self.encode(x, S).mean  # (B, Z) or (Z,)
         change = torch.zeros(len(dims), self.z_dim, device=z.device, dtype=z.dtype)
-        change[range(len(dims)), dims] = torch.as_tensor(delta).to(z).expand(len(dims))
+        change[range(len(dims)), dims] = delta.to(z).expand(len(dims))
         moved = z + (change if z.ndim == 1 else change.unsqueeze(1))
         return Sensitivity(before=self.decode(z, x, S), after=self.decode(moved, x, S))
 
@@ -239,13 +247,14 @@ class BigLearnVAE:
         """
         if not self._observe(x, S).mask.any(-1).all():
             raise ValueError("expected at least one observed patch in each image, since that is what changes")
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        x = self._numbers(x)
+        expected = f"expected a change, a tensor that broadcasts to x, {tuple(x.shape)}, got"
+        if not isinstance(change, Tensor):
+            raise ValueError(f"{expected} {type(change).__name__}")
         try:
             changed = x + change.to(x).expand_as(x)
         except RuntimeError:
-            raise ValueError(
-                f"expected a change that broadcasts to x, {tuple(x.shape)}, got {tuple(change.shape)}"
-            ) from None
+            raise ValueError(f"{expected} {tuple(change.shape)}") from None
         return Sensitivity(before=self.encode(x, S), after=self.encode(changed, S))
 
     def log_prob(
@@ -283,7 +292,7 @@ class BigLearnVAE:
         bound = weights.logsumexp(0) - math.log(samples)
         if unit == "nats":
             return bound
-        numbers = self._tasks(x, T, given)[2].sum(-1) * self.net.token_dim
+        numbers = self._tasks(x, T, given)[2].sum(-1).double() * self.net.token_dim
         return -bound / (math.log(2) * numbers.view(bound.shape))
 
     @torch.no_grad()
@@ -306,7 +315,7 @@ class BigLearnVAE:
             raise ValueError(f"variance must be positive, got {variance}: give one, log_prob(..., variance=0.01)")
         tokens, S, T, single = self._tasks(x, T, given)
         q, p = self._encode(tokens, S | T).double(), self._encode(tokens, S).double()
-        numbers = T.sum(-1) * self.net.token_dim  # (B,)
+        numbers = T.sum(-1).double() * self.net.token_dim  # (B,)
         constant = 0.5 * numbers * (LOG_2PI + math.log(variance))
         result = []
         for noise in _noise(samples, q.mean, max(1, self.chunk // len(tokens)), seed):
@@ -391,9 +400,7 @@ class BigLearnVAE:
                 "expected a tensor of images in [0, 1] or tokens as floating-point numbers, or of uint8 images, "
                 f"got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
             )
-        x = x.to(self.device)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
-        x = x.to(next(self.net.parameters()).dtype)
+        x = self._numbers(x)
         for shape, convert in ((self.image_shape, self.tokenizer.encode), (token_shape, lambda tokens: tokens)):
             if tuple(x.shape) == shape:
                 return convert(x.unsqueeze(0)), True
@@ -403,6 +410,12 @@ class BigLearnVAE:
             f"expected images {of_batch(self.image_shape)} or tokens {of_batch(token_shape)}, a batch or one, "
             f"got {tuple(x.shape)}"
         )
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        """Data in the network's precision and on its device; bytes are divided by 255."""
+        x = x.to(self.device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        return x.to(next(self.net.parameters()).dtype)
 
     def _mask(self, S: Tensor | None, batch: int, default: bool) -> Tensor:
         """A mask over patches or pixels, one for all or one each -> boolean (B, L); `default` everywhere without S."""

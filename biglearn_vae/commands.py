@@ -1,4 +1,4 @@
-"""What the scripts do: train a run, evaluate a run. They print for a person and write for a program."""
+"""What the scripts do: train a run, evaluate it, draw its figures. They print for a person, write for a program."""
 
 import json
 import os
@@ -10,11 +10,12 @@ import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from biglearn_vae import checkpoint, config, evaluation, figures
+from biglearn_vae import checkpoint, config, evaluation
+from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Splits
 from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SUMMARY_FILE = "summary.json"
+FIGURES_PAGE = Path("figures") / "index.html"
+FIRST_FIGURES = ("inference", "inpainting")  # drawn at the end of each run
 
 
 def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -> None:
@@ -220,8 +223,8 @@ def validate(
     numbers = {"valid/elbo": evaluation.elbo(vae, images, loss, joint=False)["elbo"]}
     numbers |= {f"valid/joint_{name}": joint[name] for name in ("elbo", "reconstruction", "kl")}
     numbers["valid/psnr_0.5"] = evaluation.inpainting_psnr(vae, images, [0.5], draws=draws)[0.5]
-    title = "validation images, half of the patches hidden (red)"
-    return numbers, {"inpainting": figures.inpainting(vae, images[:8], title=title)}
+    title = "Validation images, half of the patches hidden"
+    return numbers, {"inpainting": pictures.completions(vae, images[:8], title=title)}
 
 
 def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
@@ -275,8 +278,7 @@ def _finish(cfg: "DictConfig", run: Path, trainer: Trainer, splits: Splits) -> d
     """Evaluate the best checkpoint on the test images, draw it, and write the summary."""
     vae, state, _ = config.load_with_state(run, str(trainer.world.device), "best")
     measured = measure(vae, config.objective(cfg), splits, cfg.evaluation)
-    picture = figures.inpainting(vae, splits.test[:8], title="test images, half of the patches hidden (red)")
-    Pictures.save(run / "inpainting.png", picture)
+    draw(vae, splits, run, FIRST_FIGURES)
     summary = {
         "name": run.name,
         "parameters": count_parameters(trainer.net),
@@ -334,32 +336,104 @@ def measure_likelihood(
 
 def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
-    run = Path(str(cfg.run)).expanduser()
-    words = dict.fromkeys(("run", "checkpoint", "split", "device"), str) | {"data_root": str | None, "seed": int}
-    config.check_types(words, {name: cfg[name] for name in words}, "")
     config.check_evaluation(cfg)
     if cfg.split not in ("train", "valid", "test"):
         raise ValueError(f"split must be train, valid or test, got {cfg.split!r}")
-    if cfg.checkpoint not in ("best", "latest"):
-        raise ValueError(f"checkpoint must be best or latest, got {cfg.checkpoint!r}")
-    vae, state, path = config.load_with_state(run, cfg.device, cfg.checkpoint)
-    trained = config.saved(run)
-    splits = config.dataset(trained, cfg.data_root)
-    if splits.train.fingerprint() != state["metadata"]["data"]:
-        raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
+    run, settings, vae, splits, checkpoint_name, step = _trained(cfg)
     result = {
         "name": run.name,
-        "checkpoint": path.name,
+        "checkpoint": checkpoint_name,
         "split": cfg.split,
-        "step": state["step"],
+        "step": step,
         "parameters": count_parameters(vae.net),
     }
-    result |= measure(vae, config.objective(trained), splits, cfg, cfg.split, cfg.seed)
+    result |= measure(vae, config.objective(settings), splits, cfg, cfg.split, cfg.seed)
     print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
     result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
     _write_json(run / "evaluation.json", result)
     print(report(result, run, cfg.split))
     return result
+
+
+class _Trained(NamedTuple):
+    """A run's folder, its settings, its model and data, the checkpoint that the model is from, and its step."""
+
+    run: Path
+    settings: "DictConfig"
+    vae: BigLearnVAE
+    splits: Splits
+    checkpoint: str
+    step: int
+
+
+def _trained(cfg: "DictConfig") -> _Trained:
+    """What `run`, `checkpoint`, `device` and `data_root` name.
+
+    Raises:
+        ValueError: for settings of another type, or a run that is not there or was trained on other data.
+    """
+    words = dict.fromkeys(("run", "checkpoint", "device"), str) | {"data_root": str | None, "seed": int}
+    config.check_types(words, {name: cfg[name] for name in words}, "")
+    if cfg.checkpoint not in ("best", "latest"):
+        raise ValueError(f"checkpoint must be best or latest, got {cfg.checkpoint!r}")
+    run = Path(cfg.run).expanduser()
+    vae, state, path = config.load_with_state(run, cfg.device, cfg.checkpoint)
+    settings = config.saved(run)
+    splits = config.dataset(settings, cfg.data_root)
+    if splits.train.fingerprint() != state["metadata"]["data"]:
+        raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
+    return _Trained(run, settings, vae, splits, path.name, state["step"])
+
+
+def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
+    """Draw figures of a trained run, of its test images, into its folder; returns the page that shows them."""
+    from omegaconf import OmegaConf
+
+    hints = {"figures": list[str] | str | None, "images": int | None, "delta": float | None}
+    values = {name: OmegaConf.to_container(cfg)[name] for name in hints}
+    config.check_types(hints, values, "")
+    if values["images"] is not None and values["images"] < 1:
+        raise ValueError(f"images must be at least 1, got {values['images']}")
+    names = values.pop("figures")
+    names = list(pictures.FIGURES) if names is None else [names] if isinstance(names, str) else names
+    if not names or not set(names) <= set(pictures.FIGURES):
+        raise ValueError(f"figures must be some of {', '.join(pictures.FIGURES)}, got {', '.join(names) or 'none'}")
+    started = time.perf_counter()
+    trained = _trained(cfg)
+    page = draw(trained.vae, trained.splits, trained.run, names, seed=cfg.seed, **values)
+    print(f"{page}: {', '.join(names)} ({time.perf_counter() - started:.0f} s)")
+    return page
+
+
+def draw(
+    vae: BigLearnVAE,
+    splits: Splits,
+    run: Path,
+    names: Sequence[str],
+    images: int | None = None,
+    delta: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Draw figures of the test images as PNG files into run/figures, and the page that shows all that are there.
+
+    Args:
+        names: of `figures.FIGURES`.
+        images: at most so many in each; the map of codes takes its own number.
+        delta: of the decoding sensitivity.
+    """
+    test = splits.test.select(torch.arange(min(1000, len(splits.test))))
+    page = run / FIGURES_PAGE
+    page.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        options: dict[str, Any] = {"labels": test.labels, "seed": seed}
+        if images is not None and name != "latent_map":
+            options["rows"] = images
+        if name == "decoding_sensitivity":
+            options["delta"] = delta
+        Pictures.save(page.with_name(f"{name}.png"), pictures.FIGURES[name](vae, test[:], **options))
+    there = [name for name in pictures.FIGURES if page.with_name(f"{name}.png").exists()]
+    _write(page, pictures.page(run.name, there))
+    return page
 
 
 def size_text(parameters: int) -> str:
@@ -379,7 +453,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
         "mean of the 10 nearest training images": [f"{value:.2f}" for value in result["nearest_psnr"].values()],
     }
     files = {
-        "inpainting.png": "completed test images",
+        str(FIGURES_PAGE): "pictures of what the model does with test images",
         "summary.json": "these numbers",
         "metrics.jsonl": "the course of training",
         "checkpoints/best.pt": "the model",
@@ -398,6 +472,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
             *(f"{run / name!s:<60} {what}" for name, what in files.items() if (run / name).exists()),
             "",
             f"next: python scripts/evaluate.py run={run}",
+            f"      python scripts/figures.py run={run}",
             f"      tensorboard --logdir {run.parent}",
             f'      in Python: import biglearn_vae as blv; vae = blv.load("{run}")',
         ]
@@ -411,14 +486,14 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
     likelihood, agreement, tasks = result["likelihood"], result["consistency"], ("joint", "marginal", "conditional")
     lines = [
         f"bounds on log p under N(mu, variance I), {likelihood['images']} images, {likelihood['samples']} samples each",
-        f"  {'':<40}" + "".join(f"{task:>13}" for task in tasks),
+        f"  {'':<45}" + "".join(f"{task:>13}" for task in tasks),
     ]
-    for name, what in (("model", "beta"), ("fitted", "fitted on training images")):
-        if bounds := likelihood.get(name):
-            head = f"variance {bounds['variance']:.4g}, {what}: "
-            lines.append(f"  {head + 'nats':<40}" + "".join(f"{bounds[f'{task}_nats']:>13.2f}" for task in tasks))
-            cells = "".join(f"{bounds[f'{task}_bits_per_dim']:>13.3f}" for task in tasks)
-            lines.append(f"  {'bits per dimension':>40}" + cells)
+    for unit, words, digits in (("nats", "nats", 2), ("bits_per_dim", "bits per dimension", 3)):
+        for name, origin in (("model", "beta"), ("fitted", "fitted")):
+            if bounds := likelihood.get(name):
+                cells = "".join(f"{bounds[f'{task}_{unit}']:>13.{digits}f}" for task in tasks)
+                head = f"{words}, variance {bounds['variance']:.4g} ({origin})"
+                lines.append(f"  {head:<45}" + cells)
     if agreement:
         lines += [
             "consistency: log p(a) + log p(b | a) and log p(b) + log p(a | b) differ by "

@@ -164,8 +164,8 @@ def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str 
     Args:
         share: of what is lost, in [0, 1).
         grid: rows and columns of patches.
-        unit: "patch" loses that share of the patches of each training and validation image, rounded; "image" loses
-            whole images.
+        unit: "patch" loses each patch of the training and validation images with that probability, whatever else is
+            lost; "image" loses that share of the images, each as a whole.
 
     Raises:
         ValueError: if nothing would be left, or on values outside these.
@@ -184,13 +184,16 @@ def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str 
 
 
 def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed: int) -> ImageSet:
-    pool = len(images) if unit == "image" else grid[0] * grid[1]
-    if round((1 - share) * pool) < 1:
-        raise ValueError(f"missing={share} would leave nothing of {pool} {unit}{'es' if unit == 'patch' else 's'}")
-    if unit == "image":
-        return images.select(shuffled(pool, seed)[: round((1 - share) * pool)].sort().values)
-    recorded = masks.random(len(images), pool, 1 - share, seed=seed)
-    return replace(images, recorded=recorded.unflatten(-1, grid))
+    if unit == "patch":
+        generator = torch.Generator().manual_seed(seed)
+        recorded = torch.rand(len(images), *grid, generator=generator) >= share
+        kept, left = replace(images, recorded=recorded), recorded.any()
+    else:
+        left = round((1 - share) * len(images))
+        kept = images.select(shuffled(len(images), seed)[:left].sort().values)
+    if not left:
+        raise ValueError(f"missing={share} leaves nothing of {len(images)} images")
+    return kept
 
 
 def images(

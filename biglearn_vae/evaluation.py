@@ -85,22 +85,30 @@ def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10
     Where training tokens were not recorded (NaN), the distance is the mean over the numbers that both have, and the
     completion the mean of the neighbours that have them, or else of all training images.
     """
-    seen = S.unsqueeze(-1).expand_as(x).flatten(1).to(x.dtype)  # (N, L D)
-    x_seen = x.flatten(1).masked_fill(seen == 0, 0)
-    has = (~train.isnan()).flatten(1).to(x.dtype)  # (M, L D)
-    table = train.nan_to_num(0).flatten(1)
-    everyone = table.sum(0) / has.sum(0).clamp(min=1)
-    chosen = []
-    for part, mask in zip(x_seen.split(CHUNK), seen.split(CHUNK), strict=True):
-        # sum of (x - y)^2 over what both have, and how many numbers that is
-        distance = mask @ table.square().T - 2 * part @ table.T + part.square() @ has.T
-        shared = mask @ has.T
-        distance = torch.where(shared > 0, distance / shared.clamp(min=1), torch.inf)
-        nearest = distance.topk(min(neighbours, len(table)), largest=False).indices
-        for rows in nearest:
-            count = has[rows].sum(0)
-            chosen.append(torch.where(count > 0, table[rows].sum(0) / count.clamp(min=1), everyone))
-    return torch.stack(chosen).view_as(x)
+    nearest = torch.cat(
+        [_nearest(*part, train, neighbours) for part in zip(x.split(CHUNK), S.split(CHUNK), strict=True)]
+    )
+    everyone = train.nanmean(0)
+    means = [train[rows].nanmean(0) for rows in nearest]
+    return torch.stack([torch.where(mean.isnan(), everyone, mean) for mean in means])
+
+
+def _nearest(x: Tensor, S: Tensor, train: Tensor, neighbours: int) -> Tensor:
+    """Positions (n, neighbours) of the nearest training images, of which a part is looked at at a time."""
+    seen = S.unsqueeze(-1).expand_as(x).flatten(1)  # (n, L D)
+    x, weight = x.flatten(1).masked_fill(~seen, 0), seen.to(x.dtype)
+    best, positions = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+    for start in range(0, len(train), 8 * CHUNK):
+        part = train[start : start + 8 * CHUNK].flatten(1)
+        has = (~part.isnan()).to(x.dtype)
+        y = part.nan_to_num(0)
+        # the mean of (x - y)^2 over the numbers that both have
+        distance = (weight @ y.square().T - 2 * x @ y.T + x.square() @ has.T) / (weight @ has.T)
+        here = torch.arange(start, start + len(y), device=x.device).expand_as(distance)
+        best, positions = torch.cat([best, distance.nan_to_num(torch.inf)], 1), torch.cat([positions, here], 1)
+        best, order = best.topk(min(neighbours, best.shape[1]), largest=False)
+        positions = positions.gather(1, order)
+    return positions
 
 
 def hidden_masks(count: int, num_tokens: int, ratios: Sequence[float], seed: int = 0) -> dict[float, Tensor]:
@@ -109,9 +117,7 @@ def hidden_masks(count: int, num_tokens: int, ratios: Sequence[float], seed: int
     return {ratio: masks.random(count, num_tokens, min(ratio, largest), seed=seed) for ratio in ratios}
 
 
-def _tasks(
-    vae: BigLearnVAE, images: Tensor, ratios: Sequence[float], seed: int
-) -> dict[float, tuple[Tensor, Tensor]]:
+def _tasks(vae: BigLearnVAE, images: Tensor, ratios: Sequence[float], seed: int) -> dict[float, tuple[Tensor, Tensor]]:
     """By ratio, the observed patches (N, L) and the hidden pixels (N, 1, H, W) of what was recorded of images."""
     recorded = masks.recorded(vae.tokenizer.encode(images.to(vae.device)))
     result = {}

@@ -1,78 +1,767 @@
-"""The pictures."""
+"""The pictures: what a trained model can do, as captioned sheets of images, uint8 (height, width, 3).
+
+N images, n of them drawn, C channels, H x W pixels, L tokens, Z latent dimension, R rows and Q columns of a block.
+
+The functions in `FIGURES` take a model and images (N, C, H, W) in [0, 1], of which they draw a few, those of
+different classes if there are labels (N,). What was never recorded (NaN) is observed in none of them.
+"""
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from biglearn_vae import evaluation, masks
 from biglearn_vae.capabilities import BigLearnVAE
 
 HIDDEN = (0.80, 0.33, 0.27)  # the colour of what the model does not see
+MISSING = (0.25, 0.50, 0.80)  # and of what was never recorded
+LESS, SAME, MORE = (0.60, 0.10, 0.60), (0.95, 0.95, 0.95), (0.10, 0.55, 0.15)  # of differences
+OUTLINE = (1.0, 0.75, 0.0)
+MOST_NAMED = 20  # classes whose numbers the map of codes shows
+
+Columns = Sequence[tuple[str, np.ndarray]]  # label and images (R, H, W, 3) of each
+
+TEXTS = {  # name: title, caption
+    "inference": (
+        "Inference with incomplete data",
+        "Upper rows: images of which fewer and fewer patches are observed, hidden ones in red. Lower rows: what the "
+        "code alone holds of them, an image decoded from z ~ p(z | observed patches). Where it changes to the right, "
+        "the patches that are left no longer tell the model which image it is.",
+    ),
+    "inpainting": (
+        "In-painting of arbitrary parts",
+        "Hidden patches are red. Each draw takes a code z ~ p(z | observed patches) and fills in the hidden ones by "
+        "p(hidden | z, observed); observed patches are kept. Draws differ where the observed patches leave it open. "
+        "The mean of many is the best guess in squared error.",
+    ),
+    "interpolation": (
+        "Interpolation between codes",
+        "The code moves in equal steps on the straight line from that of image A to that of image B (the means of "
+        "p(z | image)), and every point of it is decoded. Hidden patches are red.",
+    ),
+    "combination": (
+        "Combining observations",
+        "What the model observes is a set of patches, so two observations are combined by taking both sets. Each "
+        "completion is drawn given the patches to its left; hidden ones are red.",
+    ),
+    "decoding_sensitivity": (
+        "What single dimensions of the code do",
+        "One dimension of z, the mean of p(z | observed patches), is moved and the hidden patches (red) are decoded "
+        "again. Beside each result is its difference from before: green is brighter, purple is darker. Where "
+        "differences look alike from row to row, a dimension means the same however much is observed.",
+    ),
+    "encoding_sensitivity": (
+        "What single patches do to the code",
+        "The outlined patches are changed, those of the observed ones that move the code furthest. KL is that of "
+        "p(z | changed patches) from p(z | observed patches). The hidden patches (red) are decoded by the mean of "
+        "either, beside the unchanged observed ones. Difference: green is brighter, purple is darker.",
+    ),
+    "capabilities": (
+        "One model, five tasks",
+        "All by the same network; only what is given and what is asked for differs. Hidden patches are red. "
+        "a: z ~ p(z), then p(x | z). b: z ~ p(z | observed), then p(x | z). c: z ~ p(z | image), then p(x | z). "
+        "d: z ~ p(z | observed), then p(hidden | z, observed). e: the same, given some of the patches with strokes.",
+    ),
+    "latent_map": (
+        "Codes of incomplete images",
+        "Each point is the code of one image, the mean of p(z | observed patches), at one scale in all panels; the "
+        "S-ratio is the share of the patches observed. The further to the right points of a class stay together, the "
+        "fewer patches the code needs to hold the class.",
+    ),
+}
+
+
+# --- What is drawn ---
+
+
+def inference(
+    vae: BigLearnVAE,
+    images: Tensor,
+    labels: Tensor | None = None,
+    rows: int = 4,
+    seed: int = 0,
+    ratios: Sequence[float] = (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
+) -> np.ndarray:
+    """Inference with incomplete data (Figures 3, 6, 7 and 8, a): x_S from left to right by S-ratio, each mask a part of
+    the one before, and below it x ~ p(x | z), z ~ p(z | x_S).
+
+    Args:
+        images: (N, C, H, W); `rows` of them are drawn.
+        labels: classes (N,).
+        ratios: shares of the patches observed.
+    """
+    x, recorded = take(vae, images, labels, rows)
+    cells = []
+    for ratio in ratios:
+        S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
+        # The same noise at every ratio, so that what changes from left to right is what is known.
+        cells.append(_by_image([see(vae, x, S), rgb(vae.reconstruct(x, S, seed=seed))]))  # (2 n, H, W, 3)
+    block = Block(
+        np.stack(cells, axis=1),
+        "share of the patches observed",
+        [f"{ratio:g}" for ratio in ratios],
+        ["observed", "decoded"] * len(x),
+        group=2,
+    )
+    return sheet(*text("inference", x), [block])
 
 
 def inpainting(
-    vae: BigLearnVAE, images: Tensor, ratio: float = 0.5, draws: int = 4, seed: int = 0, title: str = ""
+    vae: BigLearnVAE, images: Tensor, labels: Tensor | None = None, rows: int = 4, seed: int = 0, draws: int = 4
 ) -> np.ndarray:
-    """Completions of half-hidden images as a picture, uint8 (height, width, 3): one row for each of a few images.
-
-    Columns: the image, what is observed of it, several completions, and the mean of 16.
+    """Arbitrary in-painting (Figures 3, 6, 7 and 8, b): a block for each shape of mask, with several draws.
 
     Args:
-        images: (N, C, H, W) in [0, 1], eight at most look good.
-        ratio: share of the patches observed.
-        title: a line above.
+        images: (N, C, H, W); `rows` of them are drawn.
+        labels: classes (N,).
     """
-    images = images.to(vae.device)
-    S = masks.random(len(images), vae.num_tokens, ratio, seed=seed)
-    completions = vae.inpaint(images, S, draws=max(16, draws), seed=seed)
-    observed = hide(images, evaluation.pixel_mask(S, vae))
-    columns = {"image": rgb(images), "observed": observed}
-    columns |= {f"draw {k + 1}": rgb(completions[k]) for k in range(draws)}
-    columns |= {f"mean of {len(completions)}": rgb(completions.mean(0))}
-    return table(columns, title)
+    x, recorded = take(vae, images, labels, rows)
+    blocks = []
+    for heading, S in shapes(vae, len(x), seed).items():
+        S = S.to(x.device) & recorded
+        blocks.append(Block.of([*_completions(vae, x, S, draws, seed), ("image", rgb(x))], heading))
+    return sheet(*text("inpainting", x), blocks, cell=56)
+
+
+def shapes(vae: BigLearnVAE, count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Masks (count, L) of several shapes, by what they are called."""
+    rows, columns = vae.grid
+    box = masks.box(vae.grid, rows // 4, columns // 4, -(-rows // 2), -(-columns // 2))
+    result = {
+        "a random half observed": masks.random(count, vae.num_tokens, 0.5, seed),
+        "a random fifth observed": masks.random(count, vae.num_tokens, 0.2, seed),
+        "the centre hidden": box,
+        "only the centre observed": ~box,
+        "the top half observed": masks.half(vae.grid, "top"),
+        "the left half observed": masks.half(vae.grid, "left"),
+    }
+    return {name: mask.expand(count, -1) for name, mask in result.items()}
+
+
+def completions(
+    vae: BigLearnVAE, images: Tensor, ratio: float = 0.5, draws: int = 4, seed: int = 0, title: str = ""
+) -> np.ndarray:
+    """In-painting in short: images (N, C, H, W), all of them drawn, a random `ratio` of their patches observed."""
+    x, recorded = take(vae, images, None, len(images))
+    S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
+    block = Block.of([("image", rgb(x)), *_completions(vae, x, S, draws, seed)])
+    return sheet(title, text("inpainting", x)[1], [block])
+
+
+def _completions(vae: BigLearnVAE, x: Tensor, S: Tensor, draws: int, seed: int) -> Columns:
+    """Columns: what is observed, several draws, and the mean of at least 16."""
+    drawn = vae.inpaint(x, S, draws=max(16, draws), seed=seed)
+    several = [(f"draw {k + 1}", rgb(drawn[k])) for k in range(draws)]
+    return [("observed", see(vae, x, S)), *several, (f"mean of {len(drawn)}", rgb(drawn.mean(0)))]
+
+
+def interpolation(
+    vae: BigLearnVAE,
+    images: Tensor,
+    labels: Tensor | None = None,
+    rows: int = 4,
+    seed: int = 0,
+    steps: int = 9,
+    ratio: float = 0.25,
+) -> np.ndarray:
+    """Linear interpolation between codes (Figure 9), and the same with observed patches of A kept.
+
+    Args:
+        images: (N, C, H, W); `rows` pairs are drawn.
+        labels: classes (N,).
+        steps: points on the line, both ends among them.
+        ratio: share of the patches observed in the second block.
+    """
+    x, recorded = take(vae, images, labels, 2 * rows, repeat=True)
+    whole = vae.inpaint(x, recorded, seed=seed)  # x itself, unless a part of it was never recorded
+    a, b = whole[0::2], whole[1::2]
+    S = masks.random(len(a), vae.num_tokens, ratio, seed).to(x.device) & recorded[0::2]
+    names = ["code of A", *(f"{k / (steps - 1):.2g}" for k in range(1, steps - 1)), "code of B"]
+    blocks = []
+    for heading, start, mask in (
+        ("decoded from the code alone", rgb(x[0::2]), None),
+        (f"decoded beside observed patches of A ({ratio:g} of all), which are kept all along", see(vae, x[0::2], S), S),
+    ):
+        path = vae.interpolate(a, b, steps, mask)
+        cells = np.stack([start, *map(rgb, path), rgb(x[1::2])], axis=1)
+        blocks.append(Block(cells, heading, ["A" if mask is None else "observed", *names, "B"]))
+    return sheet(*text("interpolation", x), blocks)
+
+
+def combination(
+    vae: BigLearnVAE,
+    images: Tensor,
+    labels: Tensor | None = None,
+    rows: int = 4,
+    seed: int = 0,
+    ratio: float = 0.2,
+) -> np.ndarray:
+    """Combined observations (Figure 10): x_{S1}, x_{S2} and both, each with a completion; of one image and of two.
+
+    Args:
+        images: (N, C, H, W); `rows` of them are drawn, and as many pairs.
+        labels: classes (N,).
+        ratio: share of the patches in each part of one image.
+    """
+    x, recorded = take(vae, images, labels, 2 * rows, repeat=True)
+    a, b, of_a, of_b = x[0::2], x[1::2], recorded[0::2], recorded[1::2]
+    upto = [masks.random(len(a), vae.num_tokens, share, seed).to(x.device) for share in (ratio, 2 * ratio, 0.7)]
+    top, bottom = (masks.half(vae.grid, part).to(x.device) for part in ("top", "bottom"))
+    names = ("part 1", "part 2", "both parts")
+    one = _combined(vae, (a, upto[0] & of_a), (a, upto[1] & ~upto[0] & of_a), names, seed)
+    names = ("top A", "bottom B", "both")
+    two = _combined(vae, (a, upto[2] & top & of_a), (b, upto[2] & bottom & of_b), names, seed)
+    blocks = [
+        Block.of([*one, ("image", rgb(a))], "two parts of one image"),
+        Block.of([("A", rgb(a)), ("B", rgb(b)), *two], "parts of two images"),
+    ]
+    return sheet(*text("combination", x), blocks)
+
+
+def _combined(vae: BigLearnVAE, first, second, names: Sequence[str], seed: int) -> Columns:
+    """Columns: two observations (x, S) and both together, each with a completion."""
+    columns = []
+    for name, (x, S) in zip(names, (first, second, vae.combine(first, second)), strict=True):
+        columns += [(name, see(vae, x, S)), ("completed", rgb(vae.inpaint(x, S, seed=seed)))]
+    return columns
+
+
+def decoding_sensitivity(
+    vae: BigLearnVAE,
+    images: Tensor,
+    labels: Tensor | None = None,
+    rows: int = 3,
+    seed: int = 0,
+    delta: float | None = None,
+    dims: int = 4,
+    ratios: Sequence[float] = (0.1, 0.3, 0.5),
+) -> np.ndarray:
+    """p(x_T | z + delta, x_S) beside p(x_T | z, x_S) (Figure 11) for the dimensions of z with the largest effect.
+
+    Args:
+        images: (N, C, H, W); `rows` of them are drawn.
+        labels: classes (N,).
+        delta: how far a dimension is moved; by default 3 times the standard deviation of its means over the images.
+        dims: how many dimensions.
+        ratios: shares of the patches observed.
+    """
+    x, recorded = take(vae, images, labels, rows)
+    S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
+    moves = _moves(vae, images) if delta is None else torch.full((vae.z_dim,), float(delta), device=x.device)
+    everything = vae.decoding_sensitivity(x, S[0], range(vae.z_dim), moves)
+    effect = (everything.after - everything.before).square().mean(dim=(1, 2, 3, 4))  # (Z,)
+    chosen = effect.topk(min(dims, vae.z_dim)).indices.tolist()
+    results = [vae.decoding_sensitivity(x, mask, chosen, moves[chosen]) for mask in S]
+    before = torch.stack([result.before for result in results], dim=1).flatten(0, 1)  # (n ratios, C, H, W)
+    after = torch.stack([result.after for result in results], dim=2).flatten(1, 2)  # (dims, n ratios, C, H, W)
+    columns = [("observed", _by_image([see(vae, x, mask) for mask in S])), ("before", rgb(before))]
+    change, limit = signed(after - before)
+    for k, dim in enumerate(chosen):
+        columns += [(f"z{dim} {moves[dim]:+.2g}", rgb(after[k])), ("difference", change[k])]
+    heading = f"the {len(chosen)} of {vae.z_dim} dimensions with the largest effect, moved by the number given; "
+    heading += f"differences are in full colour at {limit:.2g} of the range of pixels"
+    block = Block.of(columns, heading, [f"observed {ratio:g}" for ratio in ratios] * len(x), group=len(ratios))
+    return sheet(*text("decoding_sensitivity", x), [block])
+
+
+def _moves(vae: BigLearnVAE, images: Tensor) -> Tensor:
+    """3 standard deviations of the means of p(z | x) over images, (Z,); 3 if there is only one image."""
+    x, recorded = take(vae, images, None, 256)
+    return 3 * (vae.encode(x, recorded).mean.std(0) if len(x) > 1 else torch.ones(vae.z_dim, device=x.device))
+
+
+def _by_image(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Several (n, H, W, 3) -> (n times their number, H, W, 3), those of an image one after the other."""
+    return np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
+
+
+def encoding_sensitivity(
+    vae: BigLearnVAE,
+    images: Tensor,
+    labels: Tensor | None = None,
+    rows: int = 4,
+    seed: int = 0,
+    ratio: float = 0.3,
+    share: float = 0.1,
+) -> np.ndarray:
+    """p(z | x_S + change) beside p(z | x_S) (Figure 12), through p(x_T | z, x_S), for patches made black or white.
+
+    Args:
+        images: (N, C, H, W); `rows` of them are drawn.
+        labels: classes (N,).
+        ratio: share of the patches observed.
+        share: of all patches, one at least, that are changed at most; fewer if others have that colour already.
+    """
+    x, recorded = take(vae, images, labels, rows)
+    S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
+    S = torch.where(S.any(-1, keepdim=True), S, recorded)
+    x, S = x[S.any(-1)], S[S.any(-1)]  # something must be there to be changed
+    count = max(1, round(share * vae.num_tokens))
+    parts = {name: _changed(vae, x, S, value, count) for name, value in (("black", 0.0), ("white", 1.0))}
+    _, limit = signed(torch.stack([part.after - part.before for part in parts.values()]))
+    blocks = []
+    for name, part in parts.items():
+        columns = [
+            ("image", rgb(x)),
+            ("observed", see(vae, x, S)),
+            ("changed", see(vae, part.x, S)),
+            ("before", rgb(part.before)),
+            ("after", rgb(part.after)),
+            ("difference", signed(part.after - part.before, limit)[0]),
+        ]
+        patches = "a patch" if count == 1 else f"up to {count} patches"
+        heading = f"{patches} made {name}; differences in full colour at {limit:.2g}"
+        block = Block.of(columns, heading, [f"KL {kl:.3g} nats" for kl in part.kl.tolist()])
+        block.outlined[:, 2] = evaluation.pixel_mask(part.patches, vae)[:, 0].cpu().numpy()
+        blocks.append(block)
+    return sheet(*text("encoding_sensitivity", x), blocks)
+
+
+class _Change(NamedTuple):
+    """Changed images (n, C, H, W), where (n, L), KL of the codes (n,), and both codes decoded (n, C, H, W)."""
+
+    x: Tensor
+    patches: Tensor
+    kl: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def _changed(vae: BigLearnVAE, x: Tensor, S: Tensor, value: float, count: int) -> _Change:
+    """Set those observed patches of each image to `value` that alone move its code furthest, at most `count`."""
+    each = torch.eye(vae.num_tokens, dtype=torch.bool, device=x.device).repeat(len(x), 1)  # (n L, L)
+    many, observed = x.repeat_interleave(vae.num_tokens, 0), S.repeat_interleave(vae.num_tokens, 0)
+    codes = vae.encoding_sensitivity(many, observed, _change(vae, many, each, value))
+    kl = codes.after.kl(codes.before).view_as(S).masked_fill(~S, -1)
+    patches = torch.zeros_like(S).scatter(1, kl.topk(min(count, vae.num_tokens)).indices, True) & (kl > 0)
+    change = _change(vae, x, patches, value)
+    codes = vae.encoding_sensitivity(x, S, change)
+    decoded = (vae.decode(q.mean, x, S) for q in (codes.before, codes.after))
+    return _Change(x + change, patches, codes.after.kl(codes.before), *decoded)
+
+
+def _change(vae: BigLearnVAE, x: Tensor, patches: Tensor, value: float) -> Tensor:
+    """What must be added to x to make these patches (n, L) equal to a value."""
+    return torch.where(evaluation.pixel_mask(patches, vae), value - x, 0)
+
+
+def capabilities(
+    vae: BigLearnVAE, images: Tensor, labels: Tensor | None = None, rows: int = 8, seed: int = 0
+) -> np.ndarray:
+    """A block for each capability (Figure 14): sample, inference, reconstruction, in-painting, strokes to images.
+
+    Args:
+        images: (N, C, H, W); `rows` of them are drawn.
+        labels: classes (N,).
+    """
+    x, recorded = take(vae, images, labels, rows)
+    S = masks.random(len(x), vae.num_tokens, 0.3, seed).to(x.device) & recorded
+    ink = strokes(vae, x, seed) & recorded
+    image, observed, samples = ("image", rgb(x)), ("observed", see(vae, x, S)), vae.sample(3 * len(x), seed=seed)
+    draws = enumerate(vae.inpaint(x, ink, draws=4, seed=seed), 1)
+    blocks = [
+        Block.of([(f"draw {k + 1}", rgb(samples[k::3])) for k in range(3)], "a. sampling"),
+        Block.of([image, observed, ("decoded", rgb(vae.reconstruct(x, S, seed=seed)))], "b. inference"),
+        Block.of([image, ("decoded", rgb(vae.reconstruct(x, recorded, seed=seed)))], "c. reconstruction"),
+        Block.of([image, observed, ("completed", rgb(vae.inpaint(x, S, seed=seed)))], "d. in-painting"),
+        Block.of([("strokes", see(vae, x, ink)), *((f"draw {k}", rgb(part)) for k, part in draws)], "e. generation"),
+    ]
+    return sheet(*text("capabilities", x), blocks, cell=56)
+
+
+def strokes(vae: BigLearnVAE, x: Tensor, seed: int = 0, share: float = 0.4) -> Tensor:
+    """Masks (n, L): a random share of the patches with ink, those that differ much from the image's median colour."""
+    background = x.flatten(2).nanmedian(dim=2).values[..., None, None]
+    cell = tuple(size // count for size, count in zip(vae.image_shape[1:], vae.grid, strict=True))
+    ink = avg_pool2d((x - background).abs().nan_to_num(0), cell).mean(1).flatten(1)  # (n, L)
+    inked = ink > 0.5 * ink.max(dim=1, keepdim=True).values
+    order = torch.rand(ink.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    rank = order.masked_fill(~inked, 2).argsort(-1).argsort(-1)
+    return inked & (rank < (share * inked.sum(-1, keepdim=True)).ceil())
+
+
+def latent_map(
+    vae: BigLearnVAE,
+    images: Tensor,
+    labels: Tensor | None = None,
+    count: int = 300,
+    seed: int = 0,
+    ratios: Sequence[float] = (1, 0.5, 0.25, 0.1),
+) -> np.ndarray:
+    """The means of p(z | x_S) at several S-ratios in one plane (t-SNE of all of them together), coloured by class.
+
+    Args:
+        images: (N, C, H, W); `count` of them are drawn.
+        labels: classes (N,).
+        ratios: shares of the patches observed, a panel each.
+    """
+    order = choose(len(images), labels, count)
+    x, recorded = take(vae, images[order], None, count)
+    classes = None if labels is None else labels.cpu()[order].numpy()
+    S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
+    codes = torch.stack([vae.encode(x, mask).mean for mask in S]).double().cpu()  # (R, n, Z)
+    places = _plane(codes.flatten(0, 1).numpy(), seed).reshape(*codes.shape[:2], 2)
+    heading = f"codes of {len(x)} images by t-SNE, all panels together"
+    if classes is not None:
+        heading += "; colours are classes"
+        if len(np.unique(classes)) <= MOST_NAMED:
+            heading += ", numbers stand at the middle of each class in the first panel"
+    names = [f"S-ratio {ratio:g}" for ratio in ratios]
+    block = Block(_panels(places, classes)[None], heading, names)
+    return sheet(*text("latent_map", x), [block])
+
+
+def _plane(points: np.ndarray, seed: int) -> np.ndarray:
+    """t-SNE of points (M, Z) from their principal components: (M, 2)."""
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    points = points - points.mean(0)
+    axes = np.linalg.svd(points, full_matrices=False)[2][:2]
+    start = np.zeros((len(points), 2))
+    start[:, : len(axes)] = points @ axes.T
+    start *= 1e-4 / max(start.std(), 1e-12)
+    perplexity = min(30, (len(points) - 1) / 3)
+    with threadpool_limits(1):  # several threads add up in any order
+        return TSNE(init=start, perplexity=perplexity, max_iter=400, random_state=seed).fit_transform(points)
+
+
+def _panels(places: np.ndarray, classes: np.ndarray | None, size: int = 300) -> np.ndarray:
+    """Points (R, n, 2) of classes (n,) as scatter plots with equal limits: (R, size, size, 3)."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+
+    classes = np.full(places.shape[1], "") if classes is None else classes
+    names, index = np.unique(classes, return_inverse=True)
+    palette = colormaps["tab10" if len(names) <= 10 else "turbo"]
+    colours = palette(np.arange(len(names)) if len(names) <= 10 else np.linspace(0, 1, len(names)))
+    low, high = places.min((0, 1)), places.max((0, 1))
+    room = 0.05 * (high - low) + 1e-6
+    pictures = []
+    for points in places:
+        figure = Figure(figsize=(size / DPI, size / DPI), dpi=DPI, facecolor="white")
+        axes = figure.add_axes((0.005, 0.005, 0.99, 0.99), xticks=[], yticks=[], facecolor="white")
+        axes.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
+        axes.scatter(*points.T, s=10, color=colours[index], linewidths=0)
+        for k, name in enumerate(names if len(names) <= MOST_NAMED else []):
+            style = dict(size=13, weight="bold", ha="center", va="center", color=colours[k])
+            effects = [withStroke(linewidth=3, foreground="white")]
+            axes.text(*np.median(places[0][index == k], axis=0), str(name), **style, path_effects=effects)
+        pictures.append(_rendered(figure) / 255)
+    return np.stack(pictures)
+
+
+FIGURES: dict[str, Callable[..., np.ndarray]] = {
+    "inference": inference,
+    "inpainting": inpainting,
+    "interpolation": interpolation,
+    "combination": combination,
+    "decoding_sensitivity": decoding_sensitivity,
+    "encoding_sensitivity": encoding_sensitivity,
+    "capabilities": capabilities,
+    "latent_map": latent_map,
+}
+
+
+def page(name: str, drawn: Sequence[str]) -> str:
+    """The HTML page of a run that shows these figures, PNG files beside it."""
+    figures = "\n".join(
+        f'<figure id="{key}"><img src="{key}.png" alt="{html.escape(". ".join(TEXTS[key]))}">'
+        f'<figcaption><a href="{key}.png">{key}.png</a></figcaption></figure>'
+        for key in drawn
+    )
+    links = " &middot; ".join(f'<a href="#{key}">{html.escape(TEXTS[key][0])}</a>' for key in drawn)
+    return PAGE.format(name=html.escape(name), links=links, figures=figures)
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{name}</title>
+<style>
+body {{ font-family: sans-serif; margin: 2em auto; padding: 0 1em; max-width: 1400px; color: #222; background: #fff }}
+figure {{ margin: 2em 0; border-top: 1px solid #ccc; padding-top: 1em }}
+img {{ max-width: 100%; height: auto }}
+figcaption {{ font-size: small }}
+</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p>{links}</p>
+{figures}
+</body>
+</html>
+"""
+
+
+# --- Images as colours ---
+
+
+def choose(total: int, labels: Tensor | None, count: int, repeat: bool = False) -> Tensor:
+    """Positions of images, (n,): the first of each class, the second of each, ...; or just the first.
+
+    There are `count`, or `total` if that is less; with `repeat` they are taken again until it is reached.
+    """
+    order = torch.arange(total)
+    if labels is not None:
+        labels = labels.cpu()
+        earlier = (labels[:, None] == labels).tril(-1).sum(1)  # how many of its class come before an image
+        order = order[np.lexsort((labels.numpy(), earlier.numpy()))]
+    return order[torch.arange(count) % total] if repeat else order[:count]
+
+
+def take(
+    vae: BigLearnVAE, images: Tensor, labels: Tensor | None, count: int, repeat: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The chosen images (n, C, H, W) on the model's device, and which patches of them were recorded (n, L)."""
+    x = images[choose(len(images), labels, count, repeat)].to(vae.device)
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    return x, masks.recorded(vae.tokenizer.encode(x))
 
 
 def rgb(images: Tensor) -> np.ndarray:
-    """(N, C, H, W) -> float (N, H, W, 3) in [0, 1]."""
-    return images.clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    """(N, C, H, W) -> float (N, H, W, 3) in [0, 1]; what was never recorded (NaN) in a colour of its own."""
+    colour = torch.tensor(MISSING, device=images.device).view(1, 3, 1, 1)
+    images = torch.where(images.isnan(), colour, images.clamp(0, 1))
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def hide(images: Tensor, observed: Tensor) -> np.ndarray:
     """Images (N, C, H, W) with what is not observed, a mask (N, 1, H, W), in the colour of hidden parts."""
     colour = torch.tensor(HIDDEN, device=images.device).view(1, 3, 1, 1)
-    return rgb(torch.where(observed, images.expand(-1, 3, -1, -1), colour))
+    return rgb(torch.where(observed | images.isnan(), images, colour))
 
 
-def table(columns: dict[str, np.ndarray], title: str = "", cell: int = 88, gap: int = 6, dpi: int = 100) -> np.ndarray:
-    """Named columns of images, each (N, H, W, 3), as one picture, uint8 (height, width, 3).
+def see(vae: BigLearnVAE, x: Tensor, S: Tensor) -> np.ndarray:
+    """x (n, C, H, W) as the model sees it through S (n, L): float (n, H, W, 3)."""
+    return hide(x, evaluation.pixel_mask(S, vae))
 
-    Images are enlarged by a whole factor, so that pixels stay sharp, to about `cell` pixels.
+
+def signed(change: Tensor, limit: float | None = None) -> tuple[np.ndarray, float]:
+    """Differences (..., C, H, W) as colours (..., H, W, 3), in full colour at `limit`, by default the largest."""
+    change = change.mean(-3).cpu()  # over the channels
+    limit = limit or change.abs().max().item() or 1.0
+    share = (change / limit).clamp(-1, 1).unsqueeze(-1).numpy()
+    same, less, more = (np.float32(colour) for colour in (SAME, LESS, MORE))
+    return same + share.clip(0) * (more - same) + (-share).clip(0) * (less - same), limit
+
+
+def text(name: str, x: Tensor) -> tuple[str, str]:
+    """Title and caption of a figure of images x."""
+    title, caption = TEXTS[name]
+    return title, caption + " Blue: never recorded." * bool(x.isnan().any())
+
+
+# --- Sheets: images in rows and columns, with words ---
+
+DPI, FONT = 100, "DejaVu Sans"  # the font comes with matplotlib
+SMALL, MEDIUM, LARGE = 8, 9, 12  # font sizes in points
+GAP, MARGIN = 5, 16  # between images, around everything, in pixels
+
+
+@dataclass(eq=False)
+class Block:
+    """Images in rows and columns under a heading.
+
+    Args:
+        cells: float (R, Q, H, W, 3) in [0, 1].
+        heading: above.
+        columns: a label for each column, or none.
+        rows: a label for each row, or none.
+        group: after so many rows there is more space.
+
+    Attributes:
+        outlined: boolean (R, Q, H, W), areas that get an outline.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    body, step = _montage(list(columns.values()), cell, gap)
-    height, width, _ = body.shape
-    header = 48
-    figure = Figure(figsize=(width / dpi, (height + header) / dpi), dpi=dpi)
-    canvas = FigureCanvasAgg(figure)
-    for c, name in enumerate(columns):
-        x = (c * step + (step - gap) / 2 + gap) / width
-        figure.text(x, (height + 5) / (height + header), name, fontsize=8, ha="center", va="bottom")
-    figure.text(gap / width, 1 - 6 / (height + header), title, fontsize=9, va="top")
-    canvas.draw()
-    picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    picture[-height:, :width] = body
+    cells: np.ndarray
+    heading: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[str] = ()
+    group: int = 0
+    outlined: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.outlined = np.zeros(self.cells.shape[:-1], dtype=bool)
+
+    @classmethod
+    def of(cls, columns: Columns, heading: str = "", rows: Sequence[str] = (), group: int = 0):
+        """From labelled columns, each (R, H, W, 3)."""
+        labels, cells = zip(*columns, strict=True)
+        return cls(np.stack(cells, axis=1), heading, labels, rows, group)
+
+
+class _Word(NamedTuple):
+    """A line of text: the left end of its baseline, in pixels from the top left, and its size in points."""
+
+    x: float
+    y: float
+    text: str
+    size: int
+    bold: bool = False
+
+
+class _Piece(NamedTuple):
+    """A part of a sheet: its size, words, and images uint8 (h, w, 3) with their left and top."""
+
+    width: int
+    height: int
+    words: list[_Word]
+    images: list[tuple[int, int, np.ndarray]]
+
+    def moved(self, x: int, y: int) -> "_Piece":
+        """As part of something larger, whose size reaches to the right and lower end of this."""
+        words = [word._replace(x=word.x + x, y=word.y + y) for word in self.words]
+        images = [(left + x, top + y, pixels) for left, top, pixels in self.images]
+        return _Piece(self.width + x, self.height + y, words, images)
+
+
+def sheet(title: str, caption: str, blocks: Sequence[Block], cell: int = 64, width: int = 1250) -> np.ndarray:
+    """Blocks under a title and a caption as one picture, uint8 (height, width, 3).
+
+    Images are enlarged by a whole factor to about `cell` pixels, and not at all if they are larger. Blocks stand side
+    by side as far as `width` allows.
+    """
+    body = _flow([_lay_out(block, cell) for block in blocks], width)
+    inner = max(body.width, 480)
+    head = [_paragraph(title, LARGE, inner, bold=True), _paragraph(caption, MEDIUM, inner)]
+    return _draw(_stacked([*head, body], (GAP, 2 * GAP, 0)).moved(MARGIN, MARGIN))
+
+
+def _lay_out(block: Block, cell: int) -> _Piece:
+    """A block: heading, column labels, then the rows with their labels to the left."""
+    pixels = _enlarged(block, cell)
+    side = [_paragraph(label, SMALL, 110) for label in block.rows]
+    left = max((label.width + 2 * GAP for label in side), default=0)
+    longest = max((text_width(word, SMALL) for label in block.columns for word in label.split()), default=0)
+    pitch = max(pixels.shape[3], longest) + GAP
+    heading = _paragraph(block.heading, MEDIUM, max(left + pixels.shape[1] * pitch, 200), bold=True)
+    rows = _rows(pixels, side, left, pitch, block.group)
+    return _stacked([heading, _column_labels(block.columns, pitch).moved(left, 0), rows], (GAP, 3, 0))
+
+
+def _column_labels(labels: Sequence[str], pitch: int) -> _Piece:
+    """Labels in the middle of columns, standing on one line."""
+    pieces = [_paragraph(label, SMALL, pitch - GAP, centred=True) for label in labels]
+    foot = max((piece.height for piece in pieces), default=0)
+    places = [(c * pitch + (pitch - GAP - piece.width) // 2, foot - piece.height) for c, piece in enumerate(pieces)]
+    return _joined([piece.moved(*place) for piece, place in zip(pieces, places, strict=True)])
+
+
+def _rows(pixels: np.ndarray, side: Sequence[_Piece], left: int, pitch: int, group: int) -> _Piece:
+    """Images (R, Q, h, w, 3) from `left` on, in the middle of columns, and beside each row its label, if there are."""
+    rows, columns, height, width, _ = pixels.shape
+    parts, y = [], 0
+    for r in range(rows):
+        tall = max([height, *(label.height for label in side[r : r + 1])])
+        parts += [label.moved(0, y + (tall - label.height) // 2) for label in side[r : r + 1]]
+        for c in range(columns):
+            image = _Piece(width, height, [], [(0, 0, pixels[r, c])])
+            parts.append(image.moved(left + c * pitch + (pitch - GAP - width) // 2, y + (tall - height) // 2))
+        y += tall + (3 * GAP if group and (r + 1) % group == 0 else GAP)
+    return _joined(parts)
+
+
+def _stacked(pieces: Sequence[_Piece], gaps: Sequence[int]) -> _Piece:
+    """Pieces from top to bottom, each with space below unless it is empty."""
+    parts, y = [], 0
+    for piece, gap in zip(pieces, gaps, strict=True):
+        parts.append(piece.moved(0, y))
+        y += piece.height + gap if piece.height else 0
+    return _joined(parts)
+
+
+def _flow(pieces: Sequence[_Piece], width: int) -> _Piece:
+    """Pieces from left to right, in as many lines as it takes."""
+    parts, x, y, line = [], 0, 0, 0
+    for piece in pieces:
+        if x and x + piece.width > width:
+            x, y, line = 0, y + line + 2 * MARGIN, 0
+        parts.append(piece.moved(x, y))
+        x, line = x + piece.width + 2 * MARGIN, max(line, piece.height)
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[_Piece]) -> _Piece:
+    """Pieces that have their places as one."""
+    size = max((part.width for part in parts), default=0), max((part.height for part in parts), default=0)
+    return _Piece(*size, [w for part in parts for w in part.words], [i for part in parts for i in part.images])
+
+
+def _enlarged(block: Block, cell: int) -> np.ndarray:
+    """The cells as uint8 (R, Q, h, w, 3), enlarged by a whole factor, with outlines."""
+    scale = max(1, round(cell / max(block.cells.shape[2:4])))
+    pixels = (block.cells * 255).round().astype(np.uint8).repeat(scale, axis=2).repeat(scale, axis=3)
+    area = block.outlined.repeat(scale, axis=2).repeat(scale, axis=3)
+    inner = np.pad(area, ((0, 0), (0, 0), (2, 2), (2, 2)))
+    for axis in (2, 3):  # what is 2 pixels away from the end of the area on all sides
+        inner = np.minimum(inner, np.minimum(np.roll(inner, 2, axis), np.roll(inner, -2, axis)))
+    pixels[area & ~inner[:, :, 2:-2, 2:-2]] = np.round(255 * np.array(OUTLINE))
+    return pixels
+
+
+def _paragraph(words: str, size: int, width: float, bold: bool = False, centred: bool = False) -> _Piece:
+    """Words wrapped to a width in pixels, as far as the longest of them allows."""
+    lines: list[str] = []
+    for word in words.split():
+        if lines and text_width(f"{lines[-1]} {word}", size, bold) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    pitch = round(1.35 * size * DPI / 72)
+    widths = [text_width(line, size, bold) for line in lines]
+    widest = max(widths, default=0)
+    starts = [(widest - own) // 2 if centred else 0 for own in widths]
+    placed = [_Word(starts[k], round((k + 0.75) * pitch), line, size, bold) for k, line in enumerate(lines)]
+    return _Piece(widest, pitch * len(lines), placed, [])
+
+
+@lru_cache(maxsize=4096)
+def text_width(words: str, size: int, bold: bool = False) -> int:
+    """Width in pixels of a line of text."""
+    from matplotlib.font_manager import FontProperties
+
+    font = FontProperties(family=FONT, size=size, weight="bold" if bold else "normal")
+    return int(np.ceil(_measure().get_text_width_height_descent(words, font, ismath=False)[0]))
+
+
+@lru_cache(maxsize=1)
+def _measure():
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    return RendererAgg(1, 1, DPI)
+
+
+def _draw(piece: _Piece) -> np.ndarray:
+    """On white: uint8 (height, width, 3)."""
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import IdentityTransform
+
+    width, height = piece.width + MARGIN, piece.height + MARGIN
+    figure = Figure(figsize=((width + 0.5) / DPI, (height + 0.5) / DPI), dpi=DPI, facecolor="white")
+    for x, y, words, size, bold in piece.words:
+        style = dict(family=FONT, size=size, weight="bold" if bold else "normal", color="black")
+        figure.text(x, height - y, words, **style, transform=IdentityTransform(), parse_math=False, usetex=False)
+    picture = _rendered(figure)
+    for left, top, pixels in piece.images:
+        picture[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
     return picture
 
 
-def _montage(columns: list[np.ndarray], cell: int, gap: int) -> tuple[np.ndarray, int]:
-    """Columns of images (N, H, W, 3) on white, uint8, and the distance from one column to the next in pixels."""
-    grid = np.stack(columns, axis=1)  # (N, columns, H, W, 3)
-    scale = max(1, round(cell / max(grid.shape[2:4])))
-    grid = grid.repeat(scale, axis=2).repeat(scale, axis=3)
-    grid = np.pad(grid, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=1)
-    rows, count, height, width, _ = grid.shape
-    body = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, count * width, 3)
-    body = np.pad(body, ((0, gap), (0, gap), (0, 0)), constant_values=1)
-    return (body * 255).round().astype(np.uint8), width
+def _rendered(figure) -> np.ndarray:
+    """A matplotlib figure as uint8 (height, width, 3), without pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -87,10 +87,12 @@ class Pictures(Logger):
 
     @staticmethod
     def save(path: Path, pixels: np.ndarray) -> None:
-        """One picture as a PNG file."""
+        """One picture as a PNG file, which at every moment is either the old one or the new one, whole."""
         from PIL import Image
 
-        Image.fromarray(pixels).save(path)
+        partial = path.with_suffix(".partial")
+        Image.fromarray(pixels).save(partial, format="PNG")
+        partial.replace(path)
 
 
 class Progress(Logger):

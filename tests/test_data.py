@@ -216,6 +216,70 @@ def test_fingerprint_of_many_images_sees_the_first_and_the_count(count):
     assert len({ImageSet(p).fingerprint() for p in (pixels, changed, pixels[:-1])}) == 3
 
 
+# --- data of which something was never recorded ---
+
+
+def test_unrecorded_pixels_are_nan_and_the_others_as_they_are():
+    whole = ImageSet(random_set(20))  # (20, 3, H, W)
+    height, width = whole.pixels.shape[-2:]
+    recorded = torch.rand(20, height // 2, width // 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    part = ImageSet(whole.pixels, None, recorded)
+    for index in (slice(3, 9), torch.tensor([4, 4, 0]), slice(None)):
+        seen = recorded[index].repeat_interleave(2, 1).repeat_interleave(4, 2)[:, None].expand_as(whole[index])
+        assert torch.equal(part[index].isnan(), ~seen)
+        assert torch.equal(part[index][seen], whole[index][seen])
+    assert torch.equal(part.to(torch.device("cpu")).select(torch.tensor([7]))[:].isnan(), part[7:8].isnan())
+
+
+def test_missing_patches():
+    whole = data.load("digits")
+    splits = data.with_missing(whole, 0.3, (4, 4))
+    assert torch.equal(splits.test[:], whole.test[:])
+    for part, name in ((splits.train, "train"), (splits.valid, "valid")):
+        recorded = part.recorded
+        assert recorded.shape == (len(part), 4, 4)
+        assert recorded.float().mean().item() == pytest.approx(0.7, abs=0.02)
+        assert len(recorded.flatten(1).sum(1).unique()) > 5  # each patch by itself
+        assert torch.equal(part[:].nan_to_num(0), getattr(whole, name)[:] * ~part[:].isnan())
+    again = data.with_missing(whole, 0.3, (4, 4))
+    assert torch.equal(again.train.recorded, splits.train.recorded)
+    more = data.with_missing(whole, 0.6, (4, 4))
+    assert not (more.train.recorded & ~splits.train.recorded).any()
+
+
+def test_missing_images():
+    whole = data.load("digits")
+    splits = data.with_missing(whole, 0.75, (4, 4), "image")
+    assert [len(part) for part in parts(splits)] == [300, 75, 297]
+    known = {tuple(image.flatten().tolist()): int(label) for image, label in zip(*vars_of(whole.train), strict=True)}
+    kept = [known[tuple(image.flatten().tolist())] for image in splits.train.pixels]
+    assert kept == splits.train.labels.tolist() and not splits.train[:].isnan().any()
+
+
+def vars_of(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
+    return images.pixels, images.labels
+
+
+def test_nothing_missing_is_the_data_itself():
+    whole = data.load("digits")
+    assert data.with_missing(whole, 0, (4, 4)) is whole
+
+
+@pytest.mark.parametrize(
+    "share, unit, message",
+    [
+        (1, "patch", "share in [0, 1), got 1"),
+        (-0.1, "patch", "got -0.1"),
+        (0.5, "pixel", "'patch' or 'image'"),
+        (0.99999, "image", "leaves nothing"),
+        (math.nan, "patch", "got nan"),
+    ],
+)
+def test_missing_refuses(share, unit, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        data.with_missing(data.load("digits"), share, (4, 4), unit)
+
+
 # --- image_folder: modes ---
 
 GENERATOR = np.random.default_rng(0)

@@ -3,10 +3,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from linear_gaussian import LinearGaussian
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from biglearn_vae import BigLearnELBO, BigLearnVAE, MaskSampler, Patchify, UniversalViT, evaluation, masks
+from biglearn_vae.distributed import derive_seed
 
 N, Z = 6, 3
 
@@ -263,3 +265,123 @@ def test_nearest_psnr_is_that_of_the_completion(vae):
         distances = ((x[:, None] - train[None]).double().square() * seen[:, None]).sum((2, 3, 4))  # (N, M)
         completed = train[distances.argsort(dim=1)[:, :4]].mean(1)
         assert result[ratio] == pytest.approx(slow_psnr(completed, x, seen), rel=1e-5)
+
+
+# --- what was never recorded ---
+
+
+def spoil(vae: BigLearnVAE, images: Tensor, recorded: Tensor, junk: float = math.nan) -> Tensor:
+    """Images with junk in the patches that were not recorded."""
+    tokens = vae.tokenizer.encode(images)
+    return vae.tokenizer.decode(tokens.masked_fill(~recorded.unsqueeze(-1), junk))
+
+
+def test_unrecorded_patches_are_neither_observed_nor_asked_for(vae):
+    x, recorded = pictures(vae), masks.random(N, vae.num_tokens, 0.6, seed=9)
+    recorder = Recorder(vae.net, vae.tokenizer)
+    recorder.kept = []
+    result = evaluation.inpainting_psnr(recorder, spoil(vae, x, recorded), [0.5], draws=2, seed=3)
+    (S, answer), expected = recorder.kept[0], evaluation.hidden_masks(N, vae.num_tokens, [0.5], seed=3)[0.5] & recorded
+    assert torch.equal(S, expected)
+    asked = evaluation.pixel_mask(recorded & ~S, vae)
+    assert result[0.5] == pytest.approx(slow_psnr(answer.double().mean(0), x, ~asked), rel=1e-5)
+
+
+def test_elbo_of_incomplete_images_is_that_of_what_was_recorded(vae):
+    x, recorded = pictures(vae), masks.random(N, vae.num_tokens, 0.6, seed=9)
+    numbers = evaluation.elbo(vae, spoil(vae, x, recorded), BigLearnELBO(0.3), seed=2)
+    noise = torch.randn(N, Z, generator=torch.Generator().manual_seed(2))
+    nothing = torch.zeros_like(recorded)
+    expected = direct_elbo(vae, vae.tokenizer.encode(x), nothing, recorded, noise, 0.3, "learned")
+    assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+def slow_nearest_of_incomplete(x: Tensor, S: Tensor, train: Tensor, neighbours: int) -> Tensor:
+    result = torch.empty_like(x)
+    for n in range(len(x)):
+        shared = (~train.isnan()) & S[n].unsqueeze(-1)  # (M, L, D)
+        squares = torch.where(shared, (train - x[n]).square(), 0).sum((1, 2)) / shared.sum((1, 2))
+        nearest = squares.nan_to_num(math.inf).argsort()[:neighbours]
+        result[n] = train[nearest].nanmean(0)
+        result[n] = torch.where(result[n].isnan(), train.nanmean(0), result[n])
+    return result
+
+
+def test_nearest_completion_of_incomplete_training_images():
+    x, train, S = tokens(7, 0), tokens(12, 1), masks.random(7, 6, 0.5, seed=2)
+    train[~masks.random(12, 6, 0.6, seed=3)] = math.nan
+    for neighbours in (1, 3):  # with one neighbour some numbers are the mean of all
+        expected = slow_nearest_of_incomplete(x, S, train, neighbours)
+        result = evaluation.nearest_completion(x, S, train, neighbours)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+def test_fitted_variance_is_the_mean_squared_error_of_what_was_recorded(vae):
+    x, recorded = pictures(vae), masks.random(N, vae.num_tokens, 0.6, seed=9)
+    value = evaluation.fit_variance(vae, spoil(vae, x, recorded), seed=4)
+    z = vae.encode(x, recorded).sample(seed=derive_seed("variance", 4, 0))
+    error = vae.tokenizer.encode(x) - vae.net(vae.tokenizer.encode(x), torch.zeros_like(recorded), z)
+    assert value == pytest.approx(error[recorded].double().square().mean().item(), rel=1e-6)
+    bounds = {
+        variance: BigLearnVAE(vae.net, vae.tokenizer)
+        .log_prob(x, recorded, samples=400, variance=variance, seed=0)
+        .mean()
+        for variance in (value / 2, value, value * 2)
+    }
+    assert bounds[value] > max(bounds[value / 2], bounds[value * 2])
+
+
+# --- likelihoods ---
+
+
+def test_likelihoods_are_bounds_of_the_tasks_they_name(vae):
+    x, A = pictures(vae), masks.random(N, vae.num_tokens, 0.5, seed=7)
+    result = evaluation.likelihood(vae, x, samples=5, variance=0.3, seed=7)
+    tasks = {"joint": (None, None), "marginal": (A, None), "conditional": (~A, A)}
+    assert len(result) == 2 * len(tasks)
+    for name, (T, given) in tasks.items():
+        for unit in ("nats", "bits_per_dim"):
+            expected = vae.log_prob(x, T, given, 5, 0.3, seed=7, unit=unit).mean().item()
+            assert result[f"{name}_{unit}"] == pytest.approx(expected, rel=1e-9)
+
+
+# --- consistency ---
+
+
+def test_an_exact_model_is_consistent():
+    net = LinearGaussian()
+    x = net.model().tokenizer.decode(net.data(30))
+    result = evaluation.consistency(net.model(), x, samples=7)
+    expected = {"order_gap": 0, "order_noise": 0, "posterior_gap": 0, "effective_samples": 1}
+    assert result == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("shift, widen", [(0.5, 1.0), (0.0, 1.3), (0.3, 1.2)])
+def test_posterior_gap_is_the_divergence_from_bayes_rule(shift, widen):
+    net = LinearGaussian(shift, widen, inexact=lambda S: S.any(-1))
+    x = net.model().tokenizer.decode(net.data(60))
+    result = evaluation.consistency(net.model(), x, samples=4096)
+    divergence = 0.5 * 3 * (widen**2 + shift**2 - 1 - math.log(widen**2))  # of three dimensions
+    assert result["posterior_gap"] == pytest.approx(divergence, rel=0.05)
+    assert 0.05 < result["effective_samples"] < 0.95
+
+
+def test_order_gap_tells_disagreement_from_estimation():
+    """A wrong posterior of single patches is a wrong prior for what follows, in one order and not in the other."""
+    net = LinearGaussian(2.0, 1.0, inexact=lambda S: S.sum(-1) == 1)
+    x = net.model().tokenizer.decode(net.data(60))
+    result = evaluation.consistency(net.model(), x, samples=512)
+    assert result["order_gap"] > 10 * result["order_noise"] > 0
+    # Wrong proposals alone, of the full set, are no disagreement.
+    net.inexact = lambda S: S.all(-1)
+    result = evaluation.consistency(net.model(), x, samples=512)
+    assert result["order_gap"] < 5 * result["order_noise"]
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 16])
+def test_pairs_of_sets_are_disjoint_and_not_empty(num_tokens):
+    A, B = evaluation._disjoint_pairs(2000, num_tokens, 0)
+    assert A.any(-1).all() and B.any(-1).all() and not (A & B).any()
+    for mask in (A, B):
+        assert mask.sum(-1).max() == num_tokens - 1
+    assert ((A | B).all(-1)).any()

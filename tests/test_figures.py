@@ -1,108 +1,185 @@
+"""The pictures: what they show is what the model gives, and the sheets show it exactly."""
+
+import itertools
+import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from test_program import SMALL, finish, run_here, start
 from torch import Tensor
 
-from biglearn_vae import BigLearnVAE, Patchify, UniversalViT, evaluation, figures, masks
+from biglearn_vae import BigLearnVAE, Patchify, UniversalViT, config, evaluation, figures, masks
 
-N = 3
-BYTES = np.array([int(255 * value) for value in figures.HIDDEN])
+N = 5
+LABELS = torch.tensor([1, 0, 1, 2, 0])
+NAMES = list(figures.FIGURES)
+IMAGES = [name for name in NAMES if name != "latent_map"]
 
 
-def make(channels: int) -> BigLearnVAE:
-    tokenizer = Patchify(8, 2, channels)
+def make(size=8, patch: int = 2, channels: int = 1, z_dim: int = 3) -> BigLearnVAE:
+    """An untrained model whose codes and completions depend on what is observed."""
+    tokenizer = Patchify(size, patch, channels)
     torch.manual_seed(0)
-    net = UniversalViT(grid=tokenizer.grid, token_dim=tokenizer.token_dim, dim=16, depth=1, z_dim=3, heads=2)
+    net = UniversalViT(grid=tokenizer.grid, token_dim=tokenizer.token_dim, dim=16, depth=1, z_dim=z_dim, heads=2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
     return BigLearnVAE(net, tokenizer)
 
 
-def pictures(channels: int, seed: int = 0) -> Tensor:
-    return torch.rand(N, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
+def pictures(vae: BigLearnVAE, count: int = N, missing: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(count, *vae.image_shape, generator=generator)
+    lost = torch.rand(count, vae.num_tokens, generator=generator) < missing
+    return x.masked_fill(evaluation.pixel_mask(lost, vae), torch.nan)
 
 
-def test_rgb_moves_channels_last():
-    x = pictures(3)
-    result = figures.rgb(x)
-    assert result.shape == (N, 8, 8, 3)
-    assert all(np.array_equal(result[..., c], x[:, c].numpy()) for c in range(3))
+def is_colour(cells: np.ndarray, colour: tuple) -> np.ndarray:
+    return (cells == np.float32(colour)).all(-1)
 
 
-def test_rgb_repeats_grey_and_clamps():
-    x = 3 * pictures(1) - 1
+class Drawn:
+    """What a figure handed to `sheet`: title, caption and blocks."""
+
+    def __init__(self, title, caption, blocks):
+        self.title, self.caption, self.blocks = title, caption, list(blocks)
+
+    def column(self, name: str, block: int = 0, skip: int = 0) -> np.ndarray:
+        """The column of that label (R, H, W, 3), or one of several."""
+        found = [c for c, label in enumerate(self.blocks[block].columns) if label == name]
+        return self.blocks[block].cells[:, found[skip]]
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    def call(figure, *arguments, **options) -> Drawn:
+        with monkeypatch.context() as patch:
+            patch.setattr(figures, "sheet", lambda title, caption, blocks, **_: Drawn(title, caption, blocks))
+            return figure(*arguments, **options)
+
+    return call
+
+
+# --- Images as colours ---
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rgb_is_the_image_clamped_with_channels_last(channels):
+    x = 3 * pictures(make(channels=channels)) - 1
     assert x.min() < 0 and x.max() > 1
     result = figures.rgb(x)
     assert result.shape == (N, 8, 8, 3)
-    assert all(np.array_equal(result[..., c], x[:, 0].clamp(0, 1).numpy()) for c in range(3))
+    for c in range(3):
+        assert np.array_equal(result[..., c], x[:, c % channels].clamp(0, 1).numpy())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_hide_colours_exactly_what_is_hidden(channels):
-    vae, x = make(channels), pictures(channels)
-    S = masks.random(N, 16, 0.5, seed=1)
-    observed = evaluation.pixel_mask(S, vae)
-    hidden = ~observed[:, 0].numpy()
+@pytest.mark.parametrize("missing", [0.0, 0.4])
+def test_hide_colours_exactly_what_is_hidden_and_what_is_missing(channels, missing):
+    vae = make(channels=channels)
+    x = pictures(vae, missing=missing)
+    observed = evaluation.pixel_mask(masks.random(N, 16, 0.5, seed=1), vae)
+    lost, seen = x.isnan()[:, 0].numpy(), observed[:, 0].numpy()
     result = figures.hide(x, observed)
-    assert np.array_equal(result[hidden], np.broadcast_to(np.float32(figures.HIDDEN), (hidden.sum(), 3)))
-    assert np.array_equal(result[~hidden], figures.rgb(x)[~hidden])
+    assert np.array_equal(is_colour(result, figures.MISSING), lost)
+    assert np.array_equal(is_colour(result, figures.HIDDEN), ~seen & ~lost)
+    assert np.array_equal(result[seen], figures.rgb(x)[seen])
     assert np.array_equal(figures.hide(x, torch.ones_like(observed)), figures.rgb(x))
 
 
-def is_hidden_colour(picture: np.ndarray) -> np.ndarray:
-    return (np.abs(picture.astype(int) - BYTES) <= 1).all(-1)
+def test_signed_differences():
+    change = torch.tensor([[-0.5, 0.0], [0.25, 0.5]]).expand(4, 3, 2, 2)
+    result, limit = figures.signed(change)
+    assert limit == 0.5 and result.shape == (4, 2, 2, 3)
+    same, less, more = (np.array(colour) for colour in (figures.SAME, figures.LESS, figures.MORE))
+    np.testing.assert_allclose(result[2], [[less, same], [(same + more) / 2, more]], atol=1e-6)
+    np.testing.assert_allclose(figures.signed(0 * change)[0], np.broadcast_to(same, (4, 2, 2, 3)))
+    np.testing.assert_allclose(figures.signed(change, 0.25)[0][0, 1, 0], more, atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
-def test_inpainting_shows_the_hidden_patches_in_one_column(channels, ratio):
-    picture = figures.inpainting(make(channels), pictures(channels), ratio=ratio, draws=2)
-    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
-    shown = is_hidden_colour(picture)
-    columns = np.array_split(shown, 5, axis=1)  # image, observed, two completions, mean
-    counts = [int(column.sum()) for column in columns]
-    if ratio == 1.0:
-        assert sum(counts) == 0
-        return
-    assert counts[1] > 0 and sum(counts) == counts[1]
-    everything = is_hidden_colour(figures.inpainting(make(channels), pictures(channels), ratio=0.0, draws=2)).sum()
-    assert counts[1] / everything == pytest.approx(1 - ratio, abs=0.02)
+def test_images_are_chosen_from_all_classes():
+    assert figures.choose(N, LABELS, 3).tolist() == [1, 0, 3]
+    assert figures.choose(N, LABELS, 9).tolist() == [1, 0, 3, 4, 2]
+    assert figures.choose(N, None, 3).tolist() == [0, 1, 2]
+    assert figures.choose(2, None, 5, repeat=True).tolist() == [0, 1, 0, 1, 0]
 
 
-def test_inpainting_depends_on_the_seed_alone():
-    vae, x = make(1), pictures(1)
-    one = figures.inpainting(vae, x, seed=0, title="a title")
-    torch.manual_seed(99)
-    assert np.array_equal(figures.inpainting(vae, x, seed=0, title="a title"), one)
-    other = figures.inpainting(vae, x, seed=1, title="a title")
-    assert other.shape == one.shape and not np.array_equal(other, one)
+def test_bytes_are_taken_for_images():
+    vae = make()
+    x = (255 * pictures(vae)).round().to(torch.uint8)
+    assert torch.equal(figures.take(vae, x, None, 2)[0], x[:2].float() / 255)
 
 
-def test_the_pictures_size_follows_rows_and_columns():
-    vae = make(1)
-    few, more = (figures.inpainting(vae, pictures(1)[:n], draws=2).shape for n in (1, 3))
-    wide = figures.inpainting(vae, pictures(1)[:1], draws=4).shape
-    assert few[1] == more[1] and few[0] < more[0]
-    assert wide[0] == few[0] and wide[1] / few[1] == pytest.approx(7 / 5, abs=0.01)
+# --- Sheets ---
 
 
-def test_table_shows_every_image_in_its_place():
-    # Each cell one colour; it is found again in the middle of its cell, and covers as much as any other.
-    rng = np.random.default_rng(0)
-    colours = rng.integers(0, 256, (2, 4, 3))  # rows, columns
-    columns = {f"c{c}": np.ones((2, 4, 4, 3)) * (colours[:, c] / 255).reshape(2, 1, 1, 3) for c in range(4)}
-    picture = figures.table(columns).astype(int)
-    areas = []
-    for r in range(2):
-        for c in range(4):
-            rows, cols = np.nonzero((np.abs(picture - colours[r, c]) <= 1).all(-1))
-            areas.append(len(rows))
-            assert (np.ptp(rows) + 1) * (np.ptp(cols) + 1) == len(rows)  # a full rectangle
-            assert int(cols.mean() / picture.shape[1] * 4) == c
-    assert max(areas) <= 1.05 * min(areas)
-    tops = [np.nonzero((np.abs(picture - colours[r, 0]) <= 1).all(-1))[0].mean() for r in range(2)]
-    assert tops[0] < tops[1]
+def find(picture: np.ndarray, pixels: np.ndarray) -> list[tuple[int, int]]:
+    """Every place (top, left) where these pixels are part of the picture."""
+    height, width, _ = pixels.shape
+    places = np.argwhere((picture == pixels[0, 0]).all(-1)).tolist()
+    return [(y, x) for y, x in places if np.array_equal(picture[y : y + height, x : x + width], pixels)]
+
+
+@pytest.mark.parametrize(("size", "scale"), [((8, 8), 8), ((4, 12), 5), ((28, 28), 2), ((70, 100), 1)])
+def test_a_sheet_shows_every_image_exactly_and_in_its_place(size, scale):
+    cells = np.random.default_rng(0).random((3, 4, *size, 3))
+    columns, rows = ["one", "two words here", "incomprehensibilities", ""], ["a", "a label of many words", "c"]
+    picture = figures.sheet("title", "caption", [figures.Block(cells, "heading", columns, rows, group=2)])
+    assert picture.dtype == np.uint8
+    enlarged = (cells * 255).round().astype(np.uint8).repeat(scale, 2).repeat(scale, 3)
+    places = np.array([[find(picture, enlarged[r, c]) for c in range(4)] for r in range(3)])
+    assert places.shape == (3, 4, 1, 2)  # each once
+    tops, lefts = places[:, :, 0, 0], places[:, :, 0, 1]
+    assert (tops == tops[:, :1]).all() and (lefts == lefts[:1]).all()
+    assert (np.diff(tops[:, 0]) > size[0] * scale).all() and (np.diff(lefts[0]) > size[1] * scale).all()
+    assert tops[2, 0] - tops[1, 0] > tops[1, 0] - tops[0, 0]  # more space after a group
+
+
+LONG = "words that must be wrapped since they are many and the block below them is narrow"
+
+
+def test_nothing_on_a_sheet_overlaps_or_is_cut_off(monkeypatch):
+    pieces = []
+    real = figures._draw
+    monkeypatch.setattr(figures, "_draw", lambda piece: pieces.append(piece) or real(piece))
+    blocks = [
+        figures.Block(
+            np.zeros((2, columns, 8, size, 3)), LONG, ["a", LONG, "disproportionately"][:columns], [LONG, "b"]
+        )
+        for columns, size in ((1, 8), (3, 8), (2, 90), (1, 3))
+    ]
+    picture = figures.sheet(LONG, 5 * LONG, blocks, width=500)
+    (piece,) = pieces
+    boxes = [(left, top, left + pixels.shape[1], top + pixels.shape[0]) for left, top, pixels in piece.images]
+    for x, y, words, size, bold in piece.words:
+        boxes.append((x, y - size, x + figures.text_width(words, size, bold), y + 3))
+    height, width, _ = picture.shape
+    assert all(0 <= left <= right <= width and 0 <= top <= bottom <= height for left, top, right, bottom in boxes)
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
+    assert picture[[0, -1]].min() == picture[:, [0, -1]].min() == 255
+
+
+def test_words_are_drawn_as_wide_as_they_are_measured():
+    ink = figures.sheet("", "a_b $x^2$ \\alpha ~ p(z | x)", [figures.Block(np.ones((1, 1, 4, 4, 3)))]).min(-1) < 128
+    columns = np.nonzero(ink.any(0))[0]
+    assert np.ptp(columns) + 1 == pytest.approx(figures.text_width("a_b $x^2$ \\alpha ~ p(z | x)", 9), abs=4)
+
+
+def test_an_outline_covers_the_edge_of_an_area_alone():
+    block = figures.Block(np.full((1, 2, 8, 8, 3), 0.5))
+    block.outlined[0, 1, 2:4, 2:6] = True
+    pixels = figures._enlarged(block, 64)
+    marked = (pixels == np.round(255 * np.array(figures.OUTLINE))).all(-1)
+    expected = np.zeros((64, 64), bool)
+    expected[16:32, 16:48] = True
+    expected[18:30, 18:46] = False
+    assert not marked[0, 0].any() and np.array_equal(marked[0, 1], expected)
+    assert (pixels[0, 1][~expected] == 128).all()
 
 
 def test_drawing_leaves_matplotlib_alone():
@@ -115,9 +192,344 @@ def settings():
     return {key: dict.__getitem__(rc, key) for key in dict.keys(rc)}
 before = settings()
 import numpy, biglearn_vae
-biglearn_vae.figures.table({"a": numpy.zeros((1, 4, 4, 3))}, "title")
+from biglearn_vae import figures
+figures.sheet("title", "caption", [figures.Block(numpy.zeros((1, 1, 4, 4, 3)), columns=["a"])])
+figures._panels(numpy.zeros((1, 2, 2)), None)
 assert settings() == before and settings()["backend"] is before["backend"]
 assert "matplotlib.pyplot" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- All figures ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_figure_depends_on_the_seed_alone(name):
+    vae = make()
+    x = pictures(vae)
+    one = figures.FIGURES[name](vae, x, labels=LABELS, seed=0)
+    assert one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3
+    torch.manual_seed(99)
+    assert np.array_equal(figures.FIGURES[name](vae, x, labels=LABELS, seed=0), one)
+    other = figures.FIGURES[name](vae, x, labels=LABELS, seed=1)
+    assert other.shape != one.shape or not np.array_equal(other, one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("size", "patch", "channels", "z_dim", "count"),
+    [((4, 8), 4, 1, 1, 1), ((8, 4), 4, 3, 2, 2), ((4, 4), 4, 1, 3, 3), ((6, 10), 2, 3, 5, 1)],
+)
+@pytest.mark.parametrize("missing", [0.0, 0.5])
+def test_tiny_grids_and_few_images(draw, name, size, patch, channels, z_dim, count, missing):
+    vae = make(size, patch, channels, z_dim)
+    x = pictures(vae, count, missing)
+    x[0] = pictures(vae, count)[0]
+    for block in draw(figures.FIGURES[name], vae, x).blocks:
+        assert block.cells.shape[-3:-1] == (size if name in IMAGES else (300, 300))
+        assert np.isfinite(block.cells).all() and block.cells.min() >= 0 and block.cells.max() <= 1
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_hidden_and_missing_parts_are_marked(draw, name):
+    vae = make()
+    for missing in (0.0, 0.3):
+        drawn = draw(figures.FIGURES[name], vae, pictures(vae, missing=missing))
+        cells = np.concatenate([block.cells.reshape(-1, 3) for block in drawn.blocks])
+        assert is_colour(cells, figures.HIDDEN).any()
+        assert is_colour(cells, figures.MISSING).any() == (missing > 0) == ("never recorded" in drawn.caption)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_rows_is_the_number_of_images(draw, name):
+    vae = make()
+    few, more = (draw(figures.FIGURES[name], vae, pictures(vae), rows=rows).blocks[0].cells for rows in (1, 3))
+    assert len(more) == 3 * len(few) and np.isclose(more[: len(few)], few, atol=1e-5).mean() > 0.5
+
+
+def test_every_figure_has_words():
+    assert list(figures.TEXTS) == NAMES
+    assert all(title and len(caption) > 80 and "{" not in title + caption for title, caption in figures.TEXTS.values())
+
+
+# --- Each figure ---
+
+
+def test_inference(draw):
+    vae = make()
+    x, ratios = pictures(vae)[:3], (1, 0.6, 0.3, 0.1)
+    (block,) = draw(figures.inference, vae, x, seed=4, ratios=ratios).blocks
+    observed, decoded = block.cells[0::2], block.cells[1::2]  # (n, ratios, H, W, 3)
+    hidden = is_colour(observed, figures.HIDDEN)
+    assert np.array_equal(hidden.mean((0, 2, 3)), [1 - round(16 * ratio) / 16 for ratio in ratios])
+    assert (hidden[:, 1:] >= hidden[:, :-1]).all()  # each S is a part of the one before
+    whole = np.broadcast_to(figures.rgb(x)[:, None], observed.shape)
+    assert np.array_equal(observed[~hidden], whole[~hidden])
+    for k in range(len(ratios)):
+        S = torch.from_numpy(~hidden[:, k])
+        np.testing.assert_allclose(decoded[:, k], figures.rgb(vae.reconstruct(x, S, seed=4)), atol=1e-6)
+
+
+def test_inpainting(draw):
+    vae = make()
+    x = pictures(vae)
+    drawn = draw(figures.inpainting, vae, x, rows=3, seed=2)
+    assert len({block.heading for block in drawn.blocks}) == len(drawn.blocks) == 6
+    for k, block in enumerate(drawn.blocks):
+        observed, image = drawn.column("observed", k), drawn.column("image", k)
+        hidden = is_colour(observed, figures.HIDDEN)
+        assert np.array_equal(image, figures.rgb(x[:3])) and 0 < hidden.mean() < 1
+        assert all(np.array_equal(block.cells[:, c][~hidden], image[~hidden]) for c in range(1, 5))
+        several = figures.rgb(vae.inpaint(x[:3], torch.from_numpy(~hidden), draws=16, seed=2).flatten(0, 1))
+        several = several.reshape(16, 3, 8, 8, 3)
+        np.testing.assert_allclose(drawn.column("draw 3", k), several[2], atol=1e-5)
+        np.testing.assert_allclose(drawn.column("mean of 16", k), several.mean(0), atol=1e-5)
+
+
+def test_the_shapes_of_masks():
+    shapes = figures.shapes(make(size=16), 2, seed=0)
+    assert all(S.shape == (2, 64) and S.dtype == torch.bool for S in shapes.values())
+    centre = torch.zeros(8, 8, dtype=torch.bool)
+    centre[2:6, 2:6] = True
+    assert torch.equal(shapes["only the centre observed"], centre.flatten().expand(2, -1))
+    assert torch.equal(shapes["the centre hidden"], ~shapes["only the centre observed"])
+    assert shapes["a random half observed"].sum(1).tolist() == [32, 32]
+    assert shapes["the top half observed"][0, :32].all() and not shapes["the top half observed"][0, 32:].any()
+
+
+def test_the_picture_of_a_training(draw):
+    vae = make()
+    x = pictures(vae, 8, missing=0.3)
+    drawn = draw(figures.completions, vae, x, title="some title")
+    (block,) = drawn.blocks
+    assert drawn.title == "some title" and block.cells.shape[:2] == (8, 7)
+    assert list(block.columns) == ["image", "observed", "draw 1", "draw 2", "draw 3", "draw 4", "mean of 16"]
+    lost, hidden = x.isnan()[:, 0].numpy(), is_colour(drawn.column("observed"), figures.HIDDEN)
+    assert np.array_equal(is_colour(drawn.column("observed"), figures.MISSING), lost)
+    assert hidden[~lost].mean() == pytest.approx(0.5, abs=0.15)
+    kept = ~hidden & ~lost
+    assert all(np.array_equal(block.cells[:, c][kept], figures.rgb(x)[kept]) for c in range(6))
+
+
+def test_interpolation(draw):
+    vae = make()
+    x = pictures(vae)[:4]
+    drawn = draw(figures.interpolation, vae, x, rows=2, seed=1, steps=5)
+    a, b = x[0::2], x[1::2]
+    free, kept = (block.cells for block in drawn.blocks)
+    assert np.array_equal(free[:, 0], figures.rgb(a)) and np.array_equal(free[:, -1], figures.rgb(b))
+    codes = vae.encode(a).mean, vae.encode(b).mean
+    for column, z in ((1, codes[0]), (3, (codes[0] + codes[1]) / 2), (5, codes[1])):
+        np.testing.assert_allclose(free[:, column], figures.rgb(vae.decode(z)), atol=1e-5)
+    observed = ~is_colour(kept[:, 0], figures.HIDDEN)
+    assert 0 < observed.mean() < 1
+    for column in range(1, 6):
+        assert np.array_equal(kept[:, column][observed], figures.rgb(a)[observed])
+
+
+def test_interpolation_goes_between_classes(draw):
+    vae = make()
+    x, labels = pictures(vae, 8), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    (block, _) = draw(figures.interpolation, vae, x, labels=labels, rows=3).blocks
+    ends = [[int(np.abs(figures.rgb(x) - cell).sum((1, 2, 3)).argmin()) for cell in block.cells[:, c]] for c in (0, -1)]
+    assert all(labels[i] != labels[j] for i, j in zip(*ends, strict=True))
+
+
+def test_combination_takes_the_union(draw):
+    vae = make()
+    x = pictures(vae, 6)
+    drawn = draw(figures.combination, vae, x, rows=3, seed=5)
+    a, b = figures.rgb(x[0::2]), figures.rgb(x[1::2])
+    for block, names, sources in (
+        (0, ("part 1", "part 2", "both parts"), (a, a)),
+        (1, ("top A", "bottom B", "both"), (a, b)),
+    ):
+        seen = [~is_colour(drawn.column(name, block), figures.HIDDEN) for name in names]
+        assert seen[0].any() and seen[1].any() and not (seen[0] & seen[1]).any()
+        assert np.array_equal(seen[2], seen[0] | seen[1])
+        for k, name in enumerate(names):
+            cells, completed = drawn.column(name, block), drawn.column("completed", block, skip=k)
+            for part, source in zip(seen[:2], sources, strict=True):
+                shown = part & seen[k]
+                assert np.array_equal(cells[shown], source[shown]) and np.array_equal(completed[shown], source[shown])
+    assert not seen[0][:, 4:].any() and not seen[1][:, :4].any()
+
+
+def test_decoding_sensitivity(draw):
+    vae = make(z_dim=5)
+    x, ratios = pictures(vae), (0.1, 0.5)
+    drawn = draw(figures.decoding_sensitivity, vae, x, rows=2, delta=1.5, dims=2, ratios=ratios)
+    (block,) = drawn.blocks
+    dims = [int(match[1]) for label in block.columns if (match := re.fullmatch(r"z(\d+) \+1.5", label))]
+    S = [masks.random(2, 16, ratio, 0) for ratio in ratios]
+    every = vae.decoding_sensitivity(x[:2], S[0], range(5), 1.5)
+    effect = (every.after - every.before).square().mean((1, 2, 3, 4))
+    assert dims == effect.argsort(descending=True)[:2].tolist()
+    for k, mask in enumerate(S):
+        result = vae.decoding_sensitivity(x[:2], mask, dims, 1.5)
+        np.testing.assert_allclose(drawn.column("before")[k::2], figures.rgb(result.before), atol=1e-5)
+        for d in range(2):
+            np.testing.assert_allclose(block.cells[k::2, 2 + 2 * d], figures.rgb(result.after[d]), atol=1e-5)
+            kept = ~is_colour(drawn.column("observed")[k::2], figures.HIDDEN)
+            assert is_colour(block.cells[k::2, 3 + 2 * d], figures.SAME)[kept].all()
+
+
+def test_by_default_dimensions_move_by_the_spread_of_their_means(draw):
+    vae = make()
+    x = pictures(vae, 40)
+    spread = vae.encode(x).mean.std(0)
+    (block,) = draw(figures.decoding_sensitivity, vae, x).blocks
+    moves = {int(match[1]): float(match[2]) for c in block.columns if (match := re.fullmatch(r"z(\d+) (\S+)", c))}
+    assert moves == {dim: pytest.approx(3 * spread[dim].item(), rel=0.06) for dim in range(3)}
+
+
+def test_encoding_sensitivity(draw):
+    vae = make()
+    x = pictures(vae)[:2]
+    drawn = draw(figures.encoding_sensitivity, vae, x, ratio=0.5, share=0.1)
+    for k, value in ((0, 0.0), (1, 1.0)):
+        block, image = drawn.blocks[k], figures.rgb(x)
+        observed = ~is_colour(drawn.column("observed", k), figures.HIDDEN)
+        changed = block.outlined[:, 2]
+        assert (changed.sum((1, 2)) == 2 * 4).all() and (observed >= changed).all() and block.outlined.sum() == 16
+        cells = drawn.column("changed", k)
+        assert (cells[changed] == value).all()
+        assert np.array_equal(cells[observed & ~changed], image[observed & ~changed])
+        after = torch.where(torch.from_numpy(changed).unsqueeze(1), value, x)
+        S = torch.from_numpy(observed)
+        p, q = vae.encode(after, S), vae.encode(x, S)
+        assert list(block.rows) == [f"KL {kl:.3g} nats" for kl in p.kl(q).tolist()]
+        np.testing.assert_allclose(drawn.column("before", k), figures.rgb(vae.decode(q.mean, x, S)), atol=1e-5)
+        np.testing.assert_allclose(drawn.column("after", k), figures.rgb(vae.decode(p.mean, x, S)), atol=1e-5)
+
+
+def test_the_patches_that_are_changed_move_the_code_furthest(draw):
+    vae = make()
+    x = pictures(vae)[:1]
+    drawn = draw(figures.encoding_sensitivity, vae, x, share=1 / 16)
+    S = masks.from_pixels(torch.from_numpy(~is_colour(drawn.column("observed"), figures.HIDDEN)), vae.grid)
+    moved = {}
+    for patch in S[0].nonzero().flatten().tolist():
+        one = evaluation.pixel_mask(torch.arange(16)[None] == patch, vae)
+        moved[patch] = vae.encode(x.masked_fill(one, 0), S).kl(vae.encode(x, S)).item()
+    chosen = masks.from_pixels(torch.from_numpy(drawn.blocks[0].outlined[:, 2]), vae.grid)
+    assert chosen[0].nonzero().flatten().tolist() == [max(moved, key=moved.get)]
+
+
+def test_patches_that_are_black_already_do_not_count_as_changed(draw):
+    vae = make()
+    inked = masks.random(4, 16, 0.3, seed=2)
+    x = pictures(vae, 4).masked_fill(evaluation.pixel_mask(~inked, vae), 0)
+    drawn = draw(figures.encoding_sensitivity, vae, x, share=0.5)
+    seen = ~is_colour(drawn.column("observed"), figures.HIDDEN)
+    expected = seen & evaluation.pixel_mask(inked, vae)[:, 0].numpy()
+    assert expected.any() and np.array_equal(drawn.blocks[0].outlined[:, 2], expected)
+
+
+def test_capabilities(draw):
+    vae = make()
+    x = pictures(vae)[:3]
+    drawn = draw(figures.capabilities, vae, x, seed=3)
+    assert [block.heading[0] for block in drawn.blocks] == list("abcde")
+    samples = figures.rgb(vae.sample(9, seed=3)).reshape(3, 3, 8, 8, 3)
+    np.testing.assert_allclose(drawn.blocks[0].cells, samples, atol=1e-5)
+    np.testing.assert_allclose(drawn.column("decoded", 2), figures.rgb(vae.reconstruct(x, seed=3)), atol=1e-5)
+    seen = ~is_colour(drawn.column("observed", 1), figures.HIDDEN)
+    assert np.array_equal(drawn.column("completed", 3)[seen], figures.rgb(x)[seen])
+    strokes = ~is_colour(drawn.column("strokes", 4), figures.HIDDEN)
+    for k in range(1, 5):
+        assert np.array_equal(drawn.column(f"draw {k}", 4)[strokes], figures.rgb(x)[strokes])
+
+
+@pytest.mark.parametrize("background", [0.0, 0.9])
+def test_strokes_are_a_part_of_the_inked_patches(background):
+    vae = make()
+    inked = masks.random(6, 16, 0.3, seed=7)
+    x = torch.where(evaluation.pixel_mask(inked, vae), 1 - background, background)
+    for share in (0.2, 1.0):
+        S = figures.strokes(vae, x, seed=0, share=share)
+        assert (inked | ~S).all() and S.sum(1).tolist() == [-int(-share * 5 // 1)] * 6
+
+
+def test_the_map_of_codes_shows_classes_in_one_frame(draw, monkeypatch):
+    vae = make()
+    x = pictures(vae, 12)
+    labels = torch.arange(12) % 3
+    seen = []
+    monkeypatch.setattr(figures, "_plane", lambda points, seed: seen.append(points) or points[:, :2])
+    (block,) = draw(figures.latent_map, vae, x, labels=labels, ratios=(1, 0)).blocks
+    order = figures.choose(12, labels, 300)
+    np.testing.assert_allclose(seen[0][:12], vae.encode(x[order]).mean.numpy(), atol=1e-5)
+    np.testing.assert_allclose(seen[0][12:], np.broadcast_to(seen[0][12], (12, 3)), atol=1e-5)  # nothing is observed
+    assert block.cells.shape == (1, 2, 300, 300, 3) and "classes" in block.heading
+    (plain,) = draw(figures.latent_map, vae, x, ratios=(1, 0)).blocks
+    colours = [len(np.unique(b.cells[0, 0].reshape(-1, 3).round(2), axis=0)) for b in (block, plain)]
+    assert colours[0] > colours[1] and "classes" not in plain.heading
+
+
+def test_codes_that_all_coincide_can_be_drawn():
+    assert np.isfinite(figures._plane(np.ones((8, 3)), 0)).all()
+    assert figures._panels(np.zeros((2, 4, 2)), np.arange(4)).shape == (2, 300, 300, 3)
+
+
+# --- The page and the command ---
+
+
+def test_the_page_of_a_run():
+    text = figures.page("a<b", ["inference", "capabilities"])
+    assert "<title>a&lt;b</title>" in text and "a<b" not in text
+    assert re.findall(r'<img src="([^"]*)" alt="([^"]*)"', text) == [
+        (f"{name}.png", ". ".join(figures.TEXTS[name])) for name in ("inference", "capabilities")
+    ]
+    assert not re.search(r'(src|href)="(https?:|/)', text)
+
+
+def test_every_setting_is_explained():
+    explained = config.explanations("figures")
+    assert all(explained.get(key) for key, _ in config._raw_leaves(config.compose([], "figures")))
+
+
+def test_train_then_draw(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=6") == 0
+    assert "figures/index.html" in capsys.readouterr().out
+    run = tmp_path / "outputs" / "run"
+    folder = run / "figures"
+    assert sorted(p.name for p in folder.iterdir()) == ["index.html", "inference.png", "inpainting.png"]
+    assert not (run / "inpainting.png").exists() and json.loads((run / "summary.json").read_text())
+    first = (folder / "inpainting.png").read_bytes()
+
+    words = ["run=outputs/run", "device=cpu", "figures=[inpainting,interpolation]", "images=2"]
+    printed = finish(start(*words, cwd=tmp_path, script="figures"))
+    assert re.search(r"outputs/run/figures/index.html: inpainting, interpolation \(\d+ s\)", printed)
+    names = ["index.html", "inference.png", "inpainting.png", "interpolation.png"]
+    assert sorted(p.name for p in folder.iterdir()) == names  # and nothing half written
+    page = (folder / "index.html").read_text()
+    assert re.findall(r'<img src="([^"]*)"', page) == names[1:] and "<h1>run</h1>" in page
+    assert all((folder / link).is_file() for link in re.findall(r'(?:src|href)="([^"#]+)"', page))
+    assert (folder / "inpainting.png").read_bytes() != first  # two rows now
+
+    assert run_here(monkeypatch, "run=outputs/run", "device=cpu", "figures=inpainting", script="figures") == 0
+    assert (folder / "inpainting.png").read_bytes() == first  # as at the end of the training
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("figures=[inference,faces]", f"figures must be some of {', '.join(NAMES)}, got inference, faces"),
+        ("figures=[]", "got none"),
+        ("figures=3", "figures must be"),
+        ("images=0", "images must be at least 1, got 0"),
+        ("delta=far", "delta must be a number or null, got 'far'"),
+        ("seed=x", "seed must be a whole number"),
+        ("checkpoint=worst", "checkpoint must be best or latest"),
+        ("run=outputs/other", "there is no run in outputs/other"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, monkeypatch, capsys, word, expected):
+    monkeypatch.chdir(tmp_path)
+    words = [word] if word.startswith("run=") else ["run=outputs/run", word]
+    assert run_here(monkeypatch, *words, script="figures") == 2
+    assert expected in capsys.readouterr().err

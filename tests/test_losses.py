@@ -255,3 +255,76 @@ def test_missing_random_is_named(tiny_net, missing):
 def test_objective_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         BigLearnELBO(**settings)
+
+
+# --- data that is incomplete itself ---
+
+
+def unrecorded() -> torch.Tensor:
+    """What was recorded of six images of six tokens: everything of the first, nothing of the last."""
+    recorded = torch.rand(6, 6, generator=torch.Generator().manual_seed(3)) < 0.5
+    recorded[0], recorded[-1] = True, False
+    return recorded
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_was_not_recorded_is_in_no_task(tiny_net, given):
+    (x, noise), recorded = data(), unrecorded()
+    S, T = tasks() if given else (None, None)
+    objective = BigLearnELBO(BETA, MaskSampler(joint=0.3))
+    results = []
+    for junk in (torch.nan, 0.0, 1e30):
+        spoilt = x.masked_fill(~recorded.unsqueeze(-1), junk)
+        random = StepRandom(torch.Generator().manual_seed(1))
+        parts = objective(tiny_net, (spoilt, recorded), S, T, noise if given else None, random=random)
+        results.append([parts.loss, parts.kl, parts.reconstruction, *gradients(tiny_net, parts.loss)])
+        assert (parts.num_targets <= recorded.sum(-1)).all()
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(part.isfinite().all() for part in results[0])
+
+
+def test_nan_and_a_mask_say_the_same(tiny_net):
+    (x, _), recorded = data(), unrecorded()
+    with_nan = x.clone()
+    with_nan[..., 2][~recorded] = torch.nan  # one number of a token is enough
+    objective = BigLearnELBO(BETA, MaskSampler())
+    a, b = (
+        objective(tiny_net, batch, random=StepRandom(torch.Generator().manual_seed(1)))
+        for batch in (with_nan, (x, recorded))
+    )
+    assert torch.equal(a.elbo, b.elbo) and torch.equal(a.num_targets, b.num_targets)
+
+
+def test_an_image_of_which_nothing_was_recorded_counts_for_nothing(tiny_net):
+    (x, noise), recorded = data(), unrecorded()
+    nothing, everything = torch.zeros(2, 6, 6, dtype=torch.bool)
+    parts = BigLearnELBO(BETA)(tiny_net, (x, recorded), nothing, ~everything, noise)
+    assert parts.elbo[-1] == 0 and parts.num_targets[-1] == 0
+    assert (parts.elbo[:-1] != 0).all()
+
+
+def test_recorded_tokens_alone_are_a_margin_elbo(tiny_net):
+    (x, noise), recorded = data(), unrecorded()
+    nothing = torch.zeros(6, 6, dtype=torch.bool)
+    incomplete = BigLearnELBO(BETA)(tiny_net, (x, recorded), nothing, ~nothing, noise)
+    margin = BigLearnELBO(BETA)(tiny_net, x, nothing, recorded, noise)
+    assert torch.equal(incomplete.elbo, margin.elbo)
+
+
+def test_the_draws_of_a_process_do_not_depend_on_what_others_recorded(tiny_net):
+    (x, _), recorded = data(), unrecorded()
+    objective = BigLearnELBO(BETA, MaskSampler())
+    whole = objective(tiny_net, (x, recorded), random=StepRandom.at(0, 0, World()))
+    halves = [
+        objective(tiny_net, (x[rows], recorded[rows]), random=StepRandom.at(0, 0, World(rank, 2)))
+        for rank, rows in enumerate((slice(0, 3), slice(3, 6)))
+    ]
+    assert torch.equal(torch.cat([half.num_targets for half in halves]), whole.num_targets)
+    assert_close(torch.cat([half.elbo for half in halves]), whole.elbo, **CLOSE)
+
+
+@pytest.mark.parametrize("recorded", [torch.ones(6, 6), torch.ones(6, 5, dtype=torch.bool)])
+def test_a_mask_of_another_kind_is_refused(tiny_net, recorded):
+    with pytest.raises(ValueError, match="boolean mask of what was recorded"):
+        BigLearnELBO(BETA)(tiny_net, (data()[0], recorded), *tasks(), data()[1])

@@ -238,3 +238,65 @@ def test_from_pixels_wants_two_or_three_axes(shape):
 def test_from_pixels_wants_whole_patches(shape):
     with pytest.raises(ValueError, match=f"{shape[-2]} x {shape[-1]} pixels does not fit a grid of 2 x 2"):
         masks.from_pixels(torch.ones(shape, dtype=torch.bool), (2, 2))
+
+
+# --- what was never recorded ---
+
+
+def some_recorded(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Between none and all of the patches of each image."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, tokens, generator=generator) < torch.rand(batch, 1, generator=generator)
+
+
+@pytest.mark.parametrize("ratios_per", ["sample", "step"])
+@pytest.mark.parametrize("joint", [0, 0.5, 1])
+def test_tasks_lie_in_what_was_recorded(ratios_per, joint):
+    recorded = some_recorded(2000, 16)
+    recorded[0] = False
+    generator = torch.Generator().manual_seed(1)
+    S, T = MaskSampler(joint=joint, ratios_per=ratios_per)(2000, 16, generator, recorded)
+    assert not (S & T).any() and not ((S | T) & ~recorded).any()
+    assert torch.equal(T.any(-1), recorded.any(-1))
+    if joint == 1:
+        assert not S.any() and torch.equal(T, recorded)
+
+
+def test_everything_recorded_changes_nothing():
+    everything = torch.ones(50, 16, dtype=torch.bool)
+    sampler = MaskSampler((2, 1), (1, 1), joint=0.2)
+    given, default = (sampler(50, 16, torch.Generator().manual_seed(0), r) for r in (everything, None))
+    assert all(torch.equal(one, other) for one, other in zip(given, default, strict=True))
+
+
+def test_sizes_are_shares_of_what_was_recorded():
+    recorded = (torch.arange(16) < 8).expand(5000, -1)
+    among_16 = MaskSampler((2, 1), (1, 1))(5000, 16, torch.Generator().manual_seed(0), recorded)
+    among_8 = MaskSampler((2, 1), (1, 1))(5000, 8, torch.Generator().manual_seed(0))
+    for mask, expected in zip(among_16, among_8, strict=True):  # sizes are drawn first, so they agree exactly
+        assert torch.equal(mask.sum(-1), expected.sum(-1))
+
+
+def test_positions_among_the_recorded_are_equally_likely():
+    recorded = torch.tensor([[True, False, True, True, False, True]]).expand(20_000, -1)
+    S, T = MaskSampler()(20_000, 6, torch.Generator().manual_seed(0), recorded)
+    for mask in (S, T):
+        counts = mask.sum(0)[recorded[0]]
+        assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_to_pixels_is_the_inverse_of_from_pixels(batch):
+    S = torch.rand(*batch, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    pixels = masks.to_pixels(S, (3, 4), (6, 20))
+    assert pixels.shape == (*batch, 6, 20)
+    assert pixels.sum() == 10 * S.sum()
+    back = masks.from_pixels(pixels.reshape(-1, 6, 20), (3, 4))
+    assert torch.equal(back.view(S.shape), S)
+
+
+def test_recorded_are_tokens_without_nan():
+    tokens = torch.zeros(2, 3, 4)
+    tokens[0, 1, 3] = tokens[1, 0] = torch.nan
+    tokens[1, 2, 0] = torch.inf
+    assert masks.recorded(tokens).tolist() == [[True, False, True], [False, True, True]]

@@ -99,7 +99,8 @@ def test_train_then_evaluate(here, monkeypatch, capsys, method):
         next(r["valid/joint_elbo"] for r in order if "valid/joint_elbo" in r) for order in (rows, rows[::-1])
     )
     assert last > first
-    for name in ("inpainting.png", "config.yaml", "environment.json", "pictures/inpainting-0000024.png"):
+    pictures = [f"figures/{name}" for name in ("index.html", "inference.png", "inpainting.png")]
+    for name in (*pictures, "config.yaml", "environment.json", "pictures/inpainting-0000024.png"):
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").iterdir())
 
