@@ -131,7 +131,8 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     trainer = _trainer(cfg, run, net, loss, tokens, splits, world)
     first = trainer.resume()
     say(f"{'going on with' if first else 'training'} {run}")
-    say(f"{type(net).__name__}, {size_text(count_parameters(net))}, {len(splits.train):,} images, on {world.device}")
+    size = f"{type(net).__name__}, {size_text(count_parameters(net))}"
+    say(f"{size}, {len(splits.train):,} images, on {world.device}, {trainer.precision}")
     loggers = _open(run, cfg, first) if world.is_main else []
     try:
         completed = trainer.fit(loggers)
@@ -285,6 +286,7 @@ def _finish(cfg: "DictConfig", run: Path, trainer: Trainer, splits: Splits) -> d
         "steps": trainer.step,
         "best_step": state["step"],
         "seconds": round(trainer.seconds, 3),
+        "precision": trainer.precision,
         "data_note": splits.note,
         "images_per_second": round(trainer.step * trainer.batches.batch_size / trainer.seconds, 1),
     } | measured

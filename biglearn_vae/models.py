@@ -62,11 +62,13 @@ class MaskedViT(nn.Module):
         if z is None:
             for block in self.encoder:
                 sequence = block(sequence)
-            mean, logvar = self.latent_out(self.latent_norm(sequence[:, 0])).chunk(2, dim=-1)
+            # The code and its KL stay in full precision, whatever the blocks compute in.
+            with torch.autocast(x.device.type, enabled=False):
+                mean, logvar = self.latent_out(self.latent_norm(sequence[:, 0])).chunk(2, dim=-1)
             return DiagGaussian(mean, LOGVAR_BOUND * torch.tanh(logvar / LOGVAR_BOUND))
         for block in self.decoder:
             sequence = block(sequence)
-        return self.token_out(self.token_norm(sequence[:, 1:]))
+        return self.token_out(self.token_norm(sequence[:, 1:])).to(x.dtype)
 
     def _embed(self, x: Tensor, S: Tensor, z: Tensor | None) -> Tensor:
         seen = S.unsqueeze(-1)  # (B, L, 1)

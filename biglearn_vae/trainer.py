@@ -90,6 +90,32 @@ class Optim:
         return self.lr * warm * decay
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def choose_precision(precision: str, net: nn.Module) -> str:
+    """What "auto" means for this network on its device; other names as they are.
+
+    bfloat16 where the device multiplies in it faster: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX. On CPUs
+    networks without a matrix of 256 or more inputs gain too little from it. Parameters, log-variances and losses are
+    float32 in any case.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision != "auto":
+        return precision
+    if next(net.parameters()).is_cuda:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        wide = max((p.shape[-1] for p in net.parameters() if p.ndim == 2), default=0) >= 256
+        able = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        fast = wide and any(ask() for ask in able)
+    return "bfloat16" if fast else "float32"
+
+
 class Interruption:
     """While entered, Ctrl-C and SIGTERM raise a flag instead of stopping the program; a second Ctrl-C stops it."""
 
@@ -128,9 +154,11 @@ class Trainer:
         evaluate_every, report_every, checkpoint_every: in steps.
         monitor: the number of `evaluate` whose largest value makes the best checkpoint.
         metadata: plain values that are written into every checkpoint; its "data", if there, names the training data.
+        precision: "float32", "bfloat16" (matrix products only, by autocast) or "auto" (see `choose_precision`). A run
+            that goes on elsewhere keeps the one that it was started with.
 
     Raises:
-        ValueError: if an interval or `steps` is below 1.
+        ValueError: if an interval or `steps` is below 1, or the precision is unknown.
     """
 
     def __init__(
@@ -150,7 +178,9 @@ class Trainer:
         checkpoint_every: int = 1000,
         monitor: str = "valid/elbo",
         metadata: dict[str, Any] | None = None,
+        precision: str = "auto",
     ):
+        self.precision = choose_precision(precision, net)
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
         for name, value in dict(steps=steps, **{f"{k}_every": v for k, v in self.every.items()}).items():
             if value < 1:
@@ -193,6 +223,7 @@ class Trainer:
             self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
             self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
             self._reported = tuple(state["reported"])
+            self.precision = state.get("precision", "float32")
         mean_step = self.world.mean(torch.tensor(float(self.step), device=self.world.device)).item()
         if self.world.any(mean_step != self.step):
             raise ValueError(f"the processes would go on from different steps: all must see the same {self.folder}")
@@ -236,7 +267,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.optim.lr_at(self.step, self.steps)
         random = StepRandom.at(self.seed, self.step, self.world)
-        parts = self.loss(self._wrapped, self.batches(self.step), random=random, step=self.step)
+        with self._autocast():
+            parts = self.loss(self._wrapped, self.batches(self.step), random=random, step=self.step)
         self.optimizer.zero_grad()
         parts.loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
@@ -247,6 +279,9 @@ class Trainer:
         self._pending.append(torch.stack([value.detach() for value in scalars.values()]))
         self.step += 1
         self.seconds += time.perf_counter() - start
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -331,6 +366,7 @@ class Trainer:
             "names": self._names,
             "pending": torch.stack(self._pending) if self._pending else torch.empty(0),
             "reported": self._reported,
+            "precision": self.precision,
             "metadata": self.metadata,
         }
 

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
-from biglearn_vae.layers import Attention, Block, init_weights, mlp, sincos_positions
+from biglearn_vae.layers import Attention, Block, attend, init_weights, mlp, sincos_positions
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -125,3 +126,19 @@ def test_init_weights():
             assert not module.bias.any()
         elif isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all() and not module.bias.any()
+
+
+@pytest.mark.parametrize("length, width", [(5, 16), (65, 64)])
+def test_attention_in_bfloat16_is_that_of_its_rounded_inputs(length, width):
+    """Its output and gradients differ from exact ones of the same rounded q, k, v by rounding alone."""
+    generator = torch.Generator().manual_seed(0)
+    rounded = [torch.randn(2, 3, length, width, generator=generator).bfloat16() for _ in range(4)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        q, k, v, weight = (part.to(dtype).requires_grad_() for part in rounded)
+        out = attend(q, k, v) if dtype == torch.bfloat16 else F.scaled_dot_product_attention(q, k, v)
+        assert out.dtype == dtype
+        results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+    for low, exact in zip(*results, strict=True):
+        error = (low.double() - exact).square().mean().sqrt()
+        assert error < 2**-7 * exact.square().mean().sqrt()  # bfloat16 keeps 8 bits

@@ -11,6 +11,7 @@ from torch import nn
 
 from biglearn_vae import Optim, Trainer, TrainingError, checkpoint
 from biglearn_vae.loggers import Logger
+from biglearn_vae.trainer import choose_precision
 
 OPTIM = Optim(lr=0.05, warmup_steps=3, schedule="cosine", clip_norm=1.0, ema_decay=0.9)
 
@@ -204,3 +205,32 @@ def test_checkpoints_of_another_network_are_refused(tmp_path):
     other = Trainer(nn.Linear(3, 1), noisy_squares, Points(), OPTIM, steps=6, folder=tmp_path)
     with pytest.raises(ValueError, match="another architecture"):
         other.resume()
+
+
+@pytest.mark.parametrize("precision, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_products_are_computed_in_the_precision_asked_for(precision, dtype):
+    seen = []
+
+    def loss(net, batch, *, random, step):
+        seen.append(net(batch).dtype)
+        return noisy_squares(net, batch, random=random, step=step)
+
+    trainer = make(loss=loss, steps=2, precision=precision)
+    trainer.fit()
+    assert seen == [dtype, dtype]
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in trainer.net.parameters())
+
+
+def test_a_run_keeps_the_precision_it_was_started_with(tmp_path):
+    make(tmp_path, steps=6, precision="bfloat16").fit()
+    again = make(tmp_path, steps=12, precision="auto")
+    again.resume()
+    assert again.precision == "bfloat16"
+
+
+def test_automatic_precision():
+    tiny, wide = nn.Linear(8, 8), nn.Linear(256, 8)
+    assert choose_precision("auto", tiny) == "float32"
+    assert choose_precision("auto", wide) in ("float32", "bfloat16")
+    with pytest.raises(ValueError, match="one of auto, float32, bfloat16, got 'fp8'"):
+        make(precision="fp8")
