@@ -1,4 +1,4 @@
-"""What the scripts do: train a run, evaluate it, draw its figures. They print for a person, write for a program."""
+"""What the scripts do: train, evaluate, draw figures, time steps. They print for a person, write for a program."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from biglearn_vae import benchmark as timing
 from biglearn_vae import checkpoint, config, evaluation
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
@@ -22,7 +23,7 @@ from biglearn_vae.distributed import World, in_group, start, stop, under_torchru
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.models import count_parameters
-from biglearn_vae.trainer import Trainer, TrainingError
+from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -405,6 +406,53 @@ def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
     page = draw(trained.vae, trained.splits, trained.run, names, seed=cfg.seed, **values)
     print(f"{page}: {', '.join(names)} ({time.perf_counter() - started:.0f} s)")
     return page
+
+
+def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure the training step of these settings in stages, print a table, and write it all into the file `json`."""
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
+    hints = typing.get_type_hints(timing.Plan)
+    asked = {name: values[name] for name in hints}
+    config.check_types(hints | {"device": str, "seed": int}, asked | {k: values[k] for k in ("device", "seed")}, "")
+    plan = timing.Plan(**asked)
+    if under_torchrun():
+        raise ValueError("the benchmark measures a single process: start it without torchrun")
+    work, machine = _work(cfg, plan.workers), environment(cfg.device)
+    size = f"{type(work.net).__name__}, {size_text(count_parameters(work.net))}"
+    print(f"{size}, {work.note}, {work.batch_size} a step", flush=True)
+    print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
+    result = timing.measure(work, plan, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(timing.table(result))
+    everything = result.as_dict() | {"data": work.note, "settings": values, "environment": machine}
+    if plan.file:
+        _write_json(plan.file, everything)
+    return everything
+
+
+def _work(cfg: "DictConfig", workers: int) -> timing.Work:
+    """The training whose step is measured."""
+    config.check_types(typing.get_type_hints(Trainer.__init__) | {"batch_size": int}, dict(cfg.trainer), "trainer")
+    tokens, loss, optim = config.tokenizer(cfg), config.objective(cfg), config.build(cfg.optim, "optim")
+    net = config.network(cfg, tokens).to(config.pick_device(cfg.device))
+    precision = choose_precision(cfg.trainer.precision, net)
+    settings = {name: value for name, value in dict(cfg.data).items() if name != "patch_size"}
+    images, sources, note = timing.load_images(settings, cfg.trainer.batch_size)
+    return timing.Work(
+        net,
+        loss,
+        optim,
+        images,
+        sources,
+        tokens.encode,
+        cfg.trainer.batch_size,
+        precision,
+        total=cfg.trainer.steps,
+        seed=cfg.seed,
+        note=note,
+        workers=workers,
+    )
 
 
 def draw(

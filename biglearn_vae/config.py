@@ -307,7 +307,7 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
 def explanations(config_name: str = "train") -> dict[str, str]:
     """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program."""
     result: dict[str, str] = {}
-    for path in [*sorted(folder().glob("*/*.yaml")), folder() / f"{config_name}.yaml"]:
+    for path in [*sorted(folder().glob("*/*.yaml")), folder() / "base.yaml", folder() / f"{config_name}.yaml"]:
         text = path.read_text()
         group = [] if path.parent == folder() or "@package _global_" in text else [path.parent.name]
         parents: list[str] = []

@@ -14,7 +14,7 @@ FLOORS = [
     {"models", "losses"},
     {"capabilities", "checkpoint", "loggers"},
     {"trainer", "evaluation", "figures"},
-    {"config"},
+    {"config", "benchmark"},
     {"commands"},
 ]
 MODULES = sorted(PACKAGE.glob("*.py"))
