@@ -309,7 +309,7 @@ class LoopStep:
     def update_average(self) -> None:
         if self.average is None:
             return
-        decay = min(self.work.optim.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = self.work.optim.ema_decay_at(self.step)
         for mean, new in zip(self.average.parameters(), self.net.parameters(), strict=True):
             mean.lerp_(new, 1 - decay)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from biglearn_vae import masks
-from biglearn_vae.gaussian import LOG_2PI, DiagGaussian
+from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.patches import of_batch
 
 Result = TypeVar("Result", Tensor, DiagGaussian)
@@ -293,7 +293,7 @@ class BigLearnVAE:
         if unit == "nats":
             return bound
         numbers = self._tasks(x, T, given)[2].sum(-1).double() * self.net.token_dim
-        return -bound / (math.log(2) * numbers.view(bound.shape))
+        return bits_per_dim(bound, numbers.view(bound.shape))
 
     @torch.no_grad()
     def log_weights(
@@ -327,15 +327,14 @@ class BigLearnVAE:
 
     def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Tokens, S, T and whether there was no batch axis, for `log_prob`."""
-        batch = len(self._tokens(x)[0])
-        S = self._mask(given, batch, default=False)
-        T = ~S if T is None else self._mask(T, batch, default=True)
+        tokens, single = self._tokens(x)
+        S = self._mask(given, len(tokens), default=False)
+        T = ~S if T is None else self._mask(T, len(tokens), default=True)
         if (S & T).any():
             raise ValueError(f"T and given must be disjoint, {int((S & T).sum())} patches are in both")
         if not T.any(-1).all():
             raise ValueError("T must hold at least one patch of each image; a patch counts if all of its pixels do")
-        tokens, _, single = self._observe(x, S | T)
-        return tokens, S, T, single
+        return self._seen(tokens, S | T), S, T, single
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> DiagGaussian:
         parts = [self.net(*part) for part in zip(tokens.split(self.chunk), mask.split(self.chunk), strict=True)]
@@ -383,6 +382,10 @@ class BigLearnVAE:
         """What is observed of data, S being everything by default."""
         tokens, single = self._tokens(x)
         mask = self._mask(S, len(tokens), default=True)
+        return _Observed(self._seen(tokens, mask), mask, single)
+
+    def _seen(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Tokens (B, L, D) with zeros where they are not observed; they must be finite where they are."""
         tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0)
         bad = ~tokens.isfinite()
         if bad.any():
@@ -390,7 +393,7 @@ class BigLearnVAE:
                 f"expected finite values where S says observed, got NaN or infinity in {int(bad.any(-1).sum())} "
                 "observed patches: leave them out of S, such as by S = ~x.isnan().any(1), pixels (B, H, W)"
             )
-        return _Observed(tokens, mask, single)
+        return tokens
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, bool]:
         """Images or tokens, a batch or one -> tokens (B, L, D) on the device, and whether there was no batch axis."""

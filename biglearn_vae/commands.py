@@ -20,7 +20,7 @@ from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Splits
 from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
-from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
+from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard, replacing
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.models import count_parameters
 from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
@@ -132,8 +132,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     trainer = _trainer(cfg, run, net, loss, tokens, splits, world)
     first = trainer.resume()
     say(f"{'going on with' if first else 'training'} {run}")
-    size = f"{type(net).__name__}, {size_text(count_parameters(net))}"
-    say(f"{size}, {len(splits.train):,} images, on {world.device}, {trainer.precision}")
+    say(f"{network_text(net)}, {len(splits.train):,} images, on {world.device}, {trainer.precision}")
     loggers = _open(run, cfg, first) if world.is_main else []
     try:
         completed = trainer.fit(loggers)
@@ -192,8 +191,7 @@ def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
 def _trainer(cfg, run: Path, net, loss: BigLearnELBO, tokens, splits: Splits, world: World) -> Trainer:
     from omegaconf import OmegaConf
 
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)
-    config.check_types(typing.get_type_hints(Trainer.__init__) | {"batch_size": int}, settings, "trainer")
+    settings = _trainer_settings(cfg)
     optim = config.build(cfg.optim, "optim")
     images = splits.train.to(world.device)
     batches = Batches(images, settings.pop("batch_size"), cfg.seed, world, transform=tokens.encode)
@@ -215,6 +213,15 @@ def _trainer(cfg, run: Path, net, loss: BigLearnELBO, tokens, splits: Splits, wo
         metadata=metadata,
         **settings,
     )
+
+
+def _trainer_settings(cfg: "DictConfig") -> dict[str, Any]:
+    """The arguments of `Trainer` among the settings, and the batch size, of the types that they must have."""
+    from omegaconf import OmegaConf
+
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)
+    config.check_types(typing.get_type_hints(Trainer.__init__) | {"batch_size": int}, settings, "trainer")
+    return settings
 
 
 def validate(
@@ -377,8 +384,7 @@ def _trained(cfg: "DictConfig") -> _Trained:
     """
     words = dict.fromkeys(("run", "checkpoint", "device"), str) | {"data_root": str | None, "seed": int}
     config.check_types(words, {name: cfg[name] for name in words}, "")
-    if cfg.checkpoint not in ("best", "latest"):
-        raise ValueError(f"checkpoint must be best or latest, got {cfg.checkpoint!r}")
+    config.check_which(cfg.checkpoint)
     run = Path(cfg.run).expanduser()
     vae, state, path = config.load_with_state(run, cfg.device, cfg.checkpoint)
     settings = config.saved(run)
@@ -420,8 +426,7 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     if under_torchrun():
         raise ValueError("the benchmark measures a single process: start it without torchrun")
     work, machine = _work(cfg, plan.workers), environment(cfg.device)
-    size = f"{type(work.net).__name__}, {size_text(count_parameters(work.net))}"
-    print(f"{size}, {work.note}, {work.batch_size} a step", flush=True)
+    print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)
     print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
     result = timing.measure(work, plan, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(timing.table(result))
@@ -433,12 +438,11 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
 
 def _work(cfg: "DictConfig", workers: int) -> timing.Work:
     """The training whose step is measured."""
-    config.check_types(typing.get_type_hints(Trainer.__init__) | {"batch_size": int}, dict(cfg.trainer), "trainer")
+    trainer = _trainer_settings(cfg)
     tokens, loss, optim = config.tokenizer(cfg), config.objective(cfg), config.build(cfg.optim, "optim")
     net = config.network(cfg, tokens).to(config.pick_device(cfg.device))
-    precision = choose_precision(cfg.trainer.precision, net)
-    settings = {name: value for name, value in dict(cfg.data).items() if name != "patch_size"}
-    images, sources, note = timing.load_images(settings, cfg.trainer.batch_size)
+    precision = choose_precision(trainer["precision"], net)
+    images, sources, note = timing.load_images(config.data_settings(cfg), trainer["batch_size"])
     return timing.Work(
         net,
         loss,
@@ -446,9 +450,9 @@ def _work(cfg: "DictConfig", workers: int) -> timing.Work:
         images,
         sources,
         tokens.encode,
-        cfg.trainer.batch_size,
+        trainer["batch_size"],
         precision,
-        total=cfg.trainer.steps,
+        total=trainer["steps"],
         seed=cfg.seed,
         note=note,
         workers=workers,
@@ -471,19 +475,24 @@ def draw(
         images: at most so many in each; the map of codes takes its own number.
         delta: of the decoding sensitivity.
     """
-    test = splits.test.select(torch.arange(min(1000, len(splits.test))))
+    shown, labels = splits.test[:1000], None if splits.test.labels is None else splits.test.labels[:1000]
     page = run / FIGURES_PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
-        options: dict[str, Any] = {"labels": test.labels, "seed": seed}
+        options: dict[str, Any] = {"labels": labels, "seed": seed}
         if images is not None and name != "latent_map":
             options["rows"] = images
         if name == "decoding_sensitivity":
             options["delta"] = delta
-        Pictures.save(page.with_name(f"{name}.png"), pictures.FIGURES[name](vae, test[:], **options))
+        Pictures.save(page.with_name(f"{name}.png"), pictures.FIGURES[name](vae, shown, **options))
     there = [name for name in pictures.FIGURES if page.with_name(f"{name}.png").exists()]
     _write(page, pictures.page(run.name, there))
     return page
+
+
+def network_text(net: torch.nn.Module) -> str:
+    """What a network is and how large."""
+    return f"{type(net).__name__}, {size_text(count_parameters(net))}"
 
 
 def size_text(parameters: int) -> str:
@@ -559,7 +568,5 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file so that at every moment it is either the old one or the new one, whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text)

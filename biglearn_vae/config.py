@@ -148,11 +148,15 @@ def tokenizer(cfg: "DictConfig") -> Patchify:
 
 def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
     """The data of these settings, from another root if one is given, less what `missing` says was never recorded."""
-    missing = {"missing": cfg.get("missing", 0.0), "missing_unit": cfg.get("missing_unit", "patch")}
-    check_types({"missing": float, "missing_unit": str}, missing, "")
-    settings = {name: value for name, value in dict(cfg.data).items() if name != "patch_size"}
-    splits = data.load(**settings | ({"root": root} if root else {}))
-    return data.with_missing(splits, missing["missing"], tokenizer(cfg).grid, missing["missing_unit"])
+    share, unit = cfg.get("missing", 0.0), cfg.get("missing_unit", "patch")
+    check_types({"missing": float, "missing_unit": str}, {"missing": share, "missing_unit": unit}, "")
+    splits = data.load(**data_settings(cfg) | ({"root": root} if root else {}))
+    return data.with_missing(splits, share, tokenizer(cfg).grid, unit)
+
+
+def data_settings(cfg: "DictConfig") -> dict[str, Any]:
+    """The arguments of `data.load` among the settings."""
+    return {name: value for name, value in dict(cfg.data).items() if name != "patch_size"}
 
 
 def network(cfg: "DictConfig", tokens: Patchify) -> torch.nn.Module:
@@ -211,13 +215,17 @@ def saved(run: str | Path) -> "DictConfig":
     return cfg
 
 
+def check_which(which: str) -> None:
+    """Raise a ValueError unless this is one of the two checkpoints that a run keeps."""
+    if which not in ("best", "latest"):
+        raise ValueError(f"checkpoint must be best or latest, got {which!r}")
+
+
 def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any], Path]:
     """A checkpoint of a run and its path."""
-    files = {"best": checkpoint.BEST, "latest": checkpoint.LATEST}
-    if which not in files:
-        raise ValueError(f"checkpoint must be best or latest, got {which!r}")
+    check_which(which)
     folder = Path(run).expanduser() / "checkpoints"
-    path = folder / files[which]
+    path = folder / {"best": checkpoint.BEST, "latest": checkpoint.LATEST}[which]
     if which == "latest" and not path.exists():  # killed between two renames
         path = folder / checkpoint.PREVIOUS
     return checkpoint.load(path), path

@@ -12,6 +12,7 @@ from torch import Tensor
 from biglearn_vae import masks
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.distributed import StepRandom, derive_seed
+from biglearn_vae.gaussian import bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO
 
 CHUNK = 1024  # images at a time
@@ -169,7 +170,7 @@ def likelihood(
     for name, T, given in (("joint", A | ~A, None), ("marginal", A, None), ("conditional", ~A, A)):
         nats = vae.log_prob(images, T, given, samples, variance, seed).mean().item()
         result[f"{name}_nats"] = nats
-        result[f"{name}_bits_per_dim"] = -nats / (math.log(2) * T[0].sum().item() * vae.net.token_dim)
+        result[f"{name}_bits_per_dim"] = bits_per_dim(nats, T[0].sum().item() * vae.net.token_dim)
     return result
 
 

@@ -383,8 +383,7 @@ def strokes(vae: BigLearnVAE, x: Tensor, seed: int = 0, share: float = 0.4) -> T
     ink = avg_pool2d((x - background).abs().nan_to_num(0), cell).mean(1).flatten(1)  # (n, L)
     inked = ink > 0.5 * ink.max(dim=1, keepdim=True).values
     order = torch.rand(ink.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
-    rank = order.masked_fill(~inked, 2).argsort(-1).argsort(-1)
-    return inked & (rank < (share * inked.sum(-1, keepdim=True)).ceil())
+    return inked & (masks.rank_among(inked, order) < (share * inked.sum(-1, keepdim=True)).ceil())
 
 
 def latent_map(

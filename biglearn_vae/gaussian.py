@@ -68,6 +68,11 @@ class DiagGaussian:
         return 0.5 * (ratio + distance - 1 + other.logvar - self.logvar).sum(-1)
 
 
+def bits_per_dim(nats, numbers):
+    """The negative logarithm of a density in nats, of so many numbers, as bits for each of them."""
+    return -nats / (math.log(2) * numbers)
+
+
 def normal(shape, *, like: Tensor, seed: int | None = None) -> Tensor:
     """Standard normal numbers with the dtype and device of `like`; the same ones for the same seed."""
     generator = None if seed is None else torch.Generator(like.device).manual_seed(seed)

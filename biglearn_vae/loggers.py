@@ -6,6 +6,8 @@ A logger has `scalars(step, values)`, `picture(step, name, pixels)` and `close()
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -32,9 +34,8 @@ class MetricsFile(Logger):
         lines = path.read_text().splitlines() if path.exists() else []
         # A run that starts at 0 evaluates there again, so it keeps nothing of one that was killed before.
         kept = [line for line in lines if resume_step > 0 and _step_of(line) <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -87,12 +88,11 @@ class Pictures(Logger):
 
     @staticmethod
     def save(path: Path, pixels: np.ndarray) -> None:
-        """One picture as a PNG file, which at every moment is either the old one or the new one, whole."""
+        """One picture as a PNG file."""
         from PIL import Image
 
-        partial = path.with_suffix(".partial")
-        Image.fromarray(pixels).save(partial, format="PNG")
-        partial.replace(path)
+        with replacing(path) as partial:
+            Image.fromarray(pixels).save(partial, format="PNG")
 
 
 class Progress(Logger):
@@ -130,6 +130,14 @@ class Progress(Logger):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what then takes the place of `path`, which at every moment is the old file or the new, whole."""
+    partial = path.with_suffix(".partial")
+    yield partial
+    partial.replace(path)
 
 
 def _short(value: float) -> str:

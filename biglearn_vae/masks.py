@@ -71,8 +71,13 @@ class MaskSampler:
         count = recorded.sum(-1, keepdim=True)  # (B, 1)
         s = (s_ratio * count).floor().minimum(count - 1)
         t = (t_ratio * (count - s)).ceil().clamp(min=1)
-        rank = order.masked_fill(~recorded, 2).argsort(dim=-1).argsort(dim=-1)  # recorded patches come first
+        rank = rank_among(recorded, order)
         return rank < s, (rank >= s) & (rank < s + t) & recorded
+
+
+def rank_among(mask: Tensor, order: Tensor) -> Tensor:
+    """Places (B, L), from 0 on, of the patches in a mask (B, L) by `order`, numbers in [0, 1]; others come behind."""
+    return order.masked_fill(~mask, 2).argsort(dim=-1).argsort(dim=-1)
 
 
 def _beta(parameters: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:

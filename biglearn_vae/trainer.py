@@ -89,6 +89,10 @@ class Optim:
         decay = 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
         return self.lr * warm * decay
 
+    def ema_decay_at(self, step: int) -> float:
+        """Decay of the average of the weights at this step, counted from 0: it follows closely at first."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
+
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -287,7 +291,7 @@ class Trainer:
     def _update_average(self) -> None:
         if self.average is None:
             return
-        decay = min(self.optim.ema_decay, (1 + self.step) / (10 + self.step))  # follows closely at first
+        decay = self.optim.ema_decay_at(self.step)
         torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - decay)
 
     def _pending_values(self) -> Tensor:
