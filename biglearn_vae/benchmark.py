@@ -13,7 +13,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -35,8 +35,10 @@ from biglearn_vae.trainer import Optim, Trainer
 MEASURES = {
     "resident": "images as uint8 on the device, masks and noise made there, no DataLoader",
     "one_pass": "both encodings in one pass of twice the batch",
+    "code_only": "the last block of an encoding works for the code alone",
     "fused": "fused optimizer, nothing waited for: the step of trainer.Trainer, in float32",
     "bfloat16": "matrix products in bfloat16",
+    "drop": "tokens that carry nothing are left out (model.hidden=drop: another function of the data)",
     "compile": "torch.compile",
 }
 PLAIN = "three float32 passes, a DataLoader, masks image by image, unfused AdamW, .item() each step"
@@ -85,14 +87,15 @@ class Plan:
         """The stages that were named."""
         return [self.stages] if isinstance(self.stages, str) else list(self.stages or [])
 
-    def chosen(self, precision: str, device: str) -> dict[str, frozenset[str]]:
+    def chosen(self, precision: str, device: str, hidden: str = "mask") -> dict[str, frozenset[str]]:
         """The stages to measure, each with its measures.
 
         Without names these are all that training in this precision on this kind of device ("cpu", "cuda") goes through.
-        A precision that it does not use is no measure of any stage, unless its stage is asked for.
+        A precision that it does not use is no measure of any stage, unless its stage is asked for; nor is what it does
+        not do with hidden tokens.
         """
-        compiled = self.compile if self.compile is not None else device == "cuda"
-        used = {"bfloat16": precision == "bfloat16", "compile": compiled}
+        compiled = self.compile if self.compile is not None else device == "cuda" and hidden == "mask"
+        used = {"bfloat16": precision == "bfloat16", "drop": hidden == "drop", "compile": compiled}
         names = self.asked or [name for name in STAGES if used.get(name, True)]
         in_force = [name for name in MEASURES if used.get(name, True) or name in names]
         return {
@@ -148,6 +151,11 @@ class Work:
     @property
     def world(self) -> World:
         return World(device=self.device)
+
+    def masks(self, step: int) -> tuple[Tensor, Tensor]:
+        """S and T (B, L) that this step of training draws."""
+        generator = StepRandom.at(self.seed, step, self.world).generator
+        return self.loss.masks(self.batch_size, self.net.num_tokens, generator)
 
 
 def load_images(settings: dict[str, Any], batch_size: int) -> tuple[ImageSet, Tensor, str]:
@@ -243,7 +251,7 @@ def three_passes(
     """The objective as it is written (Eq. 6, 7): encode x_{S u T}, encode x_S, decode. Batch means by name."""
     q = net(x, S | T)
     p = net(x, S) if loss.prior == "learned" else None
-    mean = net(x, S, q.mean + q.std * noise)  # (B, L, D)
+    mean = net(x, S, q.mean + q.std * noise, T)  # (B, L, D)
     reconstruction = (-0.5 * (x - mean).square().sum(-1) * T).sum(-1).mean()
     kl = q.kl(p).mean()
     elbo = reconstruction - loss.weight(step) * kl
@@ -276,12 +284,25 @@ def resident(work: Work) -> Batches:
     return Batches(work.images.to(work.device), work.batch_size, work.seed, work.world, transform=work.encode)
 
 
+def network_of(work: Work, measures: frozenset[str]) -> MaskedViT:
+    """A fresh copy of the network that does what these measures say."""
+    net = copy.deepcopy(work.net)
+    net.hidden = "drop" if "drop" in measures else "mask"
+    for block in () if "code_only" in measures else net.encoder:
+        block.register_forward_pre_hook(_all_queries, with_kwargs=True)
+    return net
+
+
+def _all_queries(_, args, kwargs):
+    return args, {name: value for name, value in kwargs.items() if name != "queries"}
+
+
 class LoopStep:
     """A training step as one would write it from the paper, less what `measures` improve; call it to take one."""
 
     def __init__(self, work: Work, measures: frozenset[str] = frozenset()):
         self.work, self.measures, self.step = work, measures, 0
-        self.net = copy.deepcopy(work.net).train()
+        self.net = network_of(work, measures).train()
         self.average = copy.deepcopy(self.net).requires_grad_(False) if work.optim.ema_decay else None
         self.optimizer = unfused(work.optim, self.net)
         self.draws = resident_draws(work) if "resident" in measures else loader_draws(work)
@@ -316,8 +337,8 @@ class LoopStep:
 
 def trainer_of(work: Work, measures: frozenset[str]) -> Trainer:
     """The Trainer of this training: its step is what `scripts/train.py` does."""
-    trainer = Trainer(
-        copy.deepcopy(work.net),
+    return Trainer(
+        network_of(work, measures),
         work.loss,
         resident(work),
         work.optim,
@@ -325,10 +346,8 @@ def trainer_of(work: Work, measures: frozenset[str]) -> Trainer:
         seed=work.seed,
         world=work.world,
         precision=precision_of(measures),
+        compile="compile" in measures,
     )
-    if "compile" in measures:
-        trainer._wrapped = torch.compile(trainer.net, dynamic=False)
-    return trainer
 
 
 class TrainerStep:
@@ -355,22 +374,56 @@ def precision_of(measures: frozenset[str]) -> str:
 # ---- The limit -------------------------------------------------------------------------------------------------------
 
 
-def forward_multiply_adds(net: MaskedViT, decode: bool) -> int:
-    """Multiply-adds of one image's forward: of all matrices, and of attention's two products; no biases, no norms."""
-    L, D, Z, d = net.num_tokens, net.token_dim, net.z_dim, net.token_in.out_features
-    blocks = net.decoder if decode else net.encoder
-    r = blocks[0].mlp[0].out_features // d
-    block = (L + 1) * (4 + 2 * r) * d**2 + 2 * (L + 1) ** 2 * d
-    head = L * (2 * d**2 + 2 * d * D) if decode else r * d**2 + 2 * r * d * Z
-    latent_in = 2 * d * Z + 6 * d**2 if decode else 0
-    return L * D * d + latent_in + len(blocks) * block + head
+def encoding_multiply_adds(net: MaskedViT, tokens: int, code_only: bool = True) -> int:
+    """Multiply-adds of p(z | x_S) of one image from so many tokens.
+
+    These are those of all matrices, and of attention's two products; no biases, no norms.
+    """
+    D, Z, d, r = _sizes(net)
+    last = block_multiply_adds(d, r, 1 + tokens, 1 if code_only else None)
+    blocks = (len(net.encoder) - 1) * block_multiply_adds(d, r, 1 + tokens) + last
+    return tokens * D * d + blocks + r * d**2 + 2 * r * d * Z
 
 
-def step_multiply_adds(net: MaskedViT, prior: str, batch_size: int) -> int:
-    """Multiply-adds of a training step: the forwards of the ELBO, and twice as many for their backwards."""
-    encodings = 2 if prior == "learned" else 1
-    forward = encodings * forward_multiply_adds(net, decode=False) + forward_multiply_adds(net, decode=True)
-    return 3 * batch_size * forward
+def decoding_multiply_adds(net: MaskedViT, tokens: int, asked: int | None = None) -> int:
+    """Multiply-adds of the mean of p(x_T | z, x_S) of one image, T being `asked` of the tokens, or all."""
+    D, Z, d, r = _sizes(net)
+    asked = tokens if asked is None else asked
+    last = block_multiply_adds(d, r, 1 + tokens, 1 + asked)
+    blocks = (len(net.decoder) - 1) * block_multiply_adds(d, r, 1 + tokens) + last
+    return tokens * D * d + 2 * d * Z + 6 * d**2 + blocks + asked * (2 * d**2 + 2 * d * D)
+
+
+def block_multiply_adds(d: int, r: int, tokens: int, queries: int | None = None) -> int:
+    """Multiply-adds of a block over a sequence, for some or all of its tokens."""
+    queries = tokens if queries is None else queries
+    return 2 * tokens * d**2 + queries * (2 + 2 * r) * d**2 + 2 * queries * tokens * d
+
+
+def _sizes(net: MaskedViT) -> tuple[int, int, int, int]:
+    d = net.token_in.out_features
+    return net.token_dim, net.z_dim, d, net.encoder[0].mlp[0].out_features // d
+
+
+def step_multiply_adds(work: Work, measures: frozenset[str], steps: Iterable[int] = (0,)) -> int:
+    """Multiply-adds of a training step with these measures, the mean over some steps.
+
+    The forwards of the ELBO, and twice as many for their backwards. Where hidden tokens are left out it is a matter
+    of how many there are.
+    """
+    net, L, code_only = work.net, work.net.num_tokens, "code_only" in measures
+    learned = work.loss.prior == "learned"
+
+    def forward(both: int, observed: int, asked: int | None) -> int:
+        encodings = [both, observed] if learned else [both]
+        return sum(encoding_multiply_adds(net, n, code_only) for n in encodings) + decoding_multiply_adds(
+            net, both, asked
+        )
+
+    if "drop" not in measures:
+        return 3 * work.batch_size * forward(L, L, None)
+    counts = [forward(*(int(mask.sum(-1).max()) for mask in (S | T, S, T))) for S, T in map(work.masks, steps)]
+    return 3 * work.batch_size * sum(counts) // len(counts)
 
 
 @dataclass(frozen=True)
@@ -490,7 +543,7 @@ class Result:
 
 def measure(work: Work, plan: Plan, say: Callable[[str], Any] = print) -> Result:
     """Measure the stages in turn, `plan.repeats` times, and the limits beside them. Progress goes to `say`."""
-    stages = plan.chosen(work.precision, work.device.type)
+    stages = plan.chosen(work.precision, work.device.type, work.net.hidden)
     steps = plan.steps or STEPS[work.device.type]
     precisions = sorted({precision_of(measures) for measures in stages.values()}, reverse=True)
     step_of(work, next(iter(stages.values())))()  # so that no stage counts what torch loads and keeps at its first step
@@ -505,8 +558,9 @@ def measure(work: Work, plan: Plan, say: Callable[[str], Any] = print) -> Result
         for precision in precisions:
             found = [limit_of(work, precision), *filter(None, [limits.get(precision)])]
             limits[precision] = max(found, key=lambda limit: limit.rate)
-    count = step_multiply_adds(work.net, work.loss.prior, work.batch_size)
-    results = [Stage(n, m, work.batch_size, count, tuple(seconds[n]), memory[n]) for n, m in stages.items()]
+    taken = [k for k in range(plan.repeats * (plan.warmup + steps)) if k % (plan.warmup + steps) >= plan.warmup]
+    counts = {n: step_multiply_adds(work, m, (1 + plan.warmup + k for k in taken)) for n, m in stages.items()}
+    results = [Stage(n, m, work.batch_size, counts[n], tuple(seconds[n]), memory[n]) for n, m in stages.items()]
     return Result(results, limits)
 
 
@@ -576,8 +630,8 @@ def _own_memory(field: str) -> int | None:
 def table(result: Result) -> str:
     """One line a stage, the limits, and what the words mean."""
     first = result.stages[0]
-    head = ("images/s", "ms/step", "from - to", "memory", "TFLOP/s", "of limit", f"x {first.name}")
-    widths = (10, 11, 22, 11, 10, 10, max(9, len(head[-1]) + 2))
+    head = ("images/s", "ms/step", "from - to", "memory", "10^9 m-a", "TFLOP/s", "of limit", f"x {first.name}")
+    widths = (10, 11, 22, 11, 10, 10, 10, max(9, len(head[-1]) + 2))
     rows = [("", head), *((stage.name, _cells(result, stage)) for stage in result.stages)]
     lines = [
         f"{name:<10}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -590,7 +644,7 @@ def table(result: Result) -> str:
     )
     meanings = {"plain": PLAIN} | {name: f"and {words}" for name, words in MEASURES.items()}
     used = {"plain"}.union(*(stage.measures for stage in result.stages))
-    step = f"a step: {first.multiply_adds / 1e9:.4g} x 10^9 multiply-adds, forward and backward"
+    step = "10^9 m-a: multiply-adds of a step, forward and backward; TFLOP/s counts two for each"
     words = (f"{name:<10}{meaning}" for name, meaning in meanings.items() if name in used)
     return "\n".join([*lines, "", step, *limits, "", *words])
 
@@ -601,6 +655,7 @@ def _cells(result: Result, stage: Stage) -> tuple[str, ...]:
         f"{1e3 * median(stage.seconds):.2f}",
         f"{1e3 * min(stage.seconds):.2f} - {1e3 * max(stage.seconds):.2f}",
         "" if stage.memory is None else f"{stage.memory / 2**20:,.0f} MiB",
+        f"{stage.multiply_adds / 1e9:.4g}",
         f"{stage.rate / 1e12:.3g}",
         f"{result.share(stage):.0%}",
         f"{result.ratio(stage):.2f}",

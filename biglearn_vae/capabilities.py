@@ -344,16 +344,19 @@ class BigLearnVAE:
         nothing = ~mask.any(-1, keepdim=True)
         return DiagGaussian(q.mean.masked_fill(nothing, 0), q.logvar.masked_fill(nothing, 0))
 
-    def _decode(self, z: Tensor, tokens: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decode(
+        self, z: Tensor, tokens: Tensor, mask: Tensor, T: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The network's mean (n, L, D) for z (..., Z), and whose tokens it belongs to (n,), a part at a time.
 
-        Tokens are those of the last axis but one of z, or of one image for all.
+        Tokens are those of the last axis but one of z, or of one image for all. T is what is asked for, by default
+        all that is not observed.
         """
         z = z.reshape(-1, self.z_dim)
         for start in range(0, len(z), self.chunk):
             part = z[start : start + self.chunk]
             rows = torch.arange(start, start + len(part), device=z.device) % len(tokens)
-            yield self.net(tokens[rows], mask[rows], part), rows
+            yield self.net(tokens[rows], mask[rows], part, None if T is None else T[rows]), rows
 
     def _complete(self, z: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The mean of p(x_T | z, x_S) with x_S in its place, as images (..., C, H, W)."""
@@ -369,7 +372,7 @@ class BigLearnVAE:
         """Sum over T of (x - mu)^2 for z (k, B, Z): float64 (k, B)."""
         errors = [
             (tokens[rows] - mean).masked_fill(~T[rows].unsqueeze(-1), 0).double().square().sum((-2, -1))
-            for mean, rows in self._decode(z, tokens.masked_fill(~S.unsqueeze(-1), 0), S)
+            for mean, rows in self._decode(z, tokens.masked_fill(~S.unsqueeze(-1), 0), S, T)
         ]
         return torch.cat(errors).view(z.shape[:-1])
 

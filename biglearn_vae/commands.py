@@ -441,7 +441,7 @@ def _work(cfg: "DictConfig", workers: int) -> timing.Work:
     trainer = _trainer_settings(cfg)
     tokens, loss, optim = config.tokenizer(cfg), config.objective(cfg), config.build(cfg.optim, "optim")
     net = config.network(cfg, tokens).to(config.pick_device(cfg.device))
-    precision = choose_precision(trainer["precision"], net)
+    precision = choose_precision(trainer["precision"], net, trainer["batch_size"])
     images, sources, note = timing.load_images(config.data_settings(cfg), trainer["batch_size"])
     return timing.Work(
         net,

@@ -5,13 +5,14 @@ Nothing here is needed by a single process, for which `World()` stands.
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,54 @@ def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
     if (chosen.index or 0) >= here.get(chosen.type, 0):
         raise ValueError(f"device {str(chosen)!r} is not available here: use device=auto or device=cpu")
     return chosen
+
+
+def shard(net: nn.Module, world: World) -> None:
+    """Split every parameter over all processes (FSDP2), which then gather a block's when they come to it.
+
+    Each member of a `ModuleList` is gathered by itself, what is not in one together.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes to them here
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in net.modules():
+        for member in module if isinstance(module, nn.ModuleList) else ():
+            fully_shard(member, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def whole(state):
+    """The same with the whole of each tensor that is split over the processes; every process must call it.
+
+    Args:
+        state: a tensor, or dictionaries and lists of them and of anything else.
+    """
+    return _mapped(lambda value, _: value.full_tensor() if hasattr(value, "full_tensor") else value, state, state)
+
+
+def split(state, like):
+    """The contrary of `whole`: tensors split as those at the same places of `like` are."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return _mapped(
+        lambda value, own: (
+            distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+            if hasattr(own, "full_tensor")
+            else value
+        ),
+        state,
+        like,
+    )
+
+
+def _mapped(change: Callable, state, like):
+    if isinstance(state, dict):
+        return {key: _mapped(change, value, like[key]) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_mapped(change, value, own) for value, own in zip(state, like, strict=True)]
+    return change(state, like)
 
 
 def derive_seed(*parts: int | str) -> int:

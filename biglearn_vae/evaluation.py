@@ -152,7 +152,7 @@ def fit_variance(vae: BigLearnVAE, images: Tensor, seed: int = 0) -> float:
         tokens = vae.tokenizer.encode(chunk.to(vae.device))
         recorded = masks.recorded(tokens)
         z = vae.encode(tokens, recorded).sample(seed=derive_seed("variance", seed, k))
-        error = (vae.net(torch.zeros_like(tokens), torch.zeros_like(recorded), z) - tokens)[recorded]
+        error = (vae.net(torch.zeros_like(tokens), torch.zeros_like(recorded), z, recorded) - tokens)[recorded]
         total, count = total + error.double().square().sum().item(), count + error.numel()
     return total / count
 

@@ -23,20 +23,44 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        x = attend(q, k, v)
+    def forward(self, x: Tensor, queries: int | None = None, valid: Tensor | None = None) -> Tensor:
+        """x (B, N, d) -> (B, N, d), or (B, queries, d) for the first tokens alone.
+
+        Args:
+            queries: how many of the tokens, from the first on, are asked for; all see the whole sequence.
+            valid: boolean (B, N), the tokens that are seen at all; None means every one.
+        """
+        q, k, v = (
+            rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in self._queries_keys_values(x, queries)
+        )
+        x = attend(q, k, v, valid)
         return self.project(rearrange(x, "b h n c -> b n (h c)"))
 
+    def _queries_keys_values(self, x: Tensor, queries: int | None) -> tuple[Tensor, ...]:
+        if queries is None:
+            return self.qkv(x).chunk(3, dim=-1)
+        sizes = (x.shape[-1], 2 * x.shape[-1])
+        (q_weight, weight), (q_bias, bias) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
+        return F.linear(x[:, :queries], q_weight, q_bias), *F.linear(x, weight, bias).chunk(2, dim=-1)
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(c)) v over (B, heads, N, c), the softmax in float32."""
+
+def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(c)) v over (B, heads, N, c), the softmax in float32, over the `valid` (B, N) keys alone."""
+    seen = None if valid is None else valid[:, None, None]  # (B, 1, 1, N)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     # On CPUs torch's fused attention is slower in bfloat16 than in float32, by a factor of 2 to 3 for 65 tokens; plain
-    # products are twice as fast as either. `scripts/benchmark.py` measures it.
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
-    return scores.float().softmax(dim=-1).to(v.dtype) @ v
+    # products are twice as fast as either. A softmax of bfloat16 numbers computes in float32 all the same; over few of
+    # them it is slow, and worth two conversions. `scripts/benchmark.py` measures it.
+    with torch.autocast("cpu", enabled=False):
+        scores = torch.baddbmm(
+            q.new_zeros(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5
+        ).unflatten(0, q.shape[:2])  # (B, heads, N, N)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -math.inf)
+        few = scores.shape[-1] < 32
+        weights = scores.float().softmax(dim=-1).to(v.dtype) if few else scores.softmax(dim=-1)
+        return weights @ v
 
 
 class Block(nn.Module):
@@ -49,8 +73,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp(dim, mlp_ratio * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, queries: int | None = None, valid: Tensor | None = None) -> Tensor:
+        """x (B, N, d) -> (B, N, d), or (B, queries, d) for the first tokens alone; arguments as of `Attention`."""
+        x = x[:, :queries] + self.attention(self.norm1(x), queries, valid)
         return x + self.mlp(self.norm2(x))
 
 

@@ -139,7 +139,7 @@ class BigLearnELBO:
         q, p = self._posterior_and_prior(net, x, S, T)
         if noise is None:
             noise = random.normal(tuple(q.mean.shape), q.mean.dtype)
-        mean = net(x, S, q.sample(noise))  # (B, L, D)
+        mean = net(x, S, q.sample(noise), T)  # (B, L, D)
         error = (x - mean).masked_fill(~T.unsqueeze(-1), 0)
         return ELBO(
             reconstruction=-0.5 * error.square().sum((-2, -1)),
@@ -150,9 +150,11 @@ class BigLearnELBO:
         )
 
     def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
-        """p(z | x_{S u T}) and p(z | x_S), in one pass of twice the batch; None for the standard normal."""
+        """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""
         if self.prior == "standard":
             return net(x, S | T), None
+        if getattr(getattr(net, "module", net), "hidden", "mask") == "drop":  # they are not of one length
+            return net(x, S | T), net(x, S)
         both = net(torch.cat([x, x]), torch.cat([S | T, S]))
         return both[: len(x)], both[len(x) :]
 

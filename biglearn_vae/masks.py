@@ -80,6 +80,20 @@ def rank_among(mask: Tensor, order: Tensor) -> Tensor:
     return order.masked_fill(~mask, 2).argsort(dim=-1).argsort(dim=-1)
 
 
+def positions(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Where a mask (B, L) is True, and after that where another is: places (B, n), n being the most of any row.
+
+    Rows with fewer are filled up with others of their places; the second result, boolean (B, n), says which are
+    right, and is None if all are. On a GPU this waits for the device, since n is a number of the host's.
+    """
+    mask = first if second is None else first | second
+    rank = (~mask).byte() if second is None else (~mask).byte() + (~first)
+    most = int(mask.sum(-1).max()) if len(mask) else 0
+    index = rank.argsort(dim=-1, stable=True)[:, :most]
+    valid = mask.gather(1, index)
+    return index, None if valid.all() else valid
+
+
 def _beta(parameters: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
     """Beta(a, b) numbers in [0, 1], (count,): G_a / (G_a + G_b) of Gamma variables, which torch's Beta cannot seed.
 

@@ -1,7 +1,8 @@
 """The networks: p(z | x_S) and p(x_T | z, x_S) by one forward, with one stack of blocks or two.
 
     net(x, S)    -> DiagGaussian over z, (B, Z)       p(z | x_S)
-    net(x, S, z) -> (B, L, D)                          the mean of p(x_T | z, x_S) at every position; take T by indexing
+    net(x, S, z) -> (B, L, D)                          the mean of p(x_T | z, x_S), T being all that is not in S
+    net(x, S, z, T)                                    the same for another T
 
 Whether z is given is the paper's switch "T = True/False" (Table 2). S is boolean, True = observed; what x holds
 where S is False has no influence, and no gradient, whatever it is.
@@ -12,8 +13,10 @@ B batch, L tokens, D token dimension, d embedding dimension, Z latent dimension,
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from biglearn_vae import masks
 from biglearn_vae.gaussian import DiagGaussian
 from biglearn_vae.layers import Block, init_weights, mlp, sincos_positions
 
@@ -21,6 +24,7 @@ from biglearn_vae.layers import Block, init_weights, mlp, sincos_positions
 # inverse overflows in float32, and so that gradients reach a saturated unit (a hard clamp would stop them).
 LOGVAR_BOUND = 12.0
 INITIAL_LOGVAR = -4.6  # a standard deviation of 0.1
+HIDDEN = ("mask", "drop")  # what becomes of a position that is not observed
 # Far beyond any data: larger inputs are cut to this, since their squares would overflow in a LayerNorm.
 INPUT_BOUND = 1e6
 
@@ -29,15 +33,19 @@ class MaskedViT(nn.Module):
     """What both networks share: embeddings, positions, heads. A subclass says which blocks encode and which decode.
 
     The sequence is [z token, L x tokens]. A position that is not observed holds the mask token, and so does z while
-    it is not given; type vectors tell z from x, and x tokens carry fixed 2-D sine-cosine positions.
+    it is not given; type vectors tell z from x, and x tokens carry fixed 2-D sine-cosine positions. With
+    hidden="drop", tokens that carry nothing are not there: encoding sees [z token, x_S], decoding [z, x_S, and a mask
+    token for each position of T].
     """
 
-    def __init__(self, grid, token_dim: int, dim: int, z_dim: int, mlp_ratio: int):
+    def __init__(self, grid, token_dim: int, dim: int, z_dim: int, mlp_ratio: int, hidden: str):
         super().__init__()
         for name, value in dict(token_dim=token_dim, dim=dim, z_dim=z_dim, mlp_ratio=mlp_ratio).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.grid, self.token_dim, self.z_dim = tuple(grid), token_dim, z_dim
+        if hidden not in HIDDEN:
+            raise ValueError(f"hidden must be one of {', '.join(HIDDEN)}, got {hidden!r}")
+        self.grid, self.token_dim, self.z_dim, self.hidden = tuple(grid), token_dim, z_dim, hidden
         self.num_tokens = grid[0] * grid[1]
         self.token_in = nn.Linear(token_dim, dim)
         self.latent_in = mlp(z_dim, 2 * dim, 2 * dim, dim)
@@ -49,33 +57,70 @@ class MaskedViT(nn.Module):
         self.token_out = mlp(dim, 2 * dim, token_dim)
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
 
-    def forward(self, x: Tensor, S: Tensor, z: Tensor | None = None) -> DiagGaussian | Tensor:
-        """p(z | x_S), or, with z, the mean of p(x_T | z, x_S) at every position.
+    def forward(self, x: Tensor, S: Tensor, z: Tensor | None = None, T: Tensor | None = None) -> DiagGaussian | Tensor:
+        """p(z | x_S), or, with z, the mean of p(x_T | z, x_S).
 
         Args:
             x: tokens (B, L, D).
             S: observed positions, boolean (B, L).
             z: latent vectors (B, Z), if they are given.
+            T: positions asked for, boolean (B, L); by default all that S leaves. Only hidden="drop" makes use of it.
+
+        Returns:
+            p(z | x_S), or means (B, L, D). With hidden="mask" there is one at every position, whatever is asked for:
+            T is indexing. With hidden="drop" there is one at each position of T, 0 elsewhere, and it depends on which
+            others are asked for with it.
         """
-        self._check(x, S, z)
-        sequence = self._embed(x, S, z)  # (B, 1 + L, d)
+        self._check(x, S, z, T)
         if z is None:
-            for block in self.encoder:
-                sequence = block(sequence)
-            # The code and its KL stay in full precision, whatever the blocks compute in.
-            with torch.autocast(x.device.type, enabled=False):
-                mean, logvar = self.latent_out(self.latent_norm(sequence[:, 0])).chunk(2, dim=-1)
-            return DiagGaussian(mean, LOGVAR_BOUND * torch.tanh(logvar / LOGVAR_BOUND))
+            return self._encode(x, S)
+        return self._decode(x, S, z) if self.hidden == "mask" else self._decode_only(x, S, z, ~S if T is None else T)
+
+    def _encode(self, x: Tensor, S: Tensor) -> DiagGaussian:
+        """p(z | x_S)."""
+        index = valid = None
+        if self.hidden == "drop":
+            index, valid = masks.positions(S)
+            x, S = at(x, index), S.gather(1, index)
+        sequence = self._embed(x, S, None, index)
+        valid = _with_latent(valid)
+        for block in self.encoder[:-1]:
+            sequence = block(sequence, valid=valid)
+        latent = self.encoder[-1](sequence, queries=1, valid=valid)[:, 0]  # nothing else of the last block is of use
+        # The code and its KL stay in full precision, whatever the blocks compute in.
+        with torch.autocast(x.device.type, enabled=False):
+            mean, logvar = self.latent_out(self.latent_norm(latent)).chunk(2, dim=-1)
+        return DiagGaussian(mean, LOGVAR_BOUND * torch.tanh(logvar / LOGVAR_BOUND))
+
+    def _decode(self, x: Tensor, S: Tensor, z: Tensor) -> Tensor:
+        """Means at every position, (B, L, D)."""
+        sequence = self._embed(x, S, z)
         for block in self.decoder:
             sequence = block(sequence)
         return self.token_out(self.token_norm(sequence[:, 1:])).to(x.dtype)
 
-    def _embed(self, x: Tensor, S: Tensor, z: Tensor | None) -> Tensor:
-        seen = S.unsqueeze(-1)  # (B, L, 1)
+    def _decode_only(self, x: Tensor, S: Tensor, z: Tensor, T: Tensor) -> Tensor:
+        """Means at T alone, (B, L, D), from a sequence of z, T and S."""
+        index, valid = masks.positions(T, S)
+        asked = int(T.sum(-1).max()) if len(T) else 0  # the last block and the head work for these, which come first
+        sequence = self._embed(at(x, index), S.gather(1, index), z, index)
+        valid = _with_latent(valid)
+        for block in self.decoder[:-1]:
+            sequence = block(sequence, valid=valid)
+        sequence = self.decoder[-1](sequence, queries=1 + asked, valid=valid)
+        mean = self.token_out(self.token_norm(sequence[:, 1:])).to(x.dtype)  # (B, asked, D)
+        index = index[:, :asked]
+        mean = mean.masked_fill(~T.gather(1, index).unsqueeze(-1), 0)
+        return torch.zeros_like(x).scatter(1, index.unsqueeze(-1).expand_as(mean), mean)
+
+    def _embed(self, x: Tensor, S: Tensor, z: Tensor | None, index: Tensor | None = None) -> Tensor:
+        """The sequence (B, 1 + n, d) of z and the tokens x (B, n, D) at the positions of `index` (B, n), or all."""
+        seen = S.unsqueeze(-1)  # (B, n, 1)
         # Hidden tokens are zeroed before the matrix as well: a NaN among them must not reach its gradient.
         x = x.masked_fill(~seen, 0).clamp(-INPUT_BOUND, INPUT_BOUND)
         tokens = torch.where(seen, self.token_in(x), self.token_mask)
-        tokens = tokens + self.positions.to(tokens.dtype) + self.token_type
+        positions = self.positions if index is None else self.positions[index]
+        tokens = tokens + positions.to(tokens.dtype) + self.token_type
         latent = (
             self.latent_mask.expand(len(x), -1) if z is None else self.latent_in(z.clamp(-INPUT_BOUND, INPUT_BOUND))
         )
@@ -90,7 +135,7 @@ class MaskedViT(nn.Module):
         # reach the decoder, which would learn to do without z before z says anything.
         nn.init.constant_(self.latent_out[-1].bias[self.z_dim :], INITIAL_LOGVAR)
 
-    def _check(self, x: Tensor, S: Tensor, z: Tensor | None) -> None:
+    def _check(self, x: Tensor, S: Tensor, z: Tensor | None, T: Tensor | None) -> None:
         if not x.is_floating_point():
             raise ValueError(f"expected floating-point tokens, pixels in [0, 1], got {x.dtype}")
         expected = (*x.shape[:1], self.num_tokens, self.token_dim)
@@ -98,8 +143,11 @@ class MaskedViT(nn.Module):
             raise ValueError(
                 f"expected tokens x of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(x.shape)}"
             )
-        if S.dtype != torch.bool or tuple(S.shape) != expected[:2]:
-            raise ValueError(f"expected a boolean mask S of shape {expected[:2]}, got {S.dtype} {tuple(S.shape)}")
+        for name, mask in (("S", S), ("T", T)):
+            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != expected[:2]):
+                raise ValueError(
+                    f"expected a boolean mask {name} of shape {expected[:2]}, got {mask.dtype} {tuple(mask.shape)}"
+                )
         if z is not None and tuple(z.shape) != (len(x), self.z_dim):
             raise ValueError(f"expected latents z of shape {(len(x), self.z_dim)}, got {tuple(z.shape)}")
 
@@ -115,6 +163,8 @@ class UniversalViT(MaskedViT):
         z_dim: Z.
         mlp_ratio: r.
         heads: attention heads; by default one for each 64 dimensions. No parameter count depends on it.
+        hidden: "mask", the paper's: a hidden position holds the mask token; or "drop": it is left out. That is less
+            work, most of all where a batch shares its sizes (`MaskSampler(ratios_per="step")`).
 
     Raises:
         ValueError: on sizes that do not fit each other.
@@ -130,8 +180,9 @@ class UniversalViT(MaskedViT):
         z_dim: int,
         mlp_ratio: int = 2,
         heads: int | None = None,
+        hidden: str = "mask",
     ):
-        super().__init__(grid, token_dim, dim, z_dim, mlp_ratio)
+        super().__init__(grid, token_dim, dim, z_dim, mlp_ratio, hidden)
         self.blocks = _stack(depth, dim, heads, mlp_ratio)
         self._init_weights()
 
@@ -164,12 +215,23 @@ class TwoStackViT(MaskedViT):
         z_dim: int,
         mlp_ratio: int = 2,
         heads: int | None = None,
+        hidden: str = "mask",
     ):
-        super().__init__(grid, token_dim, dim, z_dim, mlp_ratio)
+        super().__init__(grid, token_dim, dim, z_dim, mlp_ratio, hidden)
         if len(depth) != 2:
             raise ValueError(f"depth must be two numbers, blocks of the encoder and of the decoder, got {depth}")
         self.encoder, self.decoder = (_stack(blocks, dim, heads, mlp_ratio) for blocks in depth)
         self._init_weights()
+
+
+def _with_latent(valid: Tensor | None) -> Tensor | None:
+    """Valid tokens (B, n) and, before them, the z token, which always is: (B, 1 + n)."""
+    return None if valid is None else F.pad(valid, (1, 0), value=True)
+
+
+def at(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens (B, n, D) of x (B, L, D) at the positions of `index` (B, n)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:

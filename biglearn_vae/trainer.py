@@ -12,7 +12,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from biglearn_vae import checkpoint
+from biglearn_vae import checkpoint, distributed
 from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
 
@@ -97,12 +98,15 @@ class Optim:
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def choose_precision(precision: str, net: nn.Module) -> str:
+def choose_precision(precision: str, net: nn.Module, images: int) -> str:
     """What "auto" means for this network on its device; other names as they are.
 
-    bfloat16 where the device multiplies in it faster: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX. On CPUs
-    networks without a matrix of 256 or more inputs gain too little from it. Parameters, log-variances and losses are
-    float32 in any case.
+    bfloat16 where the device multiplies in it faster: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX. On CPUs small
+    products gain less from it than the conversions cost: those of fewer than 1,024 tokens with fewer than 256 inputs
+    (`scripts/benchmark.py` measures it). Parameters, log-variances and losses are float32 in any case.
+
+    Args:
+        images: how many the network takes at once.
 
     Raises:
         ValueError: on an unknown name.
@@ -115,9 +119,30 @@ def choose_precision(precision: str, net: nn.Module) -> str:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         wide = max((p.shape[-1] for p in net.parameters() if p.ndim == 2), default=0) >= 256
+        large = wide or images * (1 + getattr(net, "num_tokens", 0)) >= 1024
         able = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        fast = wide and any(ask() for ask in able)
+        fast = large and any(ask() for ask in able)
     return "bfloat16" if fast else "float32"
+
+
+def choose_compile(compile: bool | str, net: nn.Module) -> bool:
+    """What "auto" means for this network on its device; true and false as they are.
+
+    On GPUs, where Triton is there and the network's shapes are the same at every step. On CPUs it gains nothing
+    (`scripts/benchmark.py compile=true` shows it), and compiling takes a minute.
+
+    Raises:
+        ValueError: on another word.
+    """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be true, false or auto, got {compile!r}")
+    if compile != "auto":
+        return bool(compile)
+    if not next(net.parameters()).is_cuda or getattr(net, "hidden", "mask") == "drop":
+        return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()
 
 
 class Interruption:
@@ -160,9 +185,15 @@ class Trainer:
         metadata: plain values that are written into every checkpoint; its "data", if there, names the training data.
         precision: "float32", "bfloat16" (matrix products only, by autocast) or "auto" (see `choose_precision`). A run
             that goes on elsewhere keeps the one that it was started with.
+        accumulate: parts that a step's batch is split into, one after the other, to save memory; a batch is a tensor
+            or a tuple of them.
+        compile: whether the network goes through torch.compile, or "auto" (see `choose_compile`).
+        shard: split parameters, gradients and the optimizer's state over the processes (FSDP2) instead of keeping all
+            of them in each (DistributedDataParallel), for networks that do not fit otherwise.
 
     Raises:
-        ValueError: if an interval or `steps` is below 1, or the precision is unknown.
+        ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split so, or the precision is
+            unknown.
     """
 
     def __init__(
@@ -183,27 +214,45 @@ class Trainer:
         monitor: str = "valid/elbo",
         metadata: dict[str, Any] | None = None,
         precision: str = "auto",
+        accumulate: int = 1,
+        compile: bool | str = "auto",
+        shard: bool = False,
     ):
-        self.precision = choose_precision(precision, net)
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
-        for name, value in dict(steps=steps, **{f"{k}_every": v for k, v in self.every.items()}).items():
+        intervals = {f"{name}_every": value for name, value in self.every.items()}
+        for name, value in dict(steps=steps, accumulate=accumulate, **intervals).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
         self.steps, self.folder, self.seed, self.monitor = steps, folder, seed, monitor
         self.world, self.metadata = world or World(), metadata or {}
+        self.accumulate, share = accumulate, self.world.share(batches.batch_size)
+        if share % accumulate:
+            raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
+        self.precision = choose_precision(precision, net, share // accumulate)
+        self.compiled = choose_compile(compile, net)
         self.loggers: list[Logger] = []
         self.interrupted = False
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
+        self._whole: nn.Module | None = None  # where split weights are put together
+        if shard and self.world.size > 1:
+            self._whole = copy.deepcopy(net).requires_grad_(False).eval()
+            for module in filter(None, (net, self.average)):
+                distributed.shard(module, self.world)
         self.optimizer = optim.optimizer(net)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
         self._names: list[str] = []
         self._reported = (0, 0.0)  # step and seconds at the last report
-        self._wrapped: nn.Module = net
-        if self.world.size > 1:
-            ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        self._wrapped = self._wrap()
+
+    def _wrap(self) -> nn.Module:
+        """The network as the steps call it."""
+        net = torch.compile(self.net, dynamic=False) if self.compiled else self.net
+        if self.world.size == 1 or self._whole is not None:
+            return net
+        ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
     @property
     def result(self) -> nn.Module:
@@ -220,10 +269,10 @@ class Trainer:
         if state is not None:
             if state["metadata"].get("data") != self.metadata.get("data"):
                 raise ValueError(f"the run in {self.folder.parent} was trained on other data: start another run")
-            checkpoint.load_weights(self.net, state["net"], self.folder / checkpoint.LATEST)
+            self._load_weights(self.net, state["net"])
             if self.average is not None:
-                checkpoint.load_weights(self.average, state["average"] or state["net"], self.folder / checkpoint.LATEST)
-            self.optimizer.load_state_dict(state["optimizer"])
+                self._load_weights(self.average, state["average"] or state["net"])
+            self._load_optimizer(state["optimizer"])
             self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
             self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
             self._reported = tuple(state["reported"])
@@ -232,6 +281,21 @@ class Trainer:
         if self.world.any(mean_step != self.step):
             raise ValueError(f"the processes would go on from different steps: all must see the same {self.folder}")
         return self.step
+
+    def _load_weights(self, net: nn.Module, weights: dict[str, Tensor]) -> None:
+        source = self.folder / checkpoint.LATEST
+        if self._whole is not None:
+            checkpoint.load_weights(self._whole, weights, source)  # which says what is wrong with them, if anything
+            weights = distributed.split(weights, net.state_dict())
+        checkpoint.load_weights(net, weights, source)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        like = {
+            index: {name: parameters[index] if value.ndim else value for name, value in moments.items()}
+            for index, moments in state["state"].items()
+        }
+        self.optimizer.load_state_dict(state | {"state": distributed.split(state["state"], like)})
 
     def fit(self, loggers: Iterable[Logger] = ()) -> bool:
         """Train to the last step. Returns False if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written.
@@ -270,19 +334,39 @@ class Trainer:
         self.net.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.optim.lr_at(self.step, self.steps)
-        random = StepRandom.at(self.seed, self.step, self.world)
-        with self._autocast():
-            parts = self.loss(self._wrapped, self.batches(self.step), random=random, step=self.step)
         self.optimizer.zero_grad()
-        parts.loss.backward()
+        scalars = self._backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
         self.optimizer.step()
         self._update_average()
-        scalars = parts.scalars() | {"grad_norm": norm}
+        scalars["grad_norm"] = distributed.whole(norm)
         self._names = list(scalars)
-        self._pending.append(torch.stack([value.detach() for value in scalars.values()]))
+        self._pending.append(torch.stack(list(scalars.values())))
         self.step += 1
         self.seconds += time.perf_counter() - start
+
+    def _backward(self) -> dict[str, Tensor]:
+        """Gradients of this step's loss, and its parts by name, of a batch that is taken in `accumulate` parts."""
+        batch, total = self.batches(self.step), {}
+        for part in range(self.accumulate):
+            # Each part draws what its rows would draw in one batch: to that end it is a process of its own.
+            of = World(self.world.rank * self.accumulate + part, self.world.size * self.accumulate, self.world.device)
+            random = StepRandom.at(self.seed, self.step, of)
+            with self._synchronized(part + 1 == self.accumulate):
+                with self._autocast():
+                    parts = self.loss(self._wrapped, _part(batch, part, self.accumulate), random=random, step=self.step)
+                (parts.loss / self.accumulate).backward()
+            for name, value in parts.scalars().items():
+                total[name] = total.get(name, 0) + value.detach() / self.accumulate
+        return total
+
+    @contextmanager
+    def _synchronized(self, last: bool) -> Iterator[None]:
+        """Gradients are summed over the processes after the last part of a step alone."""
+        if self._whole is not None:
+            self.net.set_requires_gradient_sync(last)
+        with nullcontext() if last or self.world.size == 1 or self._whole is not None else self._wrapped.no_sync():
+            yield
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -328,10 +412,11 @@ class Trainer:
         self._log(lambda logger: logger.scalars(self.step, scalars))
 
     def _evaluate(self) -> None:
-        if self.evaluate is not None and self.world.is_main:
-            self.result.eval()
+        result = self._whole_result() if self.evaluate is not None else None
+        if result is not None and self.world.is_main:
+            result.eval()
             with torch.no_grad():
-                numbers, pictures = self.evaluate(self.result)
+                numbers, pictures = self.evaluate(result)
             self._log(lambda logger: logger.scalars(self.step, numbers))
             for name, pixels in pictures.items():
                 self._log(lambda logger, name=name, pixels=pixels: logger.picture(self.step, name, pixels))
@@ -342,12 +427,21 @@ class Trainer:
                 self.best = value
                 state = {
                     "step": self.step,
-                    "net": self.result.state_dict(),
+                    "net": result.state_dict(),
                     "metrics": numbers,
                     "metadata": self.metadata,
                 }
                 checkpoint.save(self.folder / checkpoint.BEST, state)
         self.world.barrier()
+
+    def _whole_result(self) -> nn.Module:
+        """`result`, put together if it is split; every process must call it, and the main one gets it."""
+        if self._whole is None:
+            return self.result
+        weights = distributed.whole(self.result.state_dict())
+        if self.world.is_main:
+            self._whole.load_state_dict(weights)
+        return self._whole
 
     def _save_latest(self) -> None:
         if self.folder is None:
@@ -355,8 +449,9 @@ class Trainer:
         if self._pending:
             # A network that a bad step has spoilt must not replace a good checkpoint.
             self._pending = list(self._pending_values().to(self.world.device))
+        state = distributed.whole(self._state())
         if self.world.is_main:
-            checkpoint.save_latest(self.folder, self._state())
+            checkpoint.save_latest(self.folder, state)
         self.world.barrier()
 
     def _state(self) -> dict[str, Any]:
@@ -377,3 +472,12 @@ class Trainer:
     def _log(self, call: Callable[[Logger], None]) -> None:
         for logger in self.loggers if self.world.is_main else ():
             call(logger)
+
+
+def _part(batch: Tensor | tuple[Tensor, ...], part: int, parts: int) -> Tensor | tuple[Tensor, ...]:
+    """One of equally many rows of a batch."""
+    if parts == 1:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.chunk(parts)[part]
+    return tuple(tensor.chunk(parts)[part] for tensor in batch)

@@ -10,11 +10,16 @@ torch.set_num_threads(1)  # networks this small only lose by several
 TINY = dict(grid=(2, 3), token_dim=5, dim=16, z_dim=3, heads=2)  # L = 6, D = 5, Z = 3
 
 
-@pytest.fixture(params=["universal", "two-stack"])
+@pytest.fixture(params=["universal", "two-stack", "drop"])
 def tiny_net(request):
     """Both networks, tiny, in float64, with no parameter at a special value such as a zero bias."""
     torch.manual_seed(0)
-    net = UniversalViT(**TINY, depth=3) if request.param == "universal" else TwoStackViT(**TINY, depth=(2, 1))
+    kinds = {
+        "universal": lambda: UniversalViT(**TINY, depth=3),
+        "two-stack": lambda: TwoStackViT(**TINY, depth=(2, 1)),
+        "drop": lambda: UniversalViT(**TINY, depth=3, hidden="drop"),
+    }
+    net = kinds[request.param]()
     net.double()
     with torch.no_grad():
         for parameter in net.parameters():

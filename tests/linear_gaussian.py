@@ -31,7 +31,7 @@ class LinearGaussian(nn.Module):
         self.b = noise(1, 6, 4).double()
         self.of_dim = torch.eye(Z, dtype=torch.float64).repeat(2, 1)  # (L, Z): dimension l mod Z
 
-    def forward(self, x: Tensor, S: Tensor, z: Tensor | None = None) -> DiagGaussian | Tensor:
+    def forward(self, x: Tensor, S: Tensor, z: Tensor | None = None, T=None) -> DiagGaussian | Tensor:
         if z is not None:
             return (z @ self.of_dim.T).unsqueeze(-1) * self.w + self.b
         seen = S.double()

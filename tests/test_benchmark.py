@@ -53,7 +53,7 @@ def gradients(net) -> torch.Tensor:
 
 
 def stages(*names: str) -> dict[str, frozenset[str]]:
-    return timing.Plan(stages=list(names) or None).chosen("bfloat16", "cuda")
+    return timing.Plan(stages=list(names) or None, compile=True).chosen("bfloat16", "cuda", "drop")
 
 
 @pytest.mark.parametrize("prior", ["learned", "standard"])
@@ -69,7 +69,7 @@ def test_all_stages_take_the_same_step(kind, prior, monkeypatch):
     for name, measures in stages().items():
         if name == "plain":
             continue
-        step = timing.step_of(job, measures)
+        step = timing.step_of(job, measures - {"drop"})  # which is another function
         step()
         torch.testing.assert_close(gradients(step.net), gradients(plain.net), rtol=1e-8, atol=1e-8, msg=name)
         loss = step.logged["loss"] if "fused" not in measures else step.trainer._pending[0][0].item()
@@ -135,22 +135,40 @@ def test_masks_one_by_one_have_the_distribution_of_the_sampler(settings):
         assert (shares[0] - shares[1]).abs().max() < 0.06
 
 
+@pytest.mark.parametrize("ratios_per", ["step", "sample"])
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+def test_a_step_without_the_hidden_tokens_is_that_of_image_by_image(prior, ratios_per):
+    job = work(network(), True, loss=BigLearnELBO(0.5, MaskSampler(ratios_per=ratios_per), prior))
+    step = timing.step_of(job, stages()["drop"] - {"bfloat16"})
+    step()
+    x, S, T, noise = next(timing.resident_draws(job))
+    net = timing.network_of(job, frozenset({"drop", "code_only"}))
+    rows = [
+        timing.three_passes(net, job.loss, *(part[i : i + 1] for part in (x, S, T, noise)), 0)["loss"] for i in range(8)
+    ]
+    torch.stack(rows).mean().backward()
+    torch.testing.assert_close(gradients(step.net), gradients(net), rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("prior", ["learned", "standard"])
 @pytest.mark.parametrize("kind", ["universal", "two-stack"])
 @pytest.mark.parametrize("sizes", [dict(), dict(dim=32, mlp_ratio=4, z_dim=8)], ids=["narrow", "wide"])
-def test_multiply_adds_are_those_that_torch_counts(kind, prior, sizes):
-    job = work(network(kind, **sizes), loss=BigLearnELBO(beta=0.5, prior=prior))
+@pytest.mark.parametrize("measures", [(), ("code_only",), ("code_only", "drop")], ids=["plain", "code", "drop"])
+def test_multiply_adds_are_those_that_torch_counts(kind, prior, sizes, measures):
+    job = work(network(kind, **sizes), loss=BigLearnELBO(0.5, MaskSampler(ratios_per="step"), prior))
+    net = timing.network_of(job, frozenset(measures))
     x, S, T, noise = next(timing.resident_draws(job))
     # Attention as plain products: other ways compute some of them twice in the backward.
     with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
-        loss = timing.three_passes(job.net, job.loss, x, S, T, noise, 0)["loss"]
+        loss = timing.three_passes(net, job.loss, x, S, T, noise, 0)["loss"]
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    counted = timing.step_multiply_adds(job.net, prior, len(x))
+    counted = timing.step_multiply_adds(job, frozenset(measures))
     assert 2 * counted == 3 * forward.get_total_flops()
     # Only the gradient of the tokens themselves is not computed, which the formula counts: here D is large beside d.
-    encodings = 2 if prior == "learned" else 1
-    tokens = len(x) * (encodings + 1) * job.net.num_tokens * job.net.token_dim * job.net.token_in.out_features
+    sets = [S | T, S, S | T] if prior == "learned" else [S | T, S | T]
+    seen = sum(int(mask[0].sum()) if "drop" in measures else job.net.num_tokens for mask in sets)
+    tokens = len(x) * seen * job.net.token_dim * job.net.token_in.out_features
     assert 2 * (counted - tokens) == forward.get_total_flops() + backward.get_total_flops()
 
 
@@ -159,11 +177,20 @@ def test_multiply_adds_of_the_papers_case_are_within_two_percent(method):
     cfg = config.compose(["case=case1", "data=mnist", f"method={method}"])
     tokens = config.tokenizer(cfg)
     net, loss = config.network(cfg, tokens), config.objective(cfg)
+    images = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    job = timing.Work(net, loss, Optim(), images, images.pixels, tokens.encode, 2)
     x, S = torch.rand(2, net.num_tokens, net.token_dim), torch.zeros(2, net.num_tokens, dtype=torch.bool)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss(net, x, S, ~S, torch.randn(2, net.z_dim)).loss.backward()
-    counted = timing.step_multiply_adds(net, cfg.loss.prior, 2)
+    counted = timing.step_multiply_adds(job, frozenset({"code_only"}))
     assert 2 * counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_multiply_adds_are_the_mean_over_the_steps():
+    job = work(network(), loss=BigLearnELBO(0.5, MaskSampler(ratios_per="step")))
+    measures = frozenset({"code_only", "drop"})
+    each = [timing.step_multiply_adds(job, measures, [step]) for step in range(5)]
+    assert len(set(each)) > 1 and timing.step_multiply_adds(job, measures, range(5)) == sum(each) // 5
 
 
 def test_the_tables_arithmetic():
@@ -176,9 +203,22 @@ def test_the_tables_arithmetic():
     assert result.share(plain) == 0.125 and result.share(fast) == 0.125
     assert result.ratio(plain) == 1 and result.ratio(fast) == 4  # of 4, 2, 5
     lines = timing.table(result).splitlines()
-    assert lines[1].split() == ["plain", "12", "4000.00", "2000.00", "-", "5000.00", "3", "MiB", "0.5", "12%", "1.00"]
-    assert lines[2].split() == ["bfloat16", "50", "1000.00", "500.00", "-", "2000.00", "2", "12%", "4.00"]
-    assert lines[4] == "a step: 1000 x 10^9 multiply-adds, forward and backward"
+    assert lines[1].split() == [
+        "plain",
+        "12",
+        "4000.00",
+        "2000.00",
+        "-",
+        "5000.00",
+        "3",
+        "MiB",
+        "1000",
+        "0.5",
+        "12%",
+        "1.00",
+    ]
+    assert lines[2].split() == ["bfloat16", "50", "1000.00", "500.00", "-", "2000.00", "1000", "2", "12%", "4.00"]
+    assert lines[4].startswith("10^9 m-a: multiply-adds of a step")
     rows = json.loads(json.dumps(result.as_dict()))["stages"]
     assert rows[1]["ratio_to_plain"] == 4 and rows[1]["flops_per_second"] == 2e12 and rows[1]["memory_bytes"] is None
 
@@ -188,7 +228,10 @@ def test_each_stage_has_its_measure_and_those_above():
     assert list(everything) == list(timing.STAGES)
     for (_, smaller), (name, larger) in zip(list(everything.items())[:-1], list(everything.items())[1:], strict=True):
         assert larger - smaller == {name}
-    assert list(timing.Plan().chosen("bfloat16", "cpu")) == [name for name in timing.STAGES if name != "compile"]
+    assert list(timing.Plan().chosen("bfloat16", "cpu")) == [
+        name for name in timing.STAGES if name not in ("drop", "compile")
+    ]
+    assert list(timing.Plan().chosen("float32", "cuda", "drop"))[-1] == "drop"  # of shapes that change
     without = timing.Plan(compile=True).chosen("float32", "cpu")
     assert "bfloat16" not in without and timing.precision_of(without["compile"]) == "float32"
     asked = timing.Plan(stages=["compile", "plain"]).chosen("float32", "cpu")
@@ -256,7 +299,7 @@ def test_the_whole_command(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "all.json").read_text())
     names = [row["name"] for row in written["stages"]]
-    assert names == [name for name in timing.STAGES if name not in ("bfloat16", "compile")]
+    assert names == [name for name in timing.STAGES if name not in ("bfloat16", "drop", "compile")]
     for row in written["stages"]:
         assert f"\n{row['name']:<10} " in done.stdout and len(row["seconds_of_repeats"]) == 1
         assert row["images_per_second"] * row["seconds_per_step"] == pytest.approx(8)

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +11,19 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from biglearn_vae import BigLearnELBO, MaskSampler, StepRandom, TwoStackViT, UniversalViT, World, distributed
+from biglearn_vae import (
+    BigLearnELBO,
+    MaskSampler,
+    Optim,
+    StepRandom,
+    Trainer,
+    TwoStackViT,
+    UniversalViT,
+    World,
+    checkpoint,
+    distributed,
+)
+from biglearn_vae.data import Batches, ImageSet
 
 BATCH = 8
 TINY = dict(grid=(2, 3), token_dim=5, dim=16, z_dim=3, heads=2)
@@ -35,9 +48,42 @@ def loss_and_gradients(method: str, world: World) -> dict[str, torch.Tensor]:
     return {"loss": world.mean(loss.detach())} | {name: p.grad for name, p in net.named_parameters()}
 
 
+def trained(folder: Path, world: World, steps: int, **options) -> Trainer:
+    """A run in a folder, gone on with if there is something, on random images: the same ones for all."""
+    torch.manual_seed(0)
+    net = UniversalViT(**TINY, depth=2).double()
+    images = torch.randint(256, (20, 1, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    batches = Batches(ImageSet(images), BATCH, 3, world, transform=lambda x: x.squeeze(1).double())
+    trainer = Trainer(
+        net,
+        BigLearnELBO(0.3, MaskSampler(joint=0.2)),
+        batches,
+        # Adam divides by the root of squared gradients: with a tiny eps, the rounding errors of a gradient that is 0 in
+        # exact arithmetic (a bias of keys has none) would become whole steps.
+        Optim(lr=0.01, eps=1e-3, clip_norm=1.0, ema_decay=0.9),
+        steps=steps,
+        folder=folder,
+        world=world,
+        evaluate=lambda net: ({"valid/elbo": -sum(p.double().abs().sum().item() for p in net.parameters())}, {}),
+        evaluate_every=4,
+        report_every=2,
+        checkpoint_every=4,
+        **options,
+    )
+    trainer.resume()
+    assert trainer.fit()
+    return trainer
+
+
+MODES = {"ddp": {}, "parts": {"accumulate": 2}, "fsdp": {"shard": True}, "fsdp_parts": {"shard": True, "accumulate": 2}}
+
+
 def work(folder: str) -> None:
     """What each of several processes does."""
     world = distributed.start("cpu")
+    for mode, options in MODES.items():
+        trained(Path(folder) / mode, world, 6, **options)
+        trained(Path(folder) / f"one_then_{mode}", world, 12, **options)
     values = torch.tensor([1.0, 10.0]) * (world.rank + 1)
     torch.save(
         {
@@ -58,6 +104,9 @@ def work(folder: str) -> None:
 def two_processes(tmp_path_factory) -> list[dict]:
     """What `work` found in each of two real processes."""
     folder = tmp_path_factory.mktemp("two_processes")
+    trained(folder / "one", World(), 6)
+    for mode in MODES:
+        shutil.copytree(folder / "one", folder / f"one_then_{mode}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,13 +128,13 @@ def two_processes(tmp_path_factory) -> list[dict]:
                 processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))
         with contextlib.suppress(subprocess.TimeoutExpired):
             for process in processes:
-                process.wait(timeout=60)
+                process.wait(timeout=120)
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt") | {"folder": folder} for rank in range(2)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -95,6 +144,26 @@ def test_two_processes_step_like_one(two_processes, method):
         assert found["steps"][method].keys() == expected.keys()
         for name, value in found["steps"][method].items():
             assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    for name in (checkpoint.LATEST, checkpoint.BEST):
+        found, wanted = checkpoint.load(folder / name), checkpoint.load(expected / name)
+        assert found["step"] == wanted["step"] and found.keys() == wanted.keys()
+        for key in ("net", "average", "optimizer", "pending", "metrics", "best"):
+            if key in wanted:
+                assert_close(found[key], wanted[key], rtol=1e-7, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_train_like_one_and_read_each_others_checkpoints(two_processes, mode, tmp_path):
+    folder = two_processes[0]["folder"]
+    assert_same_run(folder / mode, folder / "one")
+    trained(tmp_path / "one", World(), 12)
+    shutil.copytree(folder / mode, tmp_path / "then_one")
+    trained(tmp_path / "then_one", World(), 12)
+    assert_same_run(tmp_path / "then_one", tmp_path / "one")
+    assert_same_run(folder / f"one_then_{mode}", tmp_path / "one")
 
 
 def test_reductions_over_two_processes(two_processes):

@@ -142,3 +142,21 @@ def test_attention_in_bfloat16_is_that_of_its_rounded_inputs(length, width):
     for low, exact in zip(*results, strict=True):
         error = (low.double() - exact).square().mean().sqrt()
         assert error < 2**-7 * exact.square().mean().sqrt()  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tokens_that_are_not_valid_are_as_if_they_were_not_there(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=generator).to(dtype) for _ in range(3))
+    valid = torch.tensor([[True, True, False, True, False], [True] * 5])
+    out = attend(q, k, v, valid)
+    assert_close(out[:1], attend(q[:1], k[:1, :, valid[0]], v[:1, :, valid[0]]))
+    assert_close(out[1:], attend(q[1:], k[1:], v[1:]))
+
+
+def test_the_first_tokens_of_a_block_are_those_of_the_whole():
+    block = randomised(Block(8, 2, 2)).double()
+    x, valid = torch.randn(3, 5, 8).double(), torch.tensor([[True] * 5, [True, True, False, False, True], [True] * 5])
+    for queries in (1, 3, 5):
+        assert_close(block(x, queries), block(x)[:, :queries])
+        assert_close(block(x, queries, valid), block(x, valid=valid)[:, :queries])

@@ -41,7 +41,7 @@ def by_hand(net, x, S, T, noise, prior="learned") -> tuple[torch.Tensor, torch.T
         else:
             p = Normal(torch.zeros_like(q.mean), torch.ones_like(q.mean))
         z = q.mean + q.stddev * noise[i]
-        mean = net(image, observed, z.unsqueeze(0))[0]
+        mean = net(image, observed, z.unsqueeze(0), T[i : i + 1])[0]
         likelihoods.append(sum(Normal(mean[j], 1.0).log_prob(x[i, j]).sum() for j in range(6) if T[i, j]))
         divergences.append(kl_divergence(q, p).sum())
     return torch.stack(likelihoods), torch.stack(divergences)
@@ -103,7 +103,7 @@ def test_margin_elbo(tiny_net):
     x_T = torch.zeros_like(x)
     x_T[:, targets] = x[:, targets]
     q, prior = normal(tiny_net(x_T, T)), normal(tiny_net(torch.zeros_like(x), none))
-    means = tiny_net(torch.zeros_like(x), none, q.mean + q.stddev * noise)[:, targets]
+    means = tiny_net(torch.zeros_like(x), none, q.mean + q.stddev * noise, T)[:, targets]
     log_likelihood = Normal(means, 1.0).log_prob(x[:, targets]).sum((1, 2))
     expected = log_likelihood - BETA * kl_divergence(q, prior).sum(-1)
     assert_close(BigLearnELBO(BETA)(tiny_net, x, none, T, noise).elbo_nats, expected, **CLOSE)
@@ -119,7 +119,7 @@ def test_condition_elbo(tiny_net):
     x_S[:, observed] = x[:, observed]
     x_ST[:, observed + targets] = x[:, observed + targets]
     q, prior = normal(tiny_net(x_ST, S | T)), normal(tiny_net(x_S, S))
-    means = tiny_net(x_S, S, q.mean + q.stddev * noise)[:, targets]
+    means = tiny_net(x_S, S, q.mean + q.stddev * noise, T)[:, targets]
     log_likelihood = Normal(means, 1.0).log_prob(x[:, targets]).sum((1, 2))
     expected = log_likelihood - BETA * kl_divergence(q, prior).sum(-1)
     assert_close(BigLearnELBO(BETA)(tiny_net, x, S, T, noise).elbo_nats, expected, **CLOSE)
@@ -147,7 +147,7 @@ def test_targets_reach_the_reconstruction_only_as_data_and_through_z(tiny_net):
 
     z = tiny_net(x, S | T).sample(noise)
     fixed = z.detach().requires_grad_()
-    means = tiny_net(x, S, fixed)
+    means = tiny_net(x, S, fixed, T)
     error = (x.detach() - means)[T]
     to_z, to_observed = torch.autograd.grad(-0.5 * error.square().sum(), (fixed, x))
     through_z = torch.autograd.grad(z, x, to_z)[0]

@@ -300,3 +300,14 @@ def test_recorded_are_tokens_without_nan():
     tokens[0, 1, 3] = tokens[1, 0] = torch.nan
     tokens[1, 2, 0] = torch.inf
     assert masks.recorded(tokens).tolist() == [[True, False, True], [False, True, True]]
+
+
+def test_positions_of_one_mask_and_of_two():
+    mask = torch.tensor([[False, True, False, True], [True, False, False, False], [False] * 4])
+    index, valid = masks.positions(mask)
+    assert index.shape == (3, 2) and valid.tolist() == [[True, True], [True, False], [False, False]]
+    assert index[0].tolist() == [1, 3] and index[1, 0] == 0
+    other = torch.tensor([[True, False, False, False], [False, False, True, True], [False, True, True, True]])
+    index, valid = masks.positions(mask, other)
+    assert index.tolist() == [[1, 3, 0], [0, 2, 3], [1, 2, 3]] and valid is None
+    assert masks.positions(mask[:0])[0].shape == (0, 0)

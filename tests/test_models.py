@@ -32,9 +32,9 @@ def batch(scale: float = 1.0, dtype=torch.float64, seed: int = 0):
     return x, S, z
 
 
-def outputs(net, x, S, z) -> list[torch.Tensor]:
+def outputs(net, x, S, z, T=None) -> list[torch.Tensor]:
     q = net(x, S)
-    return [q.mean, q.logvar, net(x, S, z)]
+    return [q.mean, q.logvar, net(x, S, z, T)]
 
 
 def gradients(net) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def test_each_observed_token_influences_all_outputs(tiny_net):
     for position in range(6):
         changed = x.clone()
         changed[:, position, 0] += 1
-        before, after = outputs(tiny_net, x, everywhere, z), outputs(tiny_net, changed, everywhere, z)
+        before, after = (outputs(tiny_net, tokens, everywhere, z, everywhere) for tokens in (x, changed))
         assert (before[0] - after[0]).abs().amax(-1).min() > 1e-6  # means
         assert (before[1] - after[1]).abs().amax(-1).min() > 1e-6  # log-variances
         assert (before[2] - after[2]).abs().amax(-1).min() > 1e-6  # every position of the decoding
@@ -127,11 +127,12 @@ def test_with_z_given_targets_reach_the_decoder_only_through_z(tiny_net):
 
 def test_each_latent_influences_every_position(tiny_net):
     x, S, z = batch()
-    before = tiny_net(x, S, z)
+    everywhere = torch.ones_like(S)
+    before = tiny_net(x, S, z, everywhere)
     for latent in range(3):
         changed = z.clone()
         changed[:, latent] += 1
-        assert (before - tiny_net(x, S, changed)).abs().amax(-1).min() > 1e-6
+        assert (before - tiny_net(x, S, changed, everywhere)).abs().amax(-1).min() > 1e-6
 
 
 def test_position_matters(tiny_net):
@@ -268,3 +269,75 @@ def test_sizes_that_do_not_fit_are_refused(kind, changed, message):
 def test_depths_that_do_not_fit_are_refused(kind, depth, message):
     with pytest.raises(ValueError, match=message):
         build(kind, depth=depth)
+
+
+# ---- Hidden tokens left out of the sequence --------------------------------------------------------------------------
+
+
+def random_tasks(rows: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """S and T of every size, disjoint: nothing, something and everything observed."""
+    places = torch.rand(rows, 6, generator=torch.Generator().manual_seed(3))
+    S, T = places < 0.4, places > 0.6
+    S[0], T[0], S[1], T[1] = False, True, True, False
+    return S, T
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_a_batch_of_many_sizes_is_its_images_one_by_one(kind):
+    torch.manual_seed(0)
+    net = build(kind, hidden="drop").double()
+    x, z, (S, T) = torch.randn(7, 6, 5).double(), torch.randn(7, 3).double(), random_tasks()
+    q, mean = net(x, S), net(x, S, z, T)
+    assert not mean[~T].any() and mean[T].all()
+    for i in range(7):
+        row = slice(i, i + 1)
+        alone = net(x[row], S[row])
+        assert_close(q.mean[row], alone.mean)
+        assert_close(q.logvar[row], alone.logvar)
+        assert_close(mean[row], net(x[row], S[row], z[row], T[row]))
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_with_nothing_to_leave_out_both_kinds_are_one(kind):
+    torch.manual_seed(0)
+    masked, dropping = (build(kind, hidden=hidden).double() for hidden in ("mask", "drop"))
+    dropping.load_state_dict(masked.state_dict())
+    x, z, (S, _) = torch.randn(7, 6, 5).double(), torch.randn(7, 3).double(), random_tasks()
+    assert_close(dropping(x, S | True).mean, masked(x, S | True).mean)
+    assert_close(dropping(x, S, z)[~S], masked(x, S, z)[~S])
+    assert_close(dropping(x, S, z, S | True), masked(x, S, z))
+    assert not torch.isclose(dropping(x, S).mean[2:], masked(x, S).mean[2:]).all()
+
+
+def test_with_mask_tokens_what_is_asked_for_is_indexing():
+    torch.manual_seed(0)
+    net = build("universal").double()
+    x, z, (S, T) = torch.randn(7, 6, 5).double(), torch.randn(7, 3).double(), random_tasks()
+    assert torch.equal(net(x, S, z, T), net(x, S, z))
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_a_code_is_what_the_whole_last_block_gives(kind):
+    torch.manual_seed(0)
+    net = build(kind).double()
+    (x, S, _), blocks = batch(), net.encoder
+    sequence = net._embed(x, S, None)
+    for block in blocks:
+        sequence = block(sequence)
+    mean, _ = net.latent_out(net.latent_norm(sequence[:, 0])).chunk(2, dim=-1)
+    assert_close(net(x, S).mean, mean)
+
+
+def test_an_empty_batch_of_either_kind():
+    for hidden in ("mask", "drop"):
+        net = build("universal", hidden=hidden)
+        x, S = torch.zeros(0, 6, 5), torch.zeros(0, 6, dtype=torch.bool)
+        assert net(x, S).mean.shape == (0, 3) and net(x, S, torch.zeros(0, 3), S).shape == (0, 6, 5)
+
+
+def test_unknown_words_and_masks_are_named():
+    with pytest.raises(ValueError, match="hidden must be one of mask, drop, got 'none'"):
+        build("universal", hidden="none")
+    x, S, z = batch(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"boolean mask T of shape \(4, 6\), got torch.bool \(4, 5\)"):
+        build("universal")(x, S, z, S[:, :5])

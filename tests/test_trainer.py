@@ -1,6 +1,7 @@
 """Trainer, on a network, a loss and batches that have nothing to do with the model."""
 
 import copy
+import functools
 import math
 import signal
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from biglearn_vae import Optim, Trainer, TrainingError, checkpoint
+from biglearn_vae import BigLearnELBO, Optim, Trainer, TrainingError, UniversalViT, checkpoint
 from biglearn_vae.loggers import Logger
-from biglearn_vae.trainer import choose_precision
+from biglearn_vae.trainer import choose_compile, choose_precision
 
 OPTIM = Optim(lr=0.05, warmup_steps=3, schedule="cosine", clip_norm=1.0, ema_decay=0.9)
 
@@ -35,6 +36,13 @@ class Points:
 
     def __call__(self, step):
         return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+
+class Images:
+    batch_size = 8
+
+    def __call__(self, step):
+        return torch.randn(8, 6, 5, generator=torch.Generator().manual_seed(step))
 
 
 class Recorder(Logger):
@@ -194,7 +202,7 @@ def test_schedules():
     assert [cosine.lr_at(step, 100) for step in (0, 50, 100)] == pytest.approx([2.0, 1.0, 0.0])
 
 
-@pytest.mark.parametrize("name", ["steps", "report_every", "evaluate_every", "checkpoint_every"])
+@pytest.mark.parametrize("name", ["steps", "accumulate", "report_every", "evaluate_every", "checkpoint_every"])
 def test_intervals_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         make(**{name: 0})
@@ -230,7 +238,61 @@ def test_a_run_keeps_the_precision_it_was_started_with(tmp_path):
 
 def test_automatic_precision():
     tiny, wide = nn.Linear(8, 8), nn.Linear(256, 8)
-    assert choose_precision("auto", tiny) == "float32"
-    assert choose_precision("auto", wide) in ("float32", "bfloat16")
+    assert choose_precision("auto", tiny, 1023) == "float32"
+    on_this_machine = choose_precision("auto", wide, 1)
+    assert on_this_machine in ("float32", "bfloat16")
+    assert choose_precision("auto", tiny, 1024) == on_this_machine
+    tiny.num_tokens = 15
+    assert choose_precision("auto", tiny, 63) == "float32" and choose_precision("auto", tiny, 64) == on_this_machine
     with pytest.raises(ValueError, match="one of auto, float32, bfloat16, got 'fp8'"):
         make(precision="fp8")
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_step_in_parts_is_the_step(pair):
+    class Pairs(Points):
+        def __call__(self, step):
+            batch = super().__call__(step)
+            return (batch, batch) if pair else batch
+
+    def loss(net, batch, **rest):
+        return noisy_squares(net, batch[0] if pair else batch, **rest)
+
+    runs = [make(loss=loss, batches=Pairs(), accumulate=parts) for parts in (1, 2, 4)]
+    for run in runs:
+        run.fit()
+        for a, b in zip(runs[0].net.parameters(), run.net.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_must_be_of_equal_parts():
+    with pytest.raises(ValueError, match="accumulate must divide the 4 images of a step of each process, got 3"):
+        make(accumulate=3)
+
+
+def test_automatic_compilation():
+    assert make().compiled is torch.cuda.is_available()
+    assert choose_compile(True, nn.Linear(1, 1)) and not choose_compile(False, nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="compile must be true, false or auto, got 'fast'"):
+        make(compile="fast")
+
+
+def test_a_compiled_network_trains_the_same_and_is_compiled_once(monkeypatch):
+    torch._dynamo.reset()
+    # The same graphs, not translated to C++ or CUDA, which would take a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    sizes = dict(grid=(2, 3), token_dim=5, dim=8, z_dim=3, heads=2, depth=1)
+    steps, graphs = {}, []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = Trainer(
+            UniversalViT(**sizes), BigLearnELBO(0.3), Images(), OPTIM, steps=6, compile=compiled, report_every=1
+        )
+        log = Recorder()
+        trainer._train_step()
+        torch._dynamo.utils.counters.clear()
+        trainer.fit([log])
+        graphs.append(sum(torch._dynamo.utils.counters["stats"].values()))
+        steps[compiled] = [row["train/loss"] for _, row in log.rows if "train/loss" in row]
+    assert graphs == [0, 0]  # nothing is compiled after the first step
+    assert steps[True] == pytest.approx(steps[False], rel=1e-4) and len(steps[True]) == 5
