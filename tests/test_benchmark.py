@@ -286,6 +286,18 @@ def test_peak_memory_is_that_of_what_was_made():
     assert timing.start_peak(device) - before < 20 * 2**20
 
 
+def test_memory_does_not_grow_with_steps():
+    if timing.start_peak(torch.device("cpu")) is None:
+        pytest.skip("this machine does not tell")
+    used = []
+    trainer = timing.trainer_of(work(network(), total=60), frozenset({"code_only"}))
+    for steps in (60, 360):
+        trainer.steps = steps
+        trainer.fit()
+        used.append(timing.start_peak(torch.device("cpu")))
+    assert used[1] - used[0] < 2 * 2**20
+
+
 def test_the_whole_command(tmp_path):
     words = ["device=cpu", "repeats=1", "steps=2", "warmup=1", "json=all.json", *SMALL]
     done = subprocess.run(
