@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Settings in which a run may differ from what it was started with, and still go on.
 FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "evaluation.images")
 FREE += ("evaluation.masks", "evaluation.ratios", "evaluation.draws")
+FREE += ("trainer.accumulate", "trainer.compile", "trainer.shard")  # how a step is computed, not what
 EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
 IN_NAME = ("data", "case", "method", "seed")
 CONFIG_FILE = "config.yaml"
