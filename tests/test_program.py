@@ -143,7 +143,7 @@ def test_more_steps_continue_and_other_settings_are_refused(here, monkeypatch, c
     assert json.loads((here / "outputs/run/summary.json").read_text())["steps"] == 30
     assert run_here(monkeypatch, *SMALL, "name=run", "optim.lr=0.5") == 2
     error = capsys.readouterr().err
-    assert "other settings (optim.lr: 0.002, now 0.5)" in error and "name=NAME" in error
+    assert "other settings (optim.lr: 0.004, now 0.5)" in error and "name=NAME" in error
     assert json.loads((here / "outputs/run/summary.json").read_text())["steps"] == 30
 
 
