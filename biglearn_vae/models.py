@@ -78,15 +78,9 @@ class MaskedViT(nn.Module):
 
     def _encode(self, x: Tensor, S: Tensor) -> DiagGaussian:
         """p(z | x_S)."""
-        index = valid = None
-        if self.hidden == "drop":
-            index, valid = masks.positions(S)
-            x, S = at(x, index), S.gather(1, index)
-        sequence = self._embed(x, S, None, index)
-        valid = _with_latent(valid)
-        for block in self.encoder[:-1]:
-            sequence = block(sequence, valid=valid)
-        latent = self.encoder[-1](sequence, queries=1, valid=valid)[:, 0]  # nothing else of the last block is of use
+        index, valid = masks.positions(S) if self.hidden == "drop" else (None, None)
+        # Nothing but the z token of the last block is of use.
+        latent = _through(self.encoder, self._embed(x, S, None, index), 1, valid)[:, 0]
         # The code and its KL stay in full precision, whatever the blocks compute in.
         with torch.autocast(x.device.type, enabled=False):
             mean, logvar = self.latent_out(self.latent_norm(latent)).chunk(2, dim=-1)
@@ -94,32 +88,29 @@ class MaskedViT(nn.Module):
 
     def _decode(self, x: Tensor, S: Tensor, z: Tensor) -> Tensor:
         """Means at every position, (B, L, D)."""
-        sequence = self._embed(x, S, z)
-        for block in self.decoder:
-            sequence = block(sequence)
+        sequence = _through(self.decoder, self._embed(x, S, z))
         return self.token_out(self.token_norm(sequence[:, 1:])).to(x.dtype)
 
     def _decode_only(self, x: Tensor, S: Tensor, z: Tensor, T: Tensor) -> Tensor:
         """Means at T alone, (B, L, D), from a sequence of z, T and S."""
         index, valid = masks.positions(T, S)
         asked = int(T.sum(-1).max()) if len(T) else 0  # the last block and the head work for these, which come first
-        sequence = self._embed(at(x, index), S.gather(1, index), z, index)
-        valid = _with_latent(valid)
-        for block in self.decoder[:-1]:
-            sequence = block(sequence, valid=valid)
-        sequence = self.decoder[-1](sequence, queries=1 + asked, valid=valid)
+        sequence = _through(self.decoder, self._embed(x, S, z, index), 1 + asked, valid)
         mean = self.token_out(self.token_norm(sequence[:, 1:])).to(x.dtype)  # (B, asked, D)
         index = index[:, :asked]
         mean = mean.masked_fill(~T.gather(1, index).unsqueeze(-1), 0)
         return torch.zeros_like(x).scatter(1, index.unsqueeze(-1).expand_as(mean), mean)
 
     def _embed(self, x: Tensor, S: Tensor, z: Tensor | None, index: Tensor | None = None) -> Tensor:
-        """The sequence (B, 1 + n, d) of z and the tokens x (B, n, D) at the positions of `index` (B, n), or all."""
+        """The sequence (B, 1 + n, d) of z and the tokens of x (B, L, D) at the positions of `index` (B, n), or all."""
+        positions = self.positions
+        if index is not None:
+            x = x.gather(1, index.unsqueeze(-1).expand(-1, -1, self.token_dim))
+            S, positions = S.gather(1, index), positions[index]
         seen = S.unsqueeze(-1)  # (B, n, 1)
         # Hidden tokens are zeroed before the matrix as well: a NaN among them must not reach its gradient.
         x = x.masked_fill(~seen, 0).clamp(-INPUT_BOUND, INPUT_BOUND)
         tokens = torch.where(seen, self.token_in(x), self.token_mask)
-        positions = self.positions if index is None else self.positions[index]
         tokens = tokens + positions.to(tokens.dtype) + self.token_type
         latent = (
             self.latent_mask.expand(len(x), -1) if z is None else self.latent_in(z.clamp(-INPUT_BOUND, INPUT_BOUND))
@@ -224,14 +215,17 @@ class TwoStackViT(MaskedViT):
         self._init_weights()
 
 
-def _with_latent(valid: Tensor | None) -> Tensor | None:
-    """Valid tokens (B, n) and, before them, the z token, which always is: (B, 1 + n)."""
-    return None if valid is None else F.pad(valid, (1, 0), value=True)
+def _through(
+    blocks: nn.ModuleList, sequence: Tensor, queries: int | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """The sequence (B, 1 + n, d) after these blocks, of which the last works for its first `queries` tokens alone.
 
-
-def at(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens (B, n, D) of x (B, L, D) at the positions of `index` (B, n)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    `valid` (B, n) says which of the tokens behind z are seen; z always is.
+    """
+    valid = None if valid is None else F.pad(valid, (1, 0), value=True)
+    for block in blocks[:-1]:
+        sequence = block(sequence, valid=valid)
+    return blocks[-1](sequence, queries=queries, valid=valid)
 
 
 def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:

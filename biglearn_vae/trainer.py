@@ -365,7 +365,8 @@ class Trainer:
         """Gradients are summed over the processes after the last part of a step alone."""
         if self._whole is not None:
             self.net.set_requires_gradient_sync(last)
-        with nullcontext() if last or self.world.size == 1 or self._whole is not None else self._wrapped.no_sync():
+        wait = isinstance(self._wrapped, DistributedDataParallel) and not last
+        with self._wrapped.no_sync() if wait else nullcontext():
             yield
 
     def _autocast(self) -> torch.autocast:
