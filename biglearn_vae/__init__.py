@@ -13,9 +13,10 @@ from biglearn_vae.config import compose, load
 from biglearn_vae.data import Batches, ImageSet, images
 from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.gaussian import DiagGaussian
-from biglearn_vae.losses import ELBO, BigLearnELBO
+from biglearn_vae.losses import ELBO, BigLearnELBO, PatchAELoss
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import TwoStackViT, UniversalViT, count_parameters
+from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify
 from biglearn_vae.trainer import Optim, Trainer, TrainingError
 
@@ -29,6 +30,8 @@ __all__ = [
     "ImageSet",
     "MaskSampler",
     "Optim",
+    "PatchAE",
+    "PatchAELoss",
     "Patchify",
     "StepRandom",
     "Trainer",

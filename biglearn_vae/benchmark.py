@@ -258,15 +258,6 @@ def three_passes(
     return {"loss": -elbo, "elbo": elbo, "reconstruction": reconstruction, "kl": kl}
 
 
-def unfused(optim: Optim, net: nn.Module) -> torch.optim.AdamW:
-    """AdamW with the settings of `optim`, one parameter after the other."""
-    groups = [
-        {"params": group["params"], "weight_decay": group["weight_decay"]}
-        for group in optim.optimizer(net).param_groups
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, foreach=False, fused=False)
-
-
 # ---- The stages ------------------------------------------------------------------------------------------------------
 
 
@@ -304,18 +295,18 @@ class LoopStep:
         self.work, self.measures, self.step = work, measures, 0
         self.net = network_of(work, measures).train()
         self.average = copy.deepcopy(self.net).requires_grad_(False) if work.optim.ema_decay else None
-        self.optimizer = unfused(work.optim, self.net)
+        self.optimizers = work.optim.optimizers(self.net, fused=False)
         self.draws = resident_draws(work) if "resident" in measures else loader_draws(work)
         self.logged: dict[str, float] = {}
 
     def __call__(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.work.optim.lr_at(self.step, self.work.total)
+        self.work.optim.schedule_at(self.optimizers, self.step, self.work.total)
         parts = self.objective(*next(self.draws))
-        self.optimizer.zero_grad()
+        self.net.zero_grad()
         parts["loss"].backward()
         parts["grad_norm"] = nn.utils.clip_grad_norm_(self.net.parameters(), self.work.optim.clip_norm or math.inf)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.update_average()
         self.logged = {name: value.item() for name, value in parts.items()}
         self.step += 1

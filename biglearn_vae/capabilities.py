@@ -27,10 +27,19 @@ class Sensitivity(Generic[Result]):
 
 
 class _Observed(NamedTuple):
-    """Tokens (B, L, D), zero where not observed; what is observed, (B, L); whether it came without a batch axis."""
+    """Data of which a part is observed.
+
+    Attributes:
+        tokens: (B, L, D), zero where not observed.
+        mask: what is observed, (B, L).
+        images: the same as pixels (B, C, H, W), anything where not observed. Kept as they came: not every tokenizer
+            gives them back exactly.
+        single: whether it came without a batch axis.
+    """
 
     tokens: Tensor
     mask: Tensor
+    images: Tensor
     single: bool
 
 
@@ -95,9 +104,9 @@ class BigLearnVAE:
 
         `.mean`, `.std` and `.sample(seed=0)` of the result are tensors.
         """
-        tokens, mask, single = self._observe(x, S)
-        q = self._encode(tokens, mask)
-        return q[0] if single else q
+        data = self._observe(x, S)
+        q = self._encode(data.tokens, data.mask)
+        return q[0] if data.single else q
 
     @torch.no_grad()
     def decode(self, z: Tensor, x: Tensor | None = None, S: Tensor | None = None) -> Tensor:
@@ -120,18 +129,20 @@ class BigLearnVAE:
                 f"expected latents z, a tensor of shape (B, {self.z_dim}), (K, B, {self.z_dim}) or ({self.z_dim},), "
                 f"got {tuple(z.shape) if tensor else type(z).__name__}"
             )
-        tokens, mask, _ = self._nothing() if x is None else self._observe(x, S)
+        data = self._nothing() if x is None else self._observe(x, S)
         batch = z.shape[-2] if z.ndim > 1 else 1
-        if len(tokens) not in (1, batch):
-            raise ValueError(f"expected one image for each of the {batch} latents, or one for all, got {len(tokens)}")
-        return self._complete(z.to(tokens), tokens, mask)
+        if len(data.tokens) not in (1, batch):
+            raise ValueError(
+                f"expected one image for each of the {batch} latents, or one for all, got {len(data.tokens)}"
+            )
+        return self._complete(z.to(data.tokens), data)
 
     @torch.no_grad()
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """n new images (n, C, H, W): z from the prior, then the mean of p(x | z)."""
         _at_least_one("the number of samples", n)
-        tokens, mask, _ = self._nothing()
-        return self._complete(self._encode(tokens, mask)[0].sample(draws=n, seed=seed), tokens, mask)
+        data = self._nothing()
+        return self._complete(self._encode(data.tokens, data.mask)[0].sample(draws=n, seed=seed), data)
 
     @torch.no_grad()
     def reconstruct(
@@ -157,9 +168,9 @@ class BigLearnVAE:
             draws: how many completions of each image, along a new leading axis: (K, B, C, H, W).
         """
         _at_least_one("draws", draws)
-        tokens, mask, single = self._observe(x, S)
-        q = self._encode(tokens, mask)
-        return self._complete((q[0] if single else q).sample(draws=draws, seed=seed), tokens, mask)
+        data = self._observe(x, S)
+        q = self._encode(data.tokens, data.mask)
+        return self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
 
     def combine(self, *observations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Several observations (x1, S1), (x2, S2), ... as one, (x, S1 u S2 u ...), for every other method.
@@ -176,12 +187,14 @@ class BigLearnVAE:
         parts = [self._observe(x, S) for x, S in observations]
         if len({len(part.tokens) for part in parts}) > 1:
             raise ValueError(f"expected batches of one size, got {[len(part.tokens) for part in parts]}")
-        tokens, mask, single = parts[0]
+        tokens, mask, images, single = parts[0]
         for other in parts[1:]:
             tokens = torch.where(mask.unsqueeze(-1), tokens, other.tokens)
+            images = torch.where(self._pixels(mask), images, other.images)
             mask = mask | other.mask
-        images = all(tuple(x.shape[-3:]) == self.image_shape for x, _ in observations)
-        x = self.tokenizer.decode(tokens) if images else tokens
+        x = tokens
+        if all(tuple(x.shape[-3:]) == self.image_shape for x, _ in observations):
+            x = images.masked_fill(~self._pixels(mask), 0)
         return (x[0], mask[0]) if single else (x, mask)
 
     @torch.no_grad()
@@ -327,7 +340,7 @@ class BigLearnVAE:
 
     def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Tokens, S, T and whether there was no batch axis, for `log_prob`."""
-        tokens, single = self._tokens(x)
+        tokens, _, single = self._tokens(x)
         S = self._mask(given, len(tokens), default=False)
         T = ~S if T is None else self._mask(T, len(tokens), default=True)
         if (S & T).any():
@@ -358,15 +371,18 @@ class BigLearnVAE:
             rows = torch.arange(start, start + len(part), device=z.device) % len(tokens)
             yield self.net(tokens[rows], mask[rows], part, None if T is None else T[rows]), rows
 
-    def _complete(self, z: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _complete(self, z: Tensor, data: _Observed) -> Tensor:
         """The mean of p(x_T | z, x_S) with x_S in its place, as images (..., C, H, W)."""
-        observed = self.tokenizer.decode(tokens)
-        kept = masks.to_pixels(mask, self.grid, self.image_shape[1:]).unsqueeze(1)
+        kept = self._pixels(data.mask)
         images = [
-            torch.where(kept[rows], observed[rows], self.tokenizer.decode(mean).clamp(0, 1))
-            for mean, rows in self._decode(z, tokens, mask)
+            torch.where(kept[rows], data.images[rows], self.tokenizer.decode(mean).clamp(0, 1))
+            for mean, rows in self._decode(z, data.tokens, data.mask)
         ]
         return torch.cat(images).view(*z.shape[:-1], *self.image_shape)
+
+    def _pixels(self, mask: Tensor) -> Tensor:
+        """Patch masks (B, L) -> pixel masks (B, 1, H, W)."""
+        return masks.to_pixels(mask, self.grid, self.image_shape[1:]).unsqueeze(1)
 
     def _squared_error(self, z: Tensor, tokens: Tensor, S: Tensor, T: Tensor) -> Tensor:
         """Sum over T of (x - mu)^2 for z (k, B, Z): float64 (k, B)."""
@@ -378,14 +394,16 @@ class BigLearnVAE:
 
     def _nothing(self) -> _Observed:
         """One image of which nothing is observed."""
-        tokens = next(self.net.parameters()).new_zeros(1, self.num_tokens, self.net.token_dim)
-        return _Observed(tokens, self._mask(None, 1, default=False), False)
+        zeros = next(self.net.parameters()).new_zeros
+        tokens, images = zeros(1, self.num_tokens, self.net.token_dim), zeros(1, *self.image_shape)
+        return _Observed(tokens, self._mask(None, 1, default=False), images, False)
 
     def _observe(self, x: Tensor, S: Tensor | None) -> _Observed:
         """What is observed of data, S being everything by default."""
-        tokens, single = self._tokens(x)
+        tokens, images, single = self._tokens(x)
         mask = self._mask(S, len(tokens), default=True)
-        return _Observed(self._seen(tokens, mask), mask, single)
+        tokens = self._seen(tokens, mask)
+        return _Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, single)
 
     def _seen(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Tokens (B, L, D) with zeros where they are not observed; they must be finite where they are."""
@@ -398,8 +416,9 @@ class BigLearnVAE:
             )
         return tokens
 
-    def _tokens(self, x: Tensor) -> tuple[Tensor, bool]:
-        """Images or tokens, a batch or one -> tokens (B, L, D) on the device, and whether there was no batch axis."""
+    def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """Images or tokens, a batch or one -> tokens (B, L, D) on the device, the images (B, C, H, W) if it was images,
+        and whether there was no batch axis."""
         token_shape = (self.num_tokens, self.net.token_dim)
         if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
             raise ValueError(
@@ -407,11 +426,11 @@ class BigLearnVAE:
                 f"got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
             )
         x = self._numbers(x)
-        for shape, convert in ((self.image_shape, self.tokenizer.encode), (token_shape, lambda tokens: tokens)):
-            if tuple(x.shape) == shape:
-                return convert(x.unsqueeze(0)), True
-            if x.ndim == len(shape) + 1 and tuple(x.shape[1:]) == shape and len(x):
-                return convert(x), False
+        for shape in (self.image_shape, token_shape):
+            single = tuple(x.shape) == shape
+            if single or (x.ndim == len(shape) + 1 and tuple(x.shape[1:]) == shape and len(x)):
+                x = x.unsqueeze(0) if single else x
+                return (x, None, single) if shape == token_shape else (self.tokenizer.encode(x), x, single)
         raise ValueError(
             f"expected images {of_batch(self.image_shape)} or tokens {of_batch(token_shape)}, a batch or one, "
             f"got {tuple(x.shape)}"

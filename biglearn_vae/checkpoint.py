@@ -90,7 +90,7 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             continue
         try:
             state = load(folder / name)
-            if "optimizer" not in state:
+            if "optimizers" not in state:
                 raise ValueError(f"{folder / name} is not a checkpoint to go on from")
         except ValueError as error:
             problems.append(str(error))

@@ -15,22 +15,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from biglearn_vae import benchmark as timing
-from biglearn_vae import checkpoint, config, evaluation
+from biglearn_vae import checkpoint, config, evaluation, stages
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Splits
 from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
-from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard, replacing
-from biglearn_vae.losses import BigLearnELBO
+from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard, write_json, write_text
 from biglearn_vae.models import count_parameters
+from biglearn_vae.stages import draw, measure, report, size_text
 from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SUMMARY_FILE = "summary.json"
-FIGURES_PAGE = Path("figures") / "index.html"
-FIRST_FIGURES = ("inference", "inpainting")  # drawn at the end of each run
 
 
 def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -> None:
@@ -123,16 +121,14 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     world = start(cfg.device)
     if done := finished(run, cfg):
         say(f"{run} is finished: {done['steps']} steps. A larger trainer.steps continues it, name=NAME starts another.")
-        say(report(done, run))
+        say(stages.of(cfg).report(done, run))
         return done
-    tokens = config.tokenizer(cfg)
-    net = config.network(cfg, tokens).to(world.device)
-    loss = config.objective(cfg)
+    stage = stages.of(cfg)(cfg, run, world.device)
     splits = _dataset(cfg, world)
-    trainer = _trainer(cfg, run, net, loss, tokens, splits, world)
+    trainer = _trainer(cfg, run, stage, splits, world)
     first = trainer.resume()
     say(f"{'going on with' if first else 'training'} {run}")
-    say(f"{network_text(net)}, {len(splits.train):,} images, on {world.device}, {trainer.precision}")
+    say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.precision}")
     loggers = _open(run, cfg, first) if world.is_main else []
     try:
         completed = trainer.fit(loggers)
@@ -142,10 +138,10 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if not completed:
         say(f"stopped at step {trainer.step} of {trainer.steps}; a checkpoint is written, the same command goes on")
         sys.exit(0)
-    summary = _finish(cfg, run, trainer, splits) if world.is_main else None
+    summary = _finish(run, stage, trainer, splits) if world.is_main else None
     world.barrier()
     if summary:
-        say(report(summary, run))
+        say(stage.report(summary, run))
     if trainer.interrupted:  # at the last step: this run is done, but a sweep must not go on
         sys.exit(0)
     return summary
@@ -182,35 +178,30 @@ def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
     try:
         summary = json.loads((run / SUMMARY_FILE).read_text())
         done = summary["steps"] >= cfg.trainer.steps
-        report(summary, run)
+        stages.of(cfg).report(summary, run)
     except (ValueError, KeyError, TypeError):  # damaged: it is made again from the checkpoint
         return None
     return summary if done else None
 
 
-def _trainer(cfg, run: Path, net, loss: BigLearnELBO, tokens, splits: Splits, world: World) -> Trainer:
+def _trainer(cfg: "DictConfig", run: Path, stage: stages.Stage, splits: Splits, world: World) -> Trainer:
     from omegaconf import OmegaConf
 
     settings = _trainer_settings(cfg)
-    optim = config.build(cfg.optim, "optim")
     images = splits.train.to(world.device)
-    batches = Batches(images, settings.pop("batch_size"), cfg.seed, world, transform=tokens.encode)
+    batches = Batches(images, settings.pop("batch_size"), cfg.seed, world, transform=stage.transform)
     metadata = {"config": OmegaConf.to_container(cfg, resolve=True), "data": splits.train.fingerprint()}
-
-    def evaluate(net: torch.nn.Module) -> tuple[dict[str, float], dict[str, Any]]:
-        vae = BigLearnVAE(net, tokens, prior=loss.prior)
-        return validate(vae, splits.valid[: cfg.evaluation.valid_images], loss, cfg.evaluation.valid_draws)
-
     return Trainer(
-        net,
-        loss,
+        stage.net,
+        stage.loss,
         batches,
-        optim,
+        config.build(cfg.optim, "optim"),
         folder=run / "checkpoints",
         seed=cfg.seed,
         world=world,
-        evaluate=evaluate,
-        metadata=metadata,
+        evaluate=lambda net: stage.validate(net, splits.valid[: cfg.evaluation.valid_images]),
+        monitor=stage.monitor,
+        metadata=metadata | stage.metadata,
         **settings,
     )
 
@@ -224,25 +215,13 @@ def _trainer_settings(cfg: "DictConfig") -> dict[str, Any]:
     return settings
 
 
-def validate(
-    vae: BigLearnVAE, images: torch.Tensor, loss: BigLearnELBO, draws: int
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """What is reported on the validation images during training: ELBOs, half-hidden in-painting, and a picture."""
-    joint = evaluation.elbo(vae, images, loss)
-    numbers = {"valid/elbo": evaluation.elbo(vae, images, loss, joint=False)["elbo"]}
-    numbers |= {f"valid/joint_{name}": joint[name] for name in ("elbo", "reconstruction", "kl")}
-    numbers["valid/psnr_0.5"] = evaluation.inpainting_psnr(vae, images, [0.5], draws=draws)[0.5]
-    title = "Validation images, half of the patches hidden"
-    return numbers, {"inpainting": pictures.completions(vae, images[:8], title=title)}
-
-
 def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
     """Make the run's folder, with its settings and its machine, and the loggers."""
     from omegaconf import OmegaConf
 
     run.mkdir(parents=True, exist_ok=True)
-    _write(run / config.CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
-    _write_json(run / "environment.json", environment(cfg.device))
+    write_text(run / config.CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(run / "environment.json", environment(cfg.device))
     return [
         MetricsFile(run / "metrics.jsonl", first_step),
         TensorBoard(run / "tensorboard", first_step),
@@ -283,43 +262,21 @@ def _commit() -> str | None:
         return None
 
 
-def _finish(cfg: "DictConfig", run: Path, trainer: Trainer, splits: Splits) -> dict[str, Any]:
-    """Evaluate the best checkpoint on the test images, draw it, and write the summary."""
-    vae, state, _ = config.load_with_state(run, str(trainer.world.device), "best")
-    measured = measure(vae, config.objective(cfg), splits, cfg.evaluation)
-    draw(vae, splits, run, FIRST_FIGURES)
+def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) -> dict[str, Any]:
+    """Let the stage measure the best checkpoint and draw it, and write the summary."""
+    best_step, measured = stage.finish(run, splits)
     summary = {
         "name": run.name,
         "parameters": count_parameters(trainer.net),
         "steps": trainer.step,
-        "best_step": state["step"],
+        "best_step": best_step,
         "seconds": round(trainer.seconds, 3),
         "precision": trainer.precision,
         "data_note": splits.note,
         "images_per_second": round(trainer.step * trainer.batches.batch_size / trainer.seconds, 1),
     } | measured
-    _write_json(run / SUMMARY_FILE, summary)
+    write_json(run / SUMMARY_FILE, summary)
     return summary
-
-
-def measure(
-    vae: BigLearnVAE, loss: BigLearnELBO, splits: Splits, settings: "DictConfig", split: str = "test", seed: int = 0
-) -> dict[str, Any]:
-    """JointELBO on a split; in-painting beside the nearest training images, `settings.masks` masks for each image."""
-    images, train_images = getattr(splits, split)[:], splits.train
-    some = images[: settings.images].repeat(settings.masks, 1, 1, 1)
-    joint = evaluation.elbo(vae, images, loss, seed=seed)
-    options = dict(ratios=list(settings.ratios), seed=seed)
-    inpainting = evaluation.inpainting_psnr(vae, some, draws=settings.draws, **options)
-    nearest = evaluation.nearest_psnr(vae, some, train_images[:], **options)
-    return {
-        f"{split}_joint_elbo": joint["elbo"],
-        f"{split}_reconstruction": joint["reconstruction"],
-        f"{split}_kl": joint["kl"],
-        f"{split}_joint_elbo_nats": joint["elbo_nats"],
-        "inpainting_psnr": {str(ratio): value for ratio, value in inpainting.items()},
-        "nearest_psnr": {str(ratio): value for ratio, value in nearest.items()},
-    }
 
 
 def measure_likelihood(
@@ -360,7 +317,7 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     result |= measure(vae, config.objective(settings), splits, cfg, cfg.split, cfg.seed)
     print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
     result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
-    _write_json(run / "evaluation.json", result)
+    write_json(run / "evaluation.json", result)
     print(report(result, run, cfg.split))
     return result
 
@@ -432,7 +389,7 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     print(timing.table(result))
     everything = result.as_dict() | {"data": work.note, "settings": values, "environment": machine}
     if plan.file:
-        _write_json(plan.file, everything)
+        write_json(plan.file, everything)
     return everything
 
 
@@ -441,6 +398,7 @@ def _work(cfg: "DictConfig", workers: int) -> timing.Work:
     trainer = _trainer_settings(cfg)
     tokens, loss, optim = config.tokenizer(cfg), config.objective(cfg), config.build(cfg.optim, "optim")
     net = config.network(cfg, tokens).to(config.pick_device(cfg.device))
+    tokens = tokens.to(config.pick_device(cfg.device))
     precision = choose_precision(trainer["precision"], net, trainer["batch_size"])
     images, sources, note = timing.load_images(config.data_settings(cfg), trainer["batch_size"])
     return timing.Work(
@@ -459,114 +417,6 @@ def _work(cfg: "DictConfig", workers: int) -> timing.Work:
     )
 
 
-def draw(
-    vae: BigLearnVAE,
-    splits: Splits,
-    run: Path,
-    names: Sequence[str],
-    images: int | None = None,
-    delta: float | None = None,
-    seed: int = 0,
-) -> Path:
-    """Draw figures of the test images as PNG files into run/figures, and the page that shows all that are there.
-
-    Args:
-        names: of `figures.FIGURES`.
-        images: at most so many in each; the map of codes takes its own number.
-        delta: of the decoding sensitivity.
-    """
-    shown, labels = splits.test[:1000], None if splits.test.labels is None else splits.test.labels[:1000]
-    page = run / FIGURES_PAGE
-    page.parent.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        options: dict[str, Any] = {"labels": labels, "seed": seed}
-        if images is not None and name != "latent_map":
-            options["rows"] = images
-        if name == "decoding_sensitivity":
-            options["delta"] = delta
-        Pictures.save(page.with_name(f"{name}.png"), pictures.FIGURES[name](vae, shown, **options))
-    there = [name for name in pictures.FIGURES if page.with_name(f"{name}.png").exists()]
-    _write(page, pictures.page(run.name, there))
-    return page
-
-
 def network_text(net: torch.nn.Module) -> str:
     """What a network is and how large."""
     return f"{type(net).__name__}, {size_text(count_parameters(net))}"
-
-
-def size_text(parameters: int) -> str:
-    """A number of parameters, and in the unit of the paper's tables."""
-    return f"{parameters:,} parameters ({parameters / 2**20:.4f} x 2^20)"
-
-
-def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
-    """The numbers of a summary or an evaluation as a small table, where everything is, and what to type next."""
-    head = f"{result['name']}, {size_text(result['parameters'])}"
-    if "seconds" in result:
-        head += f"\n{result['steps']} steps in {result['seconds']:.0f} s, {result['images_per_second']:,.0f} images/s"
-    elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
-    rows = {
-        "share of patches observed": [f"{float(ratio):g}" for ratio in result["inpainting_psnr"]],
-        "mean of several completions": [f"{value:.2f}" for value in result["inpainting_psnr"].values()],
-        "mean of the 10 nearest training images": [f"{value:.2f}" for value in result["nearest_psnr"].values()],
-    }
-    files = {
-        str(FIGURES_PAGE): "pictures of what the model does with test images",
-        "summary.json": "these numbers",
-        "metrics.jsonl": "the course of training",
-        "checkpoints/best.pt": "the model",
-    }
-    return "\n".join(
-        [
-            head,
-            "",
-            f"{split} JointELBO {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}; "
-            f"{result[f'{split}_joint_elbo_nats']:.2f} nats with the constant of N(mu, I)",
-            "",
-            "in-painting: PSNR in dB over the missing pixels",
-            *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),
-            "",
-            *_likelihood_lines(result),
-            *(f"{run / name!s:<60} {what}" for name, what in files.items() if (run / name).exists()),
-            "",
-            f"next: python scripts/evaluate.py run={run}",
-            f"      python scripts/figures.py run={run}",
-            f"      tensorboard --logdir {run.parent}",
-            f'      in Python: import biglearn_vae as blv; vae = blv.load("{run}")',
-        ]
-    )
-
-
-def _likelihood_lines(result: dict[str, Any]) -> list[str]:
-    """The log-likelihoods and the consistency of an evaluation, as a table; nothing if they were not measured."""
-    if "likelihood" not in result:
-        return []
-    likelihood, agreement, tasks = result["likelihood"], result["consistency"], ("joint", "marginal", "conditional")
-    lines = [
-        f"bounds on log p under N(mu, variance I), {likelihood['images']} images, {likelihood['samples']} samples each",
-        f"  {'':<45}" + "".join(f"{task:>13}" for task in tasks),
-    ]
-    for unit, words, digits in (("nats", "nats", 2), ("bits_per_dim", "bits per dimension", 3)):
-        for name, origin in (("model", "beta"), ("fitted", "fitted")):
-            if bounds := likelihood.get(name):
-                cells = "".join(f"{bounds[f'{task}_{unit}']:>13.{digits}f}" for task in tasks)
-                head = f"{words}, variance {bounds['variance']:.4g} ({origin})"
-                lines.append(f"  {head:<45}" + cells)
-    if agreement:
-        lines += [
-            "consistency: log p(a) + log p(b | a) and log p(b) + log p(a | b) differ by "
-            f"{agreement['order_gap']:.2f} nats, {agreement['order_noise']:.2f} of it by estimation alone;",
-            f"  p(z | x_S) is {agreement['posterior_gap']:.2f} nats from the posterior of Bayes' rule "
-            f"({agreement['effective_samples']:.0%} effective samples)",
-        ]
-    return [*lines, ""]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text)

@@ -1,4 +1,4 @@
-"""Settings: compose them, build the parts they name, name and load runs. The only module that knows Hydra.
+"""Settings: compose them, build the parts they name, name and load runs. Only here and above is Hydra known.
 
 Hydra is imported when a function needs it, not with the package.
 """
@@ -20,6 +20,7 @@ from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Splits
 from biglearn_vae.distributed import derive_seed, pick_device
 from biglearn_vae.losses import BigLearnELBO
+from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "evaluatio
 FREE += ("evaluation.masks", "evaluation.ratios", "evaluation.draws")
 FREE += ("trainer.accumulate", "trainer.compile", "trainer.shard")  # how a step is computed, not what
 EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
+EVALUATION_COUNTS += ("statistics_images",)
 IN_NAME = ("data", "case", "method", "seed")
 CONFIG_FILE = "config.yaml"
+PATCH_AE, PATCH_AE_FILE = "patch_ae", "patch_ae.pt"  # the method of stage 1, and what it leaves in its run's folder
 
 
 def folder() -> Path:
@@ -135,8 +138,8 @@ def check_evaluation(settings: "DictConfig", where: str = "") -> None:
             raise ValueError(f"{where}{name} must be at least 1, got {value}")
 
 
-def tokenizer(cfg: "DictConfig") -> Patchify:
-    """The tokenizer of these settings."""
+def patches(cfg: "DictConfig") -> Patchify:
+    """How these settings cut images into patches."""
     hints = {"image_size": int, "patch_size": int, "channels": int, "name": str, "root": str | None}
     check_types(hints, dict(cfg.data), "data")
     if cfg.data.channels not in (1, 3):
@@ -147,12 +150,52 @@ def tokenizer(cfg: "DictConfig") -> Patchify:
         raise ValueError(f"data: {error}") from error
 
 
+def tokenizer(cfg: "DictConfig", state: dict[str, Any] | None = None) -> Patchify | PatchAE:
+    """The tokenizer of these settings.
+
+    Args:
+        state: that of the PatchAE, if it is known; else the one of the run that the settings name is loaded.
+
+    Raises:
+        ValueError: for settings of other types, or a PatchAE that is not there or does not fit the data.
+    """
+    cut, settings = patches(cfg), cfg.get("tokens") or {"name": "patchify"}
+    check_types({"name": str, "run": str | None}, dict(settings), "tokens")
+    if settings["name"] == "patchify":
+        return cut
+    if settings["name"] != PATCH_AE:
+        raise ValueError(f"tokens.name must be patchify or {PATCH_AE}, got {settings['name']!r}")
+    return _patch_ae(cfg, cut) if state is None else PatchAE.from_state(state, cfg.data.image_size)
+
+
+def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
+    """The PatchAE of the run that these settings name."""
+    run = Path(cfg.tokens.run or Path(cfg.output_dir) / f"{data_name(cfg)}-{PATCH_AE}-seed0").expanduser()
+    root = f" data.root={cfg.data.root}" if cfg.data.name == "image_folder" else ""
+    command = f"python scripts/train.py --config-name={PATCH_AE} data={cfg.data.name}{root}"
+    if not (run / PATCH_AE_FILE).is_file():
+        unfinished = " (the run there is not finished)" if (run / CONFIG_FILE).is_file() else ""
+        raise ValueError(
+            f"there is no PatchAE in {run}{unfinished}: train one with `{command}`, "
+            "or name the run of another by tokens.run=FOLDER"
+        )
+    net = PatchAE.from_state(checkpoint.load(run / PATCH_AE_FILE), cfg.data.image_size)
+    if (net.patch_size, net.image_shape[0]) != (cut.patch_size, cut.image_shape[0]):
+        raise ValueError(
+            f"the PatchAE of {run} is for patches of {net.patch_size} x {net.patch_size} with {net.image_shape[0]} "
+            f"channels, the data has {cut.patch_size} x {cut.patch_size} with {cut.image_shape[0]}: name another run "
+            f"by tokens.run=FOLDER, or train one with `{command} data.patch_size={cut.patch_size} "
+            f"data.channels={cut.image_shape[0]}`"
+        )
+    return net
+
+
 def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
     """The data of these settings, from another root if one is given, less what `missing` says was never recorded."""
     share, unit = cfg.get("missing", 0.0), cfg.get("missing_unit", "patch")
     check_types({"missing": float, "missing_unit": str}, {"missing": share, "missing_unit": unit}, "")
     splits = data.load(**data_settings(cfg) | ({"root": root} if root else {}))
-    return data.with_missing(splits, share, tokenizer(cfg).grid, unit)
+    return data.with_missing(splits, share, patches(cfg).grid, unit)
 
 
 def data_settings(cfg: "DictConfig") -> dict[str, Any]:
@@ -160,11 +203,25 @@ def data_settings(cfg: "DictConfig") -> dict[str, Any]:
     return {name: value for name, value in dict(cfg.data).items() if name != "patch_size"}
 
 
-def network(cfg: "DictConfig", tokens: Patchify) -> torch.nn.Module:
+def network(cfg: "DictConfig", tokens: Patchify | PatchAE) -> torch.nn.Module:
     """The network of these settings, with fresh weights that depend on the seed alone, on the CPU."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed("weights", cfg.seed))  # torch.manual_seed reseeds GPUs too
+    with _seeded(cfg.seed):
         return build(cfg.model, "model", grid=tokens.grid, token_dim=tokens.token_dim)
+
+
+def patch_ae(cfg: "DictConfig") -> PatchAE:
+    """The PatchAE of these settings of stage 1, with fresh weights that depend on the seed alone, on the CPU."""
+    cut = patches(cfg)
+    with _seeded(cfg.seed):
+        sizes = dict(image_size=cfg.data.image_size, patch_size=cut.patch_size, channels=cut.image_shape[0])
+        return build(cfg.model, "model", **sizes)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed("weights", seed))  # torch.manual_seed reseeds GPUs too
+        yield
 
 
 def objective(cfg: "DictConfig") -> BigLearnELBO:
@@ -189,9 +246,11 @@ def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearn
 def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnVAE, dict[str, Any], Path]:
     """Like `load`, with the checkpoint that the model is from and its path."""
     cfg = saved(run)
-    tokens = tokenizer(cfg)
-    net = network(cfg, tokens)
+    if cfg.method.name == PATCH_AE:
+        raise ValueError(f"{run} is a PatchAE, stage 1: train a BigLearn-VAE on its codes with tokens.run={run}")
     state, path = checkpoint_of(run, which)
+    tokens = tokenizer(cfg, state["metadata"].get("tokenizer"))
+    net = network(cfg, tokens)
     checkpoint.load_weights(net, state.get("average") or state["net"], path)
     net = net.to(pick_device(device)).requires_grad_(False)
     return BigLearnVAE(net, tokens, prior=cfg.loss.prior, variance=cfg.loss.beta), state, path
@@ -208,7 +267,9 @@ def saved(run: str | Path) -> "DictConfig":
         raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}")
     try:
         cfg = OmegaConf.load(path)
-        missing = [group for group in ("data", "case", "method", "model", "loss", "masks") if group not in cfg]
+        stage_1 = "method" in cfg and cfg.method.name == PATCH_AE
+        needed = ("data", "model", "loss") if stage_1 else ("data", "case", "method", "model", "loss", "masks")
+        missing = [group for group in needed if group not in cfg]
     except Exception as error:  # of YAML, of OmegaConf
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if missing:
@@ -238,13 +299,17 @@ def run_name(cfg: "DictConfig", overrides: Sequence[str]) -> str:
         if not cfg.name.strip(". /"):
             raise ValueError(f"name must be that of a folder in output_dir, got {cfg.name!r}")
         return cfg.name
-    data = Path(cfg.data.root).resolve().name if cfg.data.name == "image_folder" else cfg.data.name
     extra = [o for o in overrides if not _is_free(key := o.lstrip("+~").split("=")[0]) and key not in IN_NAME]
-    tag = "-".join(sorted(extra))
+    tag, case = "-".join(sorted(extra)), cfg.case.name if "case" in cfg else None
     if len(tag) > 120:  # file systems take names of 255 characters at most
         tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
-    name = "-".join(filter(None, (data, cfg.case.name, cfg.method.name, f"seed{cfg.seed}", tag)))
+    name = "-".join(filter(None, (data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)))
     return re.sub(r"[^\w.-]+", "-", name).strip("-")  # what a shell and Hydra take without quotes
+
+
+def data_name(cfg: "DictConfig") -> str:
+    """What the data is called in the name of a run."""
+    return Path(cfg.data.root).resolve().name if cfg.data.name == "image_folder" else cfg.data.name
 
 
 def refuse_sweep_over_free(words: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ N images, L tokens, D token dimension.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from biglearn_vae.gaussian import bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO
 
 CHUNK = 1024  # images at a time
+PART = 2**26  # numbers at a time
 
 
 @torch.no_grad()
@@ -217,3 +219,54 @@ def _disjoint_pairs(count: int, num_tokens: int, seed: int) -> tuple[Tensor, Ten
     a = 1 + (uniform[:, 0] * (num_tokens - 1)).floor()
     b = 1 + (uniform[:, 1] * (num_tokens - a)).floor()
     return rank < a, (rank >= a) & (rank < a + b)
+
+
+def parts(images: Tensor | Any, count: int | None = None) -> Iterator[Tensor]:
+    """The first `count` images, or all, as float tensors (n, C, H, W) of bounded size.
+
+    Args:
+        images: a tensor or an `ImageSet`, anything with a length whose slices are images.
+    """
+    count = len(images) if count is None else min(count, len(images))
+    size = max(1, PART // images[:1].numel())
+    for start in range(0, count, size):
+        yield images[start : min(start + size, count)]
+
+
+@torch.no_grad()
+def reconstruction(tokenizer: torch.nn.Module, images: Tensor | Any, count: int | None = None) -> dict[str, float]:
+    """How well a tokenizer gives images back: PSNR in dB, and the seams between its patches.
+
+    seam_ratio is the mean absolute difference of neighbouring pixels on two sides of a border between patches, over
+    that of neighbours inside a patch; seam_ratio_of_images the same of the images themselves.
+
+    Args:
+        tokenizer: with `encode`, `decode` and `patch_size`, such as a `PatchAE`.
+        images: (N, C, H, W), a tensor or an `ImageSet`.
+        count: at most so many of them.
+    """
+    device = next(tokenizer.parameters()).device
+    error, numbers = 0.0, 0
+    seams = {"seam_ratio": 0, "seam_ratio_of_images": 0}
+    for x in parts(images, count):
+        x = x.to(device)
+        y = tokenizer.decode(tokenizer.encode(x))
+        error, numbers = error + (y - x).double().square().sum().item(), numbers + x.numel()
+        for name, pixels in (("seam_ratio", y), ("seam_ratio_of_images", x)):
+            seams[name] = seams[name] + _differences(pixels, tokenizer.patch_size)
+    means = {name: sums[:, 0] / sums[:, 1] for name, sums in seams.items()}
+    return {"psnr": -10 * math.log10(error / numbers)} | {
+        name: (across / inside).item() for name, (across, inside) in means.items()
+    }
+
+
+def _differences(images: Tensor, patch_size: int) -> Tensor:
+    """Sum and number of absolute differences of neighbouring pixels: across borders of patches, and inside (2, 2)."""
+    result = torch.zeros(2, 2, dtype=torch.float64)
+    for axis in (2, 3):
+        steps = images.diff(dim=axis).abs().double().sum(dim=[k for k in range(4) if k != axis]).cpu()
+        border = torch.arange(1, len(steps) + 1) % patch_size == 0
+        each = images.numel() // images.shape[axis]
+        for row, where in enumerate((border, ~border)):
+            result[row] += torch.stack([steps[where].sum(), each * where.sum().double()])
+    return result

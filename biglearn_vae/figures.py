@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from biglearn_vae import evaluation, masks
@@ -74,6 +74,11 @@ TEXTS = {  # name: title, caption
         "Each point is the code of one image, the mean of p(z | observed patches), at one scale in all panels; the "
         "S-ratio is the share of the patches observed. The further to the right points of a class stay together, the "
         "fewer patches the code needs to hold the class.",
+    ),
+    "reconstruction": (
+        "Patches and their codes",
+        "Every patch is coded and decoded by itself. Where seams show between the patches of a reconstruction, its "
+        "codes leave out too much. Difference: green is brighter, purple is darker.",
     ),
 }
 
@@ -456,6 +461,18 @@ def _panels(places: np.ndarray, classes: np.ndarray | None, size: int = 300) -> 
             axes.text(*np.median(places[0][index == k], axis=0), str(name), **style, path_effects=effects)
         pictures.append(_rendered(figure) / 255)
     return np.stack(pictures)
+
+
+def reconstruction(tokenizer: nn.Module, images: Tensor, title: str = "") -> np.ndarray:
+    """Images (N, C, H, W), all of them drawn, beside what a tokenizer such as a `PatchAE` decodes of its codes."""
+    x = images.to(next(tokenizer.parameters()).device)
+    with torch.no_grad():
+        y = tokenizer.decode(tokenizer.encode(x))
+    change, limit = signed(y - x)
+    columns = [("image", rgb(x)), ("reconstruction", rgb(y)), ("difference", change)]
+    heading = f"differences are in full colour at {limit:.2g} of the range of pixels"
+    default, caption = text("reconstruction", x)
+    return sheet(title or default, caption, [Block.of(columns, heading)])
 
 
 FIGURES: dict[str, Callable[..., np.ndarray]] = {

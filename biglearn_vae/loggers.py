@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -138,6 +138,17 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_suffix(".partial")
     yield partial
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole at every moment."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The same of what JSON can hold."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _short(value: float) -> str:

@@ -1,5 +1,6 @@
-"""The objective. B batch, L tokens, D token dimension, Z latent dimension."""
+"""The objectives. B batch, L tokens, D token dimension, Z latent dimension, C channels, P patch size."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -171,3 +172,48 @@ def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             f"got {given.dtype} {tuple(given.shape)}"
         )
     return x, recorded & given
+
+
+@dataclass(frozen=True, eq=False)
+class PatchError:
+    """The mean squared error of reconstructed patches: a number, ()."""
+
+    loss: Tensor
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The error, and as PSNR in dB for a peak of 1."""
+        return {"loss": self.loss, "psnr": -10 / math.log(10) * self.loss.log()}
+
+
+class PatchAELoss:
+    """Mean squared error of the reconstructions of a random share of the patches of each image (stage 1, Appendix B).
+
+    Args:
+        share: of the patches of an image, in (0, 1], rounded up.
+
+    Raises:
+        ValueError: on a share outside that.
+    """
+
+    def __init__(self, share: float = 0.25):
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {share}")
+        self.share = share
+
+    def __call__(self, net: nn.Module, patches: Tensor, *, random: StepRandom, step: int | None = None) -> PatchError:
+        """The error of a batch.
+
+        Args:
+            net: takes patches (N, C, P, P) and returns as many, as `patch_ae.PatchAE` does; wrapped or not.
+            patches: all patches of the images of a batch, (B, L, C, P, P).
+            random: where the choice of patches is drawn from.
+            step: not used.
+        """
+        batch, count = patches.shape[:2]
+        (order,) = random.rows(
+            batch, lambda rows, generator: (torch.rand(rows, count, generator=generator, device=generator.device),)
+        )
+        chosen = order.argsort(-1)[:, : math.ceil(self.share * count)]  # (B, n)
+        rows = torch.arange(batch, device=chosen.device).unsqueeze(-1)
+        x = patches[rows, chosen].flatten(0, 1)  # (B n, C, P, P)
+        return PatchError((net(x) - x).square().mean())

@@ -37,10 +37,7 @@ class Patchify(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> tokens (B, L, D)."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"expected images of shape {of_batch(self.image_shape)}, got {tuple(images.shape)}")
-        p = self.patch_size
-        return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
+        return rearrange(self.cut(images), "b l c p1 p2 -> b l (p1 p2 c)")
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L, D) -> images (B, C, H, W)."""
@@ -49,7 +46,18 @@ class Patchify(nn.Module):
                 f"expected tokens of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(tokens.shape)}"
             )
         p = self.patch_size
-        return rearrange(tokens, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=self.grid[0], p1=p, p2=p)
+        return self.join(rearrange(tokens, "b l (p1 p2 c) -> b l c p1 p2", p1=p, p2=p))
+
+    def cut(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> patches (B, L, C, P, P)."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(f"expected images of shape {of_batch(self.image_shape)}, got {tuple(images.shape)}")
+        p = self.patch_size
+        return rearrange(images, "b c (h p1) (w p2) -> b (h w) c p1 p2", p1=p, p2=p)
+
+    def join(self, patches: Tensor) -> Tensor:
+        """Patches (B, L, C, P, P) -> images (B, C, H, W)."""
+        return rearrange(patches, "b (h w) c p1 p2 -> b c (h p1) (w p2)", h=self.grid[0])
 
 
 def of_batch(shape: tuple[int, ...]) -> str:

@@ -33,10 +33,10 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with a warm-up, a schedule, gradient clipping and an average of the weights.
+    """AdamW, or Muon and AdamW, with a warm-up, a schedule, gradient clipping and an average of the weights.
 
     Args:
-        lr: peak learning rate.
+        lr: peak learning rate of AdamW.
         betas: AdamW's, each in [0, 1).
         eps: AdamW's.
         weight_decay: on matrices only; biases, LayerNorms and single learned vectors are not decayed.
@@ -45,6 +45,10 @@ class Optim:
         clip_norm: largest gradient norm; None does not clip.
         ema_decay: decay of the exponential moving average of the weights that is evaluated and kept as the result;
             0 evaluates the weights themselves.
+        muon_lr: peak learning rate of Muon (Jordan et al. 2024, `torch.optim.Muon`), which then takes the matrices
+            between hidden layers, those of the members of a `ModuleList` such as the blocks of a transformer, and
+            leaves the rest to AdamW. Its updates are orthogonalised and scaled to the size of AdamW's (Liu et al.
+            2025). None leaves everything to AdamW.
 
     Raises:
         ValueError: on values outside these.
@@ -58,6 +62,7 @@ class Optim:
     schedule: str = "constant"
     clip_norm: float | None = None
     ema_decay: float = 0.0
+    muon_lr: float | None = None
 
     def __post_init__(self):
         require = {
@@ -70,29 +75,56 @@ class Optim:
             f"schedule must be 'constant' or 'cosine', got {self.schedule!r}": self.schedule in ("constant", "cosine"),
             f"clip_norm must be positive or null, got {self.clip_norm}": self.clip_norm is None or self.clip_norm > 0,
             f"ema_decay must be in [0, 1), got {self.ema_decay}": 0 <= self.ema_decay < 1,
+            f"muon_lr must be positive or null, got {self.muon_lr}": self.muon_lr is None
+            or 0 < self.muon_lr < math.inf,
         }
         for message, holds in require.items():
             if not holds:
                 raise ValueError(message)
 
-    def optimizer(self, net: nn.Module) -> torch.optim.AdamW:
-        """AdamW over the network's parameters."""
-        groups = [
-            {"params": [p for p in net.parameters() if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        fused = next(net.parameters()).device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)
+    def optimizers(self, net: nn.Module, fused: bool | None = None) -> list[torch.optim.Optimizer]:
+        """The optimizers that together take all of the network's parameters; "peak" of a group is its learning rate.
 
-    def lr_at(self, step: int, steps: int) -> float:
-        """Learning rate of this step, counted from 0, of a run of `steps`."""
+        Args:
+            fused: whether AdamW updates many parameters at once; by default where it can.
+        """
+        hidden = _hidden_matrices(net) if self.muon_lr else {}
+        others = [p for p in net.parameters() if p not in hidden]
+        if fused is None:
+            fused = others[0].device.type in ("cpu", "cuda")
+        groups = [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, "peak": self.lr},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": self.lr},
+        ]
+        adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused, foreach=False)
+        result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
+        if hidden:
+            group = {"params": list(hidden), "peak": self.muon_lr}
+            options = dict(lr=self.muon_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
+            result.append(torch.optim.Muon([group], **options))
+        return result
+
+    def share_at(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate at this step, counted from 0, of a run of `steps`."""
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        decay = 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-        return self.lr * warm * decay
+        return warm * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    def schedule_at(self, optimizers: Iterable[torch.optim.Optimizer], step: int, steps: int) -> None:
+        """Give these optimizers their learning rates of this step."""
+        share = self.share_at(step, steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak"]
 
     def ema_decay_at(self, step: int) -> float:
         """Decay of the average of the weights at this step, counted from 0: it follows closely at first."""
         return min(self.ema_decay, (1 + step) / (10 + step))
+
+
+def _hidden_matrices(net: nn.Module) -> dict[nn.Parameter, None]:
+    """The matrices of the members of a network's `ModuleList`s, in order and each once."""
+    lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
+    return dict.fromkeys(p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -239,7 +271,7 @@ class Trainer:
             self._whole = copy.deepcopy(net).requires_grad_(False).eval()
             for module in filter(None, (net, self.average)):
                 distributed.shard(module, self.world)
-        self.optimizer = optim.optimizer(net)
+        self.optimizers = optim.optimizers(net)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
         self._names: list[str] = []
@@ -272,7 +304,7 @@ class Trainer:
             self._load_weights(self.net, state["net"])
             if self.average is not None:
                 self._load_weights(self.average, state["average"] or state["net"])
-            self._load_optimizer(state["optimizer"])
+            self._load_optimizers(state["optimizers"])
             self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
             self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
             self._reported = tuple(state["reported"])
@@ -289,13 +321,14 @@ class Trainer:
             weights = distributed.split(weights, net.state_dict())
         checkpoint.load_weights(net, weights, source)
 
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        like = {
-            index: {name: parameters[index] if value.ndim else value for name, value in moments.items()}
-            for index, moments in state["state"].items()
-        }
-        self.optimizer.load_state_dict(state | {"state": distributed.split(state["state"], like)})
+    def _load_optimizers(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            like = {
+                index: {name: parameters[index] if value.ndim else value for name, value in moments.items()}
+                for index, moments in state["state"].items()
+            }
+            optimizer.load_state_dict(state | {"state": distributed.split(state["state"], like)})
 
     def fit(self, loggers: Iterable[Logger] = ()) -> bool:
         """Train to the last step. Returns False if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written.
@@ -332,12 +365,12 @@ class Trainer:
     def _train_step(self) -> None:
         start = time.perf_counter()
         self.net.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.optim.lr_at(self.step, self.steps)
-        self.optimizer.zero_grad()
+        self.optim.schedule_at(self.optimizers, self.step, self.steps)
+        self.net.zero_grad()
         scalars = self._backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self._update_average()
         scalars["grad_norm"] = distributed.whole(norm)
         self._names = list(scalars)
@@ -406,7 +439,7 @@ class Trainer:
         self._pending, self._reported = [], (self.step, self.seconds)
         scalars = {f"train/{name}": value for name, value in means.items()}
         scalars |= {
-            "lr": self.optim.lr_at(self.step - 1, self.steps),
+            "lr": self.optim.lr * self.optim.share_at(self.step - 1, self.steps),
             "seconds": self.seconds,
             "images_per_second": speed,
         }
@@ -460,7 +493,7 @@ class Trainer:
             "step": self.step,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "seconds": self.seconds,
             "best": self.best,
             "names": self._names,

@@ -15,7 +15,7 @@ def example(step: int = 7) -> dict:
     generator = torch.Generator().manual_seed(step)
     return {
         "step": step,
-        "optimizer": {"state": {}},
+        "optimizers": [{"state": {}}],
         "best": -0.1 - step / 3,
         "net": {
             "float": torch.randn(5, 7, generator=generator),

@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -54,9 +54,16 @@ class Recorder(Logger):
         self.rows.append((step, {k: v for k, v in values.items() if k not in timing}))
 
 
+class Perceptron(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = layer[0](x) if isinstance(layer, nn.ModuleList) else layer(x)
+        return x
+
+
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    return Perceptron(nn.Linear(3, 8), nn.Tanh(), nn.ModuleList([nn.Linear(8, 8)]), nn.Tanh(), nn.Linear(8, 1))
 
 
 def distance(net):
@@ -64,11 +71,14 @@ def distance(net):
     return {"valid/elbo": -(net(x) - 3).square().item()}, {}
 
 
-def make(folder=None, steps=20, loss=noisy_squares, batches=None, **options):
+def make_trainer(folder=None, steps=20, loss=noisy_squares, batches=None, optim=OPTIM, **options):
     options = dict(report_every=5, evaluate_every=8, checkpoint_every=6) | options
     return Trainer(
-        network(), loss, batches or Points(), OPTIM, steps=steps, folder=folder, evaluate=distance, **options
+        network(), loss, batches or Points(), optim, steps=steps, folder=folder, evaluate=distance, **options
     )
+
+
+make = make_trainer
 
 
 def assert_same(a, b):
@@ -77,12 +87,15 @@ def assert_same(a, b):
         assert x.equal(y)
     for x, y in zip(a.average.parameters(), b.average.parameters(), strict=True):
         assert x.equal(y)
-    for x, y in zip(a.optimizer.state.values(), b.optimizer.state.values(), strict=True):
-        assert all(x[key].equal(y[key]) for key in x)
+    for one, other in zip(a.optimizers, b.optimizers, strict=True):
+        for x, y in zip(one.state.values(), other.state.values(), strict=True):
+            assert all(x[key].equal(y[key]) for key in x)
 
 
+@pytest.mark.parametrize("optim", [OPTIM, replace(OPTIM, muon_lr=0.02)], ids=["adamw", "muon"])
 @pytest.mark.parametrize("lost", [6, 7, 8, 11, 13, 19])
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, lost):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, lost, optim):
+    make = functools.partial(make_trainer, optim=optim)
     whole, log = make(tmp_path / "a"), Recorder()
     assert whole.fit([log])
 
@@ -197,9 +210,42 @@ def test_reports_are_means_over_their_steps():
 
 def test_schedules():
     constant = Optim(lr=2.0, warmup_steps=9)
-    assert [constant.lr_at(step, 100) for step in (0, 4, 9, 99)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert [constant.share_at(step, 100) for step in (0, 4, 9, 99)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     cosine = Optim(lr=2.0, schedule="cosine")
-    assert [cosine.lr_at(step, 100) for step in (0, 50, 100)] == pytest.approx([2.0, 1.0, 0.0])
+    assert [cosine.share_at(step, 100) for step in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def test_the_optimizers_take_every_parameter_once(muon_lr):
+    net = nn.ModuleDict({"in": nn.Conv2d(1, 2, 3), "blocks": nn.ModuleList([nn.Linear(2, 4), nn.LayerNorm(4)])})
+    matrix = net["blocks"][0].weight
+    optim = Optim(lr=0.1, weight_decay=0.3, muon_lr=muon_lr)
+    optimizers = optim.optimizers(net)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    taken = [id(p) for group in groups for p in group["params"]]
+    assert sorted(taken) == sorted(id(p) for p in net.parameters())
+    for group in groups:
+        assert group["weight_decay"] == (0.3 if group["params"][0].ndim > 1 else 0.0)
+    optim.schedule_at(optimizers, 0, 10)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates[id(matrix)] == (muon_lr or 0.1)
+    assert {rate for p, rate in rates.items() if p != id(matrix)} == {0.1}
+
+
+def test_muon_orthogonalises_the_update_of_a_matrix():
+    net, x = nn.Linear(6, 4), torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    before = net.weight.detach().clone()
+    optim = Optim(muon_lr=0.1, weight_decay=0.0)
+    optimizers = optim.optimizers(nn.ModuleList([net]))
+    net(x).square().sum().backward()
+    optim.schedule_at(optimizers, 0, 10)
+    for optimizer in optimizers:
+        optimizer.step()
+    update = (before - net.weight.detach()) / (0.1 * 0.2 * math.sqrt(6))
+    u, _, vh = torch.linalg.svd(net.weight.grad, full_matrices=False)
+    # Newton-Schulz iterations bring singular values near 1, not to it.
+    assert torch.linalg.svdvals(update).min() > 0.6 and torch.linalg.svdvals(update).max() < 1.3
+    assert (update * (u @ vh)).sum() / update.norm() / 2 > 0.97
 
 
 @pytest.mark.parametrize("name", ["steps", "accumulate", "report_every", "evaluate_every", "checkpoint_every"])

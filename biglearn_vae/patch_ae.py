@@ -1,0 +1,159 @@
+"""PatchAE: an auto-encoder of single patches, the tokenizer of the two-stage pipeline (Appendix B).
+
+B batch, C channels, H x W pixels, P patch size, L = (H/P)(W/P) tokens, D numbers per token, N patches.
+
+The paper gives its parameter count, 2.3193 x 2^20; that this is the architecture behind it is inferred from the count.
+"""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biglearn_vae.patches import Patchify
+
+PATCHES_AT_ONCE = 2**13  # that pass through the layers, which bounds the memory
+
+
+class Residual(nn.Sequential):
+    """x + conv(ReLU(conv(ReLU(x)))), without biases."""
+
+    def __init__(self, width: int):
+        super().__init__(
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class PatchAE(nn.Module):
+    """Codes each patch of an image by itself; `encode` and `decode` are those of `Patchify`, on codes.
+
+    With patches of 16 x 16 x 3 and a width of 128 it has 2,432,003 parameters, and a code is 128 x 2 x 2 = 512 numbers.
+    A patch that halves fewer than three times takes fewer strided layers. Codes are standardised with statistics that
+    `fit_statistics` takes from training images; they are kept with the weights.
+
+    Args:
+        image_size: height and width in pixels, or one number for both.
+        patch_size: side of a patch in pixels; an even number that divides both sides of the image.
+        channels: channels per pixel.
+        width: channels of the convolutions, an even number; D is `width` for each cell of the smallest map.
+
+    Raises:
+        ValueError: on sizes outside these.
+    """
+
+    def __init__(
+        self, *, image_size: int | tuple[int, int] = 128, patch_size: int = 16, channels: int = 3, width: int = 128
+    ):
+        super().__init__()
+        self.patches = Patchify(image_size, patch_size, channels)
+        if patch_size % 2:
+            raise ValueError(f"patch_size must be even for a PatchAE, got {patch_size}")
+        if width < 2 or width % 2:
+            raise ValueError(f"width must be an even number from 2 on, got {width}")
+        self.sizes = dict(image_size=image_size, patch_size=patch_size, channels=channels, width=width)
+        self.image_shape, self.grid = self.patches.image_shape, self.patches.grid
+        self.patch_size, self.num_tokens = patch_size, self.patches.num_tokens
+        halvings = next(n for n in (3, 2, 1) if patch_size % 2**n == 0)
+        self.map_shape = (width, patch_size // 2**halvings, patch_size // 2**halvings)  # of a code, before it is flat
+        self.token_dim = width * self.map_shape[1] ** 2
+        widths = [*[channels, width // 2, width][:halvings], width]  # of the maps, from the pixels to the smallest
+        self.encoder = nn.Sequential(
+            *_strided(nn.Conv2d, widths),
+            nn.Conv2d(width, width, 3, padding=1),
+            Residual(width),
+            Residual(width),
+            nn.Conv2d(width, width, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
+            Residual(width),
+            Residual(width),
+            *_strided(nn.ConvTranspose2d, widths[::-1]),
+        )
+        self.register_buffer("code_mean", torch.zeros(self.token_dim))
+        self.register_buffer("code_std", torch.ones(self.token_dim))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches (N, C, P, P) -> their reconstructions (N, C, P, P), which training compares with them."""
+        return self.decoder(self.encoder(patches))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) with values in [0, 1] -> standardised codes (B, L, D)."""
+        codes = self._codes(self.patches.cut(images).flatten(0, 1))
+        return ((codes - self.code_mean) / self.code_std).view(len(images), self.num_tokens, self.token_dim)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Standardised codes (B, L, D) -> images (B, C, H, W) in [0, 1]."""
+        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != (self.num_tokens, self.token_dim):
+            raise ValueError(
+                f"expected tokens of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(tokens.shape)}"
+            )
+        codes = (tokens * self.code_std + self.code_mean).view(-1, *self.map_shape)
+        patches = torch.cat([self.decoder(part) for part in codes.split(PATCHES_AT_ONCE)])
+        return self.patches.join(patches.unflatten(0, (len(tokens), self.num_tokens))).clamp(0, 1)
+
+    def _codes(self, patches: Tensor) -> Tensor:
+        """Patches (N, C, P, P) -> codes (N, D), not standardised."""
+        return torch.cat([self.encoder(part).flatten(1) for part in patches.split(PATCHES_AT_ONCE)])
+
+    @torch.no_grad()
+    def fit_statistics(self, images: Iterable[Tensor]) -> None:
+        """Take the mean and the standard deviation of each number of a code over all patches of these images.
+
+        Args:
+            images: batches (B, C, H, W), patches with NaN in them are left out; a number that never varies is only
+                centred.
+
+        Raises:
+            ValueError: if there is no patch.
+        """
+        device = self.code_mean.device
+        total, squares = (torch.zeros(self.token_dim, dtype=torch.float64, device=device) for _ in range(2))
+        count = 0
+        for batch in images:
+            codes = self._codes(self.patches.cut(batch.to(device)).flatten(0, 1)).double()
+            codes = codes[~codes.isnan().any(-1)]
+            total, squares, count = total + codes.sum(0), squares + codes.square().sum(0), count + len(codes)
+        if not count:
+            raise ValueError("expected images with at least one patch to take statistics of, got none")
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        self.code_mean.copy_(mean)
+        self.code_std.copy_(torch.where(std > 1e-6 * mean.abs().clamp(min=1), std, 1))
+
+    def state(self) -> dict[str, Any]:
+        """Sizes, weights and statistics, for `from_state`: tensors and plain values."""
+        weights = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        return {"sizes": self.sizes, "weights": weights}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], image_size: int | tuple[int, int] | None = None) -> "PatchAE":
+        """What `state` described, frozen, for images of its size or of another.
+
+        Raises:
+            ValueError: if it is not such a description.
+        """
+        try:
+            net = cls(**state["sizes"] | ({} if image_size is None else {"image_size": image_size}))
+            net.load_state_dict(state["weights"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"expected the state of a PatchAE, sizes and weights: {reason}") from None
+        return net.requires_grad_(False).eval()
+
+
+def _strided(layer: type[nn.Module], widths: list[int]) -> list[nn.Module]:
+    """4 x 4 layers of stride 2 from width to width, with ReLUs between."""
+    result: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        result += [layer(before, after, 4, stride=2, padding=1), nn.ReLU()]
+    return result[:-1]

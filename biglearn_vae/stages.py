@@ -1,0 +1,295 @@
+"""What `scripts/train.py` trains, measures and reports: a BigLearn-VAE, or the PatchAE that makes its tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from biglearn_vae import checkpoint, config, evaluation
+from biglearn_vae import figures as pictures
+from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.data import Splits
+from biglearn_vae.loggers import Pictures, write_text
+from biglearn_vae.losses import BigLearnELBO
+from biglearn_vae.patch_ae import PatchAE
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+FIGURES_PAGE = Path("figures") / "index.html"
+FIRST_FIGURES = ("inference", "inpainting")  # drawn at the end of each run
+
+
+class Stage(Protocol):
+    """What `commands.train` needs to know of what it trains.
+
+    Attributes:
+        net, loss: what the Trainer takes, the network on the training device.
+        monitor: the number of `validate` whose largest value makes the best checkpoint.
+        metadata: more of it for every checkpoint.
+    """
+
+    net: nn.Module
+    loss: Any
+    monitor: str
+    metadata: dict[str, Any]
+
+    def __init__(self, cfg: "DictConfig", run: Path, device: torch.device): ...
+
+    def transform(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> what the loss takes as a batch."""
+
+    def validate(self, net: nn.Module, images: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """Numbers and pictures of the validation images, by name."""
+
+    def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
+        """Measure the best checkpoint of a run, and leave what it is for: its step, and numbers for the summary."""
+
+    @staticmethod
+    def report(summary: dict[str, Any], run: Path) -> str:
+        """The numbers of a summary as a small table, where everything is, and what to type next."""
+
+
+def of(cfg: "DictConfig") -> type[Stage]:
+    """Which of the two these settings train."""
+    return PatchAEStage if cfg.method.name == config.PATCH_AE else VAEStage
+
+
+class VAEStage:
+    """A BigLearn-VAE, on pixels or on the codes of a PatchAE, which then is part of every checkpoint."""
+
+    monitor = "valid/elbo"
+
+    def __init__(self, cfg: "DictConfig", run: Path, device: torch.device):
+        self.cfg, self.device = cfg, device
+        self.tokens = config.tokenizer(cfg, _own_tokenizer(cfg, run)).to(device)
+        self.net = config.network(cfg, self.tokens).to(device)
+        self.loss = config.objective(cfg)
+        self.metadata = {"tokenizer": self.tokens.state()} if isinstance(self.tokens, PatchAE) else {}
+
+    @torch.no_grad()
+    def transform(self, images: Tensor) -> Tensor:
+        return self.tokens.encode(images)
+
+    def validate(self, net: nn.Module, images: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        vae = BigLearnVAE(net, self.tokens, prior=self.loss.prior)
+        return validate(vae, images, self.loss, self.cfg.evaluation.valid_draws)
+
+    def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
+        vae, state, _ = config.load_with_state(run, str(self.device), "best")
+        measured = measure(vae, self.loss, splits, self.cfg.evaluation)
+        draw(vae, splits, run, FIRST_FIGURES)
+        return state["step"], measured
+
+    @staticmethod
+    def report(summary: dict[str, Any], run: Path) -> str:
+        return report(summary, run)
+
+
+def _own_tokenizer(cfg: "DictConfig", run: Path) -> dict[str, Any] | None:
+    """The state of the PatchAE that a run was started with, if there is such a run: it needs no other then."""
+    folder = run / "checkpoints"
+    if not cfg.get("tokens") or cfg.tokens.name != config.PATCH_AE or not checkpoint.is_resumable(folder):
+        return None
+    return checkpoint.load_latest(folder)["metadata"].get("tokenizer")
+
+
+class PatchAEStage:
+    """A PatchAE, stage 1 of the two-stage pipeline (Appendix B)."""
+
+    monitor = "valid/psnr"
+
+    def __init__(self, cfg: "DictConfig", run: Path, device: torch.device):
+        self.cfg, self.device, self.metadata = cfg, device, {}
+        self.net = config.patch_ae(cfg).to(device)
+        self.loss = config.build(cfg.loss, "loss")
+
+    def transform(self, images: Tensor) -> Tensor:
+        return self.net.patches.cut(images)
+
+    def validate(self, net: nn.Module, images: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        scores = evaluation.reconstruction(net, images)
+        numbers = {f"valid/{name}": value for name, value in scores.items()}
+        title = "Validation images and their reconstructions"
+        return numbers, {"reconstruction": pictures.reconstruction(net, images[:6], title=title)}
+
+    def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
+        settings = self.cfg.evaluation
+        state, path = config.checkpoint_of(run, "best")
+        net = config.patch_ae(self.cfg)
+        checkpoint.load_weights(net, state["net"], path)
+        net = net.to(self.device).requires_grad_(False).eval()
+        net.fit_statistics(evaluation.parts(splits.train, settings.statistics_images))
+        checkpoint.save(run / config.PATCH_AE_FILE, net.state())
+        scores = evaluation.reconstruction(net, splits.test, settings.images)
+        page = run / FIGURES_PAGE
+        page.parent.mkdir(parents=True, exist_ok=True)
+        Pictures.save(page.with_name("reconstruction.png"), pictures.reconstruction(net, splits.test[:6]))
+        write_text(page, pictures.page(run.name, ["reconstruction"]))
+        return state["step"], {f"test_{name}": value for name, value in scores.items()}
+
+    @staticmethod
+    def report(summary: dict[str, Any], run: Path) -> str:
+        files = {
+            str(FIGURES_PAGE): "test images and their reconstructions",
+            config.PATCH_AE_FILE: "the auto-encoder with the statistics of its codes",
+        }
+        saved = config.saved(run)
+        root = f" data.root={saved.data.root}" if saved.data.name == "image_folder" else ""
+        case = "case=celeba" if saved.data.name == "celeba" else "case=case1 tokens=patch_ae"
+        return "\n".join(
+            [
+                *_head(summary),
+                "",
+                f"test reconstructions: PSNR {summary['test_psnr']:.2f} dB",
+                f"differences across patch borders over those inside: {summary['test_seam_ratio']:.3f} in "
+                f"reconstructions, {summary['test_seam_ratio_of_images']:.3f} in the images",
+                "",
+                *_files(files, run),
+                "",
+                f"next: python scripts/train.py {case} data={saved.data.name}{root} tokens.run={run}",
+            ]
+        )
+
+
+def validate(
+    vae: BigLearnVAE, images: torch.Tensor, loss: BigLearnELBO, draws: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """What is reported on the validation images during training: ELBOs, half-hidden in-painting, and a picture."""
+    joint = evaluation.elbo(vae, images, loss)
+    numbers = {"valid/elbo": evaluation.elbo(vae, images, loss, joint=False)["elbo"]}
+    numbers |= {f"valid/joint_{name}": joint[name] for name in ("elbo", "reconstruction", "kl")}
+    numbers["valid/psnr_0.5"] = evaluation.inpainting_psnr(vae, images, [0.5], draws=draws)[0.5]
+    title = "Validation images, half of the patches hidden"
+    return numbers, {"inpainting": pictures.completions(vae, images[:8], title=title)}
+
+
+def measure(
+    vae: BigLearnVAE, loss: BigLearnELBO, splits: Splits, settings: "DictConfig", split: str = "test", seed: int = 0
+) -> dict[str, Any]:
+    """JointELBO on a split; in-painting beside the nearest training images, `settings.masks` masks for each image."""
+    images, train_images = getattr(splits, split)[:], splits.train
+    some = images[: settings.images].repeat(settings.masks, 1, 1, 1)
+    joint = evaluation.elbo(vae, images, loss, seed=seed)
+    options = dict(ratios=list(settings.ratios), seed=seed)
+    inpainting = evaluation.inpainting_psnr(vae, some, draws=settings.draws, **options)
+    nearest = evaluation.nearest_psnr(vae, some, train_images[:], **options)
+    return {
+        f"{split}_joint_elbo": joint["elbo"],
+        f"{split}_reconstruction": joint["reconstruction"],
+        f"{split}_kl": joint["kl"],
+        f"{split}_joint_elbo_nats": joint["elbo_nats"],
+        "inpainting_psnr": {str(ratio): value for ratio, value in inpainting.items()},
+        "nearest_psnr": {str(ratio): value for ratio, value in nearest.items()},
+    }
+
+
+def draw(
+    vae: BigLearnVAE,
+    splits: Splits,
+    run: Path,
+    names: Sequence[str],
+    images: int | None = None,
+    delta: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Draw figures of the test images as PNG files into run/figures, and the page that shows all that are there.
+
+    Args:
+        names: of `figures.FIGURES`.
+        images: at most so many in each; the map of codes takes its own number.
+        delta: of the decoding sensitivity.
+    """
+    shown, labels = splits.test[:1000], None if splits.test.labels is None else splits.test.labels[:1000]
+    page = run / FIGURES_PAGE
+    page.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        options: dict[str, Any] = {"labels": labels, "seed": seed}
+        if images is not None and name != "latent_map":
+            options["rows"] = images
+        if name == "decoding_sensitivity":
+            options["delta"] = delta
+        Pictures.save(page.with_name(f"{name}.png"), pictures.FIGURES[name](vae, shown, **options))
+    there = [name for name in pictures.FIGURES if page.with_name(f"{name}.png").exists()]
+    write_text(page, pictures.page(run.name, there))
+    return page
+
+
+def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
+    """The numbers of a summary or an evaluation as a small table, where everything is, and what to type next."""
+    elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
+    rows = {
+        "share of patches observed": [f"{float(ratio):g}" for ratio in result["inpainting_psnr"]],
+        "mean of several completions": [f"{value:.2f}" for value in result["inpainting_psnr"].values()],
+        "mean of the 10 nearest training images": [f"{value:.2f}" for value in result["nearest_psnr"].values()],
+    }
+    files = {
+        str(FIGURES_PAGE): "pictures of what the model does with test images",
+        "summary.json": "these numbers",
+        "metrics.jsonl": "the course of training",
+        "checkpoints/best.pt": "the model",
+    }
+    return "\n".join(
+        [
+            *_head(result),
+            "",
+            f"{split} JointELBO {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}; "
+            f"{result[f'{split}_joint_elbo_nats']:.2f} nats with the constant of N(mu, I)",
+            "",
+            "in-painting: PSNR in dB over the missing pixels",
+            *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),
+            "",
+            *_likelihood_lines(result),
+            *_files(files, run),
+            "",
+            f"next: python scripts/evaluate.py run={run}",
+            f"      python scripts/figures.py run={run}",
+            f"      tensorboard --logdir {run.parent}",
+            f'      in Python: import biglearn_vae as blv; vae = blv.load("{run}")',
+        ]
+    )
+
+
+def _likelihood_lines(result: dict[str, Any]) -> list[str]:
+    """The log-likelihoods and the consistency of an evaluation, as a table; nothing if they were not measured."""
+    if "likelihood" not in result:
+        return []
+    likelihood, agreement, tasks = result["likelihood"], result["consistency"], ("joint", "marginal", "conditional")
+    lines = [
+        f"bounds on log p under N(mu, variance I), {likelihood['images']} images, {likelihood['samples']} samples each",
+        f"  {'':<45}" + "".join(f"{task:>13}" for task in tasks),
+    ]
+    for unit, words, digits in (("nats", "nats", 2), ("bits_per_dim", "bits per dimension", 3)):
+        for name, origin in (("model", "beta"), ("fitted", "fitted")):
+            if bounds := likelihood.get(name):
+                cells = "".join(f"{bounds[f'{task}_{unit}']:>13.{digits}f}" for task in tasks)
+                head = f"{words}, variance {bounds['variance']:.4g} ({origin})"
+                lines.append(f"  {head:<45}" + cells)
+    if agreement:
+        lines += [
+            "consistency: log p(a) + log p(b | a) and log p(b) + log p(a | b) differ by "
+            f"{agreement['order_gap']:.2f} nats, {agreement['order_noise']:.2f} of it by estimation alone;",
+            f"  p(z | x_S) is {agreement['posterior_gap']:.2f} nats from the posterior of Bayes' rule "
+            f"({agreement['effective_samples']:.0%} effective samples)",
+        ]
+    return [*lines, ""]
+
+
+def _head(result: dict[str, Any]) -> list[str]:
+    """Which run it is, and how long it took."""
+    lines = [f"{result['name']}, {size_text(result['parameters'])}"]
+    if "seconds" in result:
+        lines += [f"{result['steps']} steps in {result['seconds']:.0f} s, {result['images_per_second']:,.0f} images/s"]
+    return lines
+
+
+def _files(files: dict[str, str], run: Path) -> list[str]:
+    """Those files of a run that are there, and what they are."""
+    return [f"{run / name!s:<60} {what}" for name, what in files.items() if (run / name).exists()]
+
+
+def size_text(parameters: int) -> str:
+    """A number of parameters, and in the unit of the paper's tables."""
+    return f"{parameters:,} parameters ({parameters / 2**20:.4f} x 2^20)"
