@@ -79,6 +79,8 @@ class PatchAE(nn.Module):
             Residual(width),
             *_strided(nn.ConvTranspose2d, widths[::-1]),
         )
+        self.apply(_init)
+        nn.init.constant_(self.decoder[-1].bias, 0.5)  # pixels are in [0, 1]
         self.register_buffer("code_mean", torch.zeros(self.token_dim))
         self.register_buffer("code_std", torch.ones(self.token_dim))
 
@@ -149,6 +151,22 @@ class PatchAE(nn.Module):
             reason = str(error).splitlines()[0]
             raise ValueError(f"expected the state of a PatchAE, sizes and weights: {reason}") from None
         return net.requires_grad_(False).eval()
+
+
+def _init(module: nn.Module) -> None:
+    """Normal weights that keep the variance from layer to layer, and blocks that at first do nothing.
+
+    With PyTorch's own it shrinks in every layer, and the first 500 steps reach 20 dB instead of 24.
+    """
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        inputs = module.in_channels * module.kernel_size[0] ** 2
+        if isinstance(module, nn.ConvTranspose2d):
+            inputs /= module.stride[0] ** 2  # so many of them meet in a pixel
+        nn.init.normal_(module.weight, std=inputs**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Residual):
+        nn.init.zeros_(module[-1].weight)
 
 
 def _strided(layer: type[nn.Module], widths: list[int]) -> list[nn.Module]:
