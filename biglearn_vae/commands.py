@@ -193,7 +193,7 @@ def _trainer(cfg, run: Path, net, loss: BigLearnELBO, tokens, splits: Splits, wo
 
     settings = _trainer_settings(cfg)
     optim = config.build(cfg.optim, "optim")
-    images = splits.train.to(world.device)
+    images = splits.train.resident(world.device)
     batches = Batches(images, settings.pop("batch_size"), cfg.seed, world, transform=tokens.encode)
     metadata = {"config": OmegaConf.to_container(cfg, resolve=True), "data": splits.train.fingerprint()}
 
@@ -306,12 +306,12 @@ def measure(
     vae: BigLearnVAE, loss: BigLearnELBO, splits: Splits, settings: "DictConfig", split: str = "test", seed: int = 0
 ) -> dict[str, Any]:
     """JointELBO on a split; in-painting beside the nearest training images, `settings.masks` masks for each image."""
-    images, train_images = getattr(splits, split)[:], splits.train
-    some = images[: settings.images].repeat(settings.masks, 1, 1, 1)
+    images = getattr(splits, split)
+    some = images.select(torch.arange(min(settings.images, len(images))).repeat(settings.masks))
     joint = evaluation.elbo(vae, images, loss, seed=seed)
     options = dict(ratios=list(settings.ratios), seed=seed)
     inpainting = evaluation.inpainting_psnr(vae, some, draws=settings.draws, **options)
-    nearest = evaluation.nearest_psnr(vae, some, train_images[:], **options)
+    nearest = evaluation.nearest_psnr(vae, some, splits.train, **options)
     return {
         f"{split}_joint_elbo": joint["elbo"],
         f"{split}_reconstruction": joint["reconstruction"],
@@ -327,8 +327,8 @@ def measure_likelihood(
 ) -> dict[str, Any]:
     """Bounds on log-likelihoods, with the model's variance and with one fitted on training images, and consistency."""
     count = settings.likelihood_images
-    images = getattr(splits, split)[:count]
-    fitted = evaluation.fit_variance(vae, splits.train[: 10 * count], seed)
+    images = getattr(splits, split).select(slice(count))
+    fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed)
     variances = {"model": vae.variance, "fitted": fitted}
     bounds = {
         name: {"variance": variance} | evaluation.likelihood(vae, images, settings.samples, variance, seed)
@@ -475,7 +475,10 @@ def draw(
         images: at most so many in each; the map of codes takes its own number.
         delta: of the decoding sensitivity.
     """
-    shown, labels = splits.test[:1000], None if splits.test.labels is None else splits.test.labels[:1000]
+    some = splits.test.select(slice(1000))
+    shown, labels = some[:], some.labels
+    if labels is not None and labels.ndim > 1:  # attributes, not classes
+        labels = None
     page = run / FIGURES_PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -575,7 +575,7 @@ def test_root_comes_from_the_environment(tmp_path, monkeypatch):
 
 def test_errors_name_what_was_expected_and_what_came(tmp_path):
     for settings, message in (
-        (dict(name="cifar"), r"'cifar'.*digits, mnist, fashion_mnist, image_folder"),
+        (dict(name="cifar"), r"'cifar'.*digits, mnist, fashion_mnist, celeba, image_folder"),
         (dict(name="digits", channels=2), "1 or 3, got 2"),
         (dict(name="digits", image_size=0), "at least 1, got 0"),
         (dict(name="image_folder", root=str(tmp_path), channels=2), "1 or 3, got 2"),
