@@ -435,9 +435,10 @@ def image_folder(
 ) -> Splits:
     """Any folder of images, of any sizes and modes, in subfolders or not: 80 % train, 10 % validation, 10 % test.
 
-    The square in the middle is resized to `image_size`. Transparency is laid on white. If every image lies in a
-    subfolder, the names of the first-level subfolders are the classes. The split depends on the sorted relative paths
-    alone. Files that cannot be read are named in a warning, skipped and counted.
+    The square of `crop` pixels in the middle, or the largest there is, is resized to `image_size`. Transparency is
+    laid on white. If every image lies in a subfolder, the names of the first-level subfolders are the classes. The
+    split depends on the sorted relative paths alone. Files that cannot be read are named in a warning, skipped and
+    counted.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.

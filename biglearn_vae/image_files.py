@@ -185,14 +185,15 @@ def _into_memory(files: Files, recipe: Recipe) -> tuple[Tensor, dict[str, str]]:
             "had: give data.cache=FOLDER to keep them in files there, or a smaller data.image_size"
         ) from None
     broken: dict[str, str] = {}
-    rows = iter(pixels)
+    row = 0
     for results in _decoded(files, recipe):
         for name, result in results.items():
             if isinstance(result, str):
                 broken[name] = result
             else:
-                next(rows).copy_(result)
-    return pixels[: len(files) - len(broken)], broken
+                pixels[row] = result
+                row += 1
+    return pixels[:row], broken
 
 
 def _decoded(files: Files, recipe: Recipe, start: int = 0) -> Iterator[dict[str, Tensor | str]]:
@@ -289,7 +290,8 @@ class _State:
         except (ValueError, TypeError):
             raise ValueError("it cannot be read") from None
         kinds = {"settings": dict, "digest": str, "files": int, "done": int, "broken": dict}
-        if not all(isinstance(getattr(state, name), kind) for name, kind in kinds.items()):
+        right = all(isinstance(getattr(state, name), kind) for name, kind in kinds.items())
+        if not right or not len(state.broken) <= state.done <= state.files:
             raise ValueError("it holds something else")
         return state
 
@@ -326,7 +328,10 @@ def _mapped(path: Path, images: int, recipe: Recipe) -> Tensor:
     try:
         pixels = torch.from_file(str(path), shared=False, size=images * recipe.bytes, dtype=torch.uint8)
     except RuntimeError as error:
-        raise ValueError(f"{path} cannot be mapped into memory ({first_line(error)})") from None
+        raise ValueError(
+            f"{path} cannot be mapped into memory ({first_line(error)}). Linux may refuse more than there is memory: "
+            "allow it with sysctl vm.overcommit_memory=1, or give a smaller data.image_size."
+        ) from None
     return pixels.view(images, *recipe.shape)
 
 

@@ -312,7 +312,7 @@ def run_here(monkeypatch, script: str, *words: str) -> int:
     return 0
 
 
-def test_training_evaluating_and_drawing(root, tmp_path, monkeypatch, capsys):
+def test_training_and_evaluating(root, tmp_path, monkeypatch, capsys):
     write_attributes(root, {n: (n % 2, 1, 0) for n in TRAIN})
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BIGLEARN_CACHE", raising=False)
@@ -324,12 +324,11 @@ def test_training_evaluating_and_drawing(root, tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
     words = ["run=outputs/run", "images=2", "draws=2", "masks=2", "likelihood_images=2", "samples=2"]
     assert run_here(monkeypatch, "evaluate", *words) == 0
-    assert run_here(monkeypatch, "figures", "run=outputs/run", "figures=[latent_map,inference]", "images=2") == 0
     run = tmp_path / "outputs" / "run"
     summary, evaluation = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
     assert summary["steps"] == 4 and summary["data_note"].startswith("202,580 of 202,599")
     assert evaluation["test_joint_elbo"] == pytest.approx(summary["test_joint_elbo"])
-    assert (run / "figures" / "latent_map.png").stat().st_size > 0
+    assert (run / "figures" / "inference.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(

@@ -321,20 +321,28 @@ def test_a_set_is_measured_like_the_tensor_of_its_images(vae, sets):
             assert measure(vae, x, 3) == measure(vae, x[:], 3)
 
 
+class Asked:
+    """What an evaluation reads images through: a length and slices, which it keeps."""
+
+    def __init__(self, images: ImageSet | Tensor):
+        self.images, self.slices, self.counts = images, [], []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        part = self.images[index]
+        self.slices += [index] if isinstance(index, slice) else []
+        self.counts.append(len(part))
+        return part
+
+
 def test_nothing_larger_than_a_part_is_ever_made_floats(vae, sets, monkeypatch):
-    x, train = sets
-    whole = everything(vae, x, train)
-    numbers = 4 * math.prod(vae.image_shape)
-    monkeypatch.setattr(evaluation, "NUMBERS", numbers)
-    counts, original = [], ImageSet.__getitem__
-
-    def count(images, index):
-        counts.append(len(images.pixels[index]))
-        return original(images, index)
-
-    monkeypatch.setattr(ImageSet, "__getitem__", count)
+    whole = everything(vae, *sets)
+    monkeypatch.setattr(evaluation, "NUMBERS", 4 * math.prod(vae.image_shape))
+    x, train = map(Asked, sets)
     parts = everything(vae, x, train)
-    assert max(counts) == 4 and sum(counts) > len(x) + len(train)
+    assert max(x.counts) == max(train.counts) == 4
     assert parts["kl"] == pytest.approx(whole["kl"], rel=1e-6)
     assert parts["nearest"] == pytest.approx(whole["nearest"], rel=1e-5)
     assert parts["inpainting"] == pytest.approx(whole["inpainting"], rel=0.1)  # other draws
@@ -352,18 +360,10 @@ def test_likelihoods_and_consistency_in_parts(monkeypatch):
 
 
 def test_the_training_images_are_read_once_for_all_ratios(vae, monkeypatch):
-    x, train, taken = pictures(vae, seed=1), pictures(vae, 20, seed=2), []
+    x, train = pictures(vae, seed=1), Asked(pictures(vae, 20, seed=2))
     monkeypatch.setattr(evaluation, "NUMBERS", 8 * x[0].numel())
-    original = evaluation._Patches.__getitem__
-
-    def take(patches, index):
-        if patches.images is train and isinstance(index, slice):
-            taken.extend(range(len(train))[index])
-        return original(patches, index)
-
-    monkeypatch.setattr(evaluation._Patches, "__getitem__", take)
     evaluation.nearest_psnr(vae, x, train, [0.25, 0.5, 0.75])
-    assert taken == list(range(20))
+    assert [k for part in train.slices for k in range(20)[part]] == list(range(20))
 
 
 @pytest.mark.gpu
