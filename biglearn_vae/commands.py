@@ -188,7 +188,7 @@ def _trainer(cfg: "DictConfig", run: Path, stage: stages.Stage, splits: Splits, 
     from omegaconf import OmegaConf
 
     settings = _trainer_settings(cfg)
-    images = splits.train.to(world.device)
+    images = splits.train.resident(world.device)
     batches = Batches(images, settings.pop("batch_size"), cfg.seed, world, transform=stage.transform)
     metadata = {"config": OmegaConf.to_container(cfg, resolve=True), "data": splits.train.fingerprint()}
     return Trainer(
@@ -284,8 +284,8 @@ def measure_likelihood(
 ) -> dict[str, Any]:
     """Bounds on log-likelihoods, with the model's variance and with one fitted on training images, and consistency."""
     count = settings.likelihood_images
-    images = getattr(splits, split)[:count]
-    fitted = evaluation.fit_variance(vae, splits.train[: 10 * count], seed)
+    images = getattr(splits, split).select(slice(count))
+    fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed)
     variances = {"model": vae.variance, "fitted": fitted}
     bounds = {
         name: {"variance": variance} | evaluation.likelihood(vae, images, settings.samples, variance, seed)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # Settings in which a run may differ from what it was started with, and still go on.
-FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "evaluation.images")
+FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "data.cache", "evaluation.images")
 FREE += ("evaluation.masks", "evaluation.ratios", "evaluation.draws")
 FREE += ("trainer.accumulate", "trainer.compile", "trainer.shard")  # how a step is computed, not what
 EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
@@ -141,6 +141,7 @@ def check_evaluation(settings: "DictConfig", where: str = "") -> None:
 def patches(cfg: "DictConfig") -> Patchify:
     """How these settings cut images into patches."""
     hints = {"image_size": int, "patch_size": int, "channels": int, "name": str, "root": str | None}
+    hints |= {"crop": int | None, "cache": str | None}
     check_types(hints, dict(cfg.data), "data")
     if cfg.data.channels not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {cfg.data.channels}")

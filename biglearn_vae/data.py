@@ -4,27 +4,21 @@ N images, C channels, H x W pixels, B batch.
 """
 
 import hashlib
+import inspect
 import os
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from biglearn_vae import masks
+from biglearn_vae import image_files, masks
 from biglearn_vae.distributed import World, derive_seed
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".tga"}
-    | {".ppm", ".pgm", ".pbm", ".pnm"}
-)
+PARTS = ("train", "valid", "test")
+CELEBA_LAST = {"train": 162_770, "valid": 182_637, "test": 202_599}  # the last image of each part, counted from 1
 SPLIT_SEED = 0  # one split for everyone, whatever the run's seed, so that no test image is ever trained on
 
 
@@ -33,8 +27,9 @@ class ImageSet:
     """Images of one split.
 
     Attributes:
-        pixels: uint8 (N, C, H, W).
-        labels: int64 (N,), or None.
+        pixels: uint8 (N, C, H, W), possibly a file that is mapped into memory.
+        labels: int64, or None: the class of each image, (N,), or several attributes of each that are 1, 0 or, where
+            it is not known, -1, (N, A).
         recorded: boolean (N, rows, columns), which cells of a grid on each image were ever recorded, or None for all.
     """
 
@@ -57,10 +52,24 @@ class ImageSet:
         hidden = ~masks.to_pixels(cells.flatten(-2), cells.shape[-2:], images.shape[-2:])
         return images.masked_fill(hidden.unsqueeze(-3), torch.nan)
 
-    def select(self, index: Tensor) -> "ImageSet":
-        """The set of these images alone."""
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels are."""
+        return self.pixels.device
+
+    def select(self, index: Tensor | slice) -> "ImageSet":
+        """The set of these images alone: a view of it for a slice, a copy for a tensor of positions, (B,).
+
+        Positions may repeat. Still bytes, so `images.select(index).to(device)[:]` makes floats on the device.
+        """
         parts = (self.pixels, self.labels, self.recorded)
-        return ImageSet(*(None if part is None else part[index] for part in parts))
+        return ImageSet(*(None if part is None else _rows(part, index) for part in parts))
+
+    def resident(self, device: torch.device) -> "ImageSet":
+        """The same set on the device, or where it is if it would take more than half of a GPU's free memory."""
+        if device.type == "cuda" and self.pixels.numel() > torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return self.to(device)
 
     def to(self, device: torch.device) -> "ImageSet":
         """The same set, resident on the device."""
@@ -75,14 +84,27 @@ class ImageSet:
         ).hexdigest()
 
 
+def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
+    if isinstance(index, slice):
+        return values[index]
+    return values.index_select(0, index.to(values.device))  # four times as fast as values[index]
+
+
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """The three parts of a data set; `valid` is carved out of the training data, and `note` says what was left out."""
+    """The three parts of a data set.
+
+    Attributes:
+        train, valid, test: `valid` is carved out of the training data where a data set has no such part.
+        note: what was left out.
+        label_names: of the attributes, where the labels are (N, A).
+    """
 
     train: ImageSet
     valid: ImageSet
     test: ImageSet
     note: str = ""
+    label_names: tuple[str, ...] = ()
 
 
 class Batches:
@@ -92,10 +114,10 @@ class Batches:
     batch is a function of (seed, rank, step), and all ranks' batches together are those of a single process.
 
     Args:
-        images: the set; keep it on the training device if it fits there.
+        images: the set; keep it on the training device if it fits there (`ImageSet.resident`).
         batch_size: images a step, of all processes together.
         seed: of the order.
-        world: this process among the others.
+        world: this process among the others, and the device on which the batches are made; by default that of the set.
         transform: applied to the float images (B, C, H, W), such as a tokenizer's `encode`.
     """
 
@@ -107,14 +129,15 @@ class Batches:
         world: World | None = None,
         transform: Callable | None = None,
     ):
-        world = world or World()
+        world = world or World(device=images.device)
         self.images, self.batch_size, self.seed, self.world = images, batch_size, seed, world
         self.transform = transform or (lambda x: x)
         self._share = world.share(batch_size)
         self._orders: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
-        return self.transform(self.images[self.positions(step)])
+        # They travel to the device as bytes, a quarter of the floats.
+        return self.transform(self.images.select(self.positions(step)).to(self.world.device)[:])
 
     def positions(self, step: int) -> Tensor:
         """Which images this step takes: (B / world size,), on the set's device."""
@@ -131,22 +154,33 @@ class Batches:
             # Shuffled on the CPU, so that the order is the same on every device; only two epochs are ever needed.
             order = shuffled(len(self.images), derive_seed("order", self.seed, epoch))
             self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1} | {
-                epoch: order.to(self.images.pixels.device)
+                epoch: order.to(self.images.device)
             }
         return self._orders[epoch]
 
 
-def load(name: str, root: str | None = None, image_size: int | None = None, channels: int | None = None) -> Splits:
+def load(
+    name: str,
+    root: str | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    **options: int | str | None,
+) -> Splits:
     """A data set by name.
 
     Args:
-        name: one of `SOURCES`: digits, mnist, fashion_mnist, image_folder.
+        name: one of `SOURCES`: digits, mnist, fashion_mnist, celeba, image_folder.
         root: where its files are or are downloaded to; by default the environment variable BIGLEARN_DATA, else data/.
         image_size: side in pixels that images are resized to; each source has its default.
         channels: 1 (grey) or 3; each source has its default.
+        options: of celeba and image_folder alone. `crop`, the side in pixels of the square in the middle that is taken
+            before resizing, None for the largest that there is (which is also taken of an image smaller than the
+            crop); each source has its default. `cache`, a folder that keeps the decoded images, to be mapped into
+            memory at the next start (`image_files.read`); None, the default, decodes them into memory at each start.
 
     Raises:
-        ValueError: on an unknown name, wrong sizes, or data that is not there and cannot be had.
+        ValueError: on an unknown name, wrong sizes, options that a data set does not take, or data that is not there
+            and cannot be had.
     """
     if name not in SOURCES:
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(SOURCES)}")
@@ -154,8 +188,18 @@ def load(name: str, root: str | None = None, image_size: int | None = None, chan
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
+    _check_options(name, options)
     sizes = {k: v for k, v in dict(image_size=image_size, channels=channels).items() if v is not None}
-    return SOURCES[name](Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser(), **sizes)
+    return SOURCES[name](Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser(), **sizes, **options)
+
+
+def _check_options(name: str, options: dict[str, int | str | None]) -> None:
+    taken = inspect.signature(SOURCES[name]).parameters.keys() & {"crop", "cache"}
+    for option in options.keys() - taken:
+        raise ValueError(f"data set {name} takes no {option}: leave data.{option} out")
+    crop = options.get("crop")
+    if crop is not None and crop < 1:
+        raise ValueError(f"crop must be at least 1 pixel, or null for the largest square, got {crop}")
 
 
 def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str = "patch") -> Splits:
@@ -197,12 +241,20 @@ def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed
 
 
 def images(
-    name: str, split: str = "test", root: str | None = None, image_size: int | None = None, channels: int | None = None
+    name: str,
+    split: str = "test",
+    root: str | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    **options: int | str | None,
 ) -> Tensor:
-    """All images of a split ("train", "valid" or "test") as float32 in [0, 1], (N, C, H, W). The others: see `load`."""
-    if split not in ("train", "valid", "test"):
+    """All images of a split ("train", "valid" or "test") as float32 in [0, 1], (N, C, H, W). The others: see `load`.
+
+    The test images of CelebA are 4 GB as floats: of a large set, take `load(...).test[:8]`.
+    """
+    if split not in PARTS:
         raise ValueError(f"split must be train, valid or test, got {split!r}")
-    return getattr(load(name, root, image_size, channels), split)[:]
+    return getattr(load(name, root, image_size, channels, **options), split)[:]
 
 
 def digits(root: Path | None = None, image_size: int = 8, channels: int = 1) -> Splits:
@@ -239,8 +291,9 @@ def _torchvision(name: str, root: Path, image_size: int, channels: int, num_vali
         _remove_empty(new)
         files = ", ".join(Path(url).stem for url, _ in source.resources)
         raise ValueError(
-            f"{name} is missing or damaged under {root}/{name}/raw and could not be downloaded ({_first_line(error)}). "
-            f"Put its files there ({files}), or point data.root at the folder that holds {name}/raw."
+            f"{name} is missing or damaged under {root}/{name}/raw and could not be downloaded "
+            f"({image_files.first_line(error)}). Put its files there ({files}), or point data.root at the folder that "
+            f"holds {name}/raw."
         ) from None
     order = shuffled(len(train.data), derive_seed("split", SPLIT_SEED))
 
@@ -254,75 +307,163 @@ def _torchvision(name: str, root: Path, image_size: int, channels: int, num_vali
     )
 
 
-def image_folder(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
+def celeba(
+    root: Path, image_size: int = 128, channels: int = 3, crop: int | None = 148, cache: str | Path | None = None
+) -> Splits:
+    """CelebA, the aligned faces of 178 x 218 pixels, or any of them, with the official partition.
+
+    The images are root/celeba/img_align_celeba/000001.jpg to 202599.jpg (or root/img_align_celeba/...). Beside that
+    folder may lie list_eval_partition.txt, without which the official ranges are taken, and list_attr_celeba.txt,
+    whose attributes become labels (N, 40): 1, 0, or -1 for images that it does not list. Images of the partition that
+    are not there, and files that it does not name, are counted in the note. If there is nothing, all is downloaded.
+
+    Raises:
+        ValueError: if there is nothing and it cannot be downloaded, a part has no image, or a line of these files is
+            malformed.
+    """
+    folder = _celeba_folder(root)
+    sizes = image_files.scan(folder / "img_align_celeba")
+    partition = _celeba_partition(folder / "list_eval_partition.txt")
+    ordered = sorted((PARTS.index(part), name) for name, part in partition.items() if name in sizes)
+    files = image_files.Files(folder / "img_align_celeba", {name: sizes[name] for _, name in ordered})
+    decoded = image_files.read(files, image_files.Recipe(image_size, channels, crop), cache, "celeba")
+    counts = {part: sum(partition[name] == part for name in decoded.names) for part in PARTS}
+    for part in PARTS:
+        if not counts[part]:
+            raise ValueError(_celeba_lacks(part, partition, files, decoded.note))
+    labels, names = _celeba_attributes(folder / "list_attr_celeba.txt", decoded.names)
+    note = "; ".join(filter(None, (_celeba_note(partition, sizes), decoded.note)))
+    return Splits(**_cut(decoded.pixels, labels, counts), note=note, label_names=names)
+
+
+def _cut(pixels: Tensor, labels: Tensor | None, counts: dict[str, int]) -> dict[str, ImageSet]:
+    """Parts of these names and sizes, one after the other, as views."""
+    names, sizes = list(counts), list(counts.values())
+    several = [None] * len(names) if labels is None else labels.split(sizes)
+    return {name: ImageSet(*part) for name, *part in zip(names, pixels.split(sizes), several, strict=True)}
+
+
+def _celeba_folder(root: Path) -> Path:
+    """The folder that holds img_align_celeba, after a download if there is none."""
+    for folder in (root / "celeba", root):
+        images = folder / "img_align_celeba"
+        if images.is_dir() and any(images.iterdir()):
+            return folder
+    from torchvision import datasets
+
+    folders = (*reversed(root.parents), root, root / "celeba")
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        datasets.CelebA(str(root), download=True)
+    except Exception as error:  # of the network, of gdown, of the zip file
+        _remove_empty(new)
+        raise ValueError(
+            f"CelebA is not in {root}/celeba and could not be downloaded ({image_files.first_line(error)}). Unpack "
+            f"img_align_celeba.zip there, so that {root}/celeba/img_align_celeba holds 000001.jpg to 202599.jpg or "
+            "some of them, and put list_eval_partition.txt and, for attributes, list_attr_celeba.txt beside that "
+            "folder (both may be left out); or point data.root at the folder that holds celeba."
+        ) from None
+    return root / "celeba"
+
+
+def _celeba_partition(path: Path) -> dict[str, str]:
+    """The part of each image by its name: that of the file, or the official one if there is no such file."""
+    if not path.is_file():
+        return {f"{n:06d}.jpg": next(p for p in PARTS if n <= CELEBA_LAST[p]) for n in range(1, 202_600)}
+    partition: dict[str, str] = {}
+    for number, line in _lines(path):
+        match = re.fullmatch(r"(\d{6}\.jpg)\s+([012])", line)
+        if not match or match[1] in partition:
+            raise ValueError(
+                f"{path}, line {number}: expected an image and its part, 0, 1 or 2, such as '000001.jpg 0', and each "
+                f"image once, got {line[:80]!r}"
+            )
+        partition[match[1]] = PARTS[int(match[2])]
+    return partition
+
+
+def _celeba_attributes(path: Path, names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The attributes of these images, (N, A), and what they are called; None and () if there is no such file."""
+    if not path.is_file():
+        return None, ()
+    lines = _lines(path)
+    (first, count), (_, header) = next(lines, (1, "")), next(lines, (2, ""))
+    if not count.isdecimal() or not header:
+        raise ValueError(
+            f"{path}, line {first}: expected a number of images and then a line of names, got {count[:80]!r}"
+        )
+    attributes, values, rows = tuple(header.split()), {"1": 1, "-1": 0}, {}
+    for number, line in lines:
+        name, *row = line.split()
+        if len(row) != len(attributes) or not values.keys() >= set(row) or name in rows:
+            raise ValueError(
+                f"{path}, line {number}: expected an image, each once, and {len(attributes)} numbers that are 1 or -1, "
+                f"got {line[:80]!r}"
+            )
+        rows[name] = bytes(map(values.__getitem__, row))
+    unknown = b"\xff" * len(attributes)  # -1
+    known = bytearray(b"".join(rows.get(name, unknown) for name in names))
+    return torch.frombuffer(known, dtype=torch.int8).view(len(names), -1).long(), attributes
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not empty, with their numbers."""
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _celeba_note(partition: dict[str, str], sizes: dict[str, int]) -> str:
+    absent, unnamed = len(partition.keys() - sizes.keys()), len(sizes.keys() - partition.keys())
+    notes = [f"{absent:,} of {len(partition):,} images of the partition are not there"] if absent else []
+    notes += [f"{unnamed:,} files that the partition does not name were ignored"] if unnamed else []
+    return "; ".join(notes)
+
+
+def _celeba_lacks(part: str, partition: dict[str, str], files: image_files.Files, note: str) -> str:
+    example = min((name for name in partition if partition[name] == part), default=None)
+    if example is None:
+        return f"the list_eval_partition.txt beside {files.root} names no {part} image: take the official one, or none"
+    return (
+        f"{files.root} holds no readable {part} image, such as {example}, of {len(files):,} images of the partition: "
+        f"put at least one image of each part there. {note}"
+    ).rstrip()
+
+
+def image_folder(
+    root: Path, image_size: int = 32, channels: int = 3, crop: int | None = None, cache: str | Path | None = None
+) -> Splits:
     """Any folder of images, of any sizes and modes, in subfolders or not: 80 % train, 10 % validation, 10 % test.
 
-    The shorter side is resized to `image_size` and the middle square is kept. Transparency is laid on white. If
-    every image lies in a subfolder, the names of the first-level subfolders are the classes. The split depends on the
-    sorted relative paths alone. Files that cannot be read are named in a warning, skipped and counted.
+    The square of `crop` pixels in the middle, or the largest there is, is resized to `image_size`. Transparency is
+    laid on white. If every image lies in a subfolder, the names of the first-level subfolders are the classes. The
+    split depends on the sorted relative paths alone. Files that cannot be read are named in a warning, skipped and
+    counted.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
     """
-    from tqdm import tqdm
-
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: point data.root at a folder of images")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda path: _decode(path, image_size, channels), paths)
-        decoded = list(tqdm(decoded, total=len(paths), desc="reading images", disable=len(paths) < 1000, leave=False))
-    readable = [(path, pixels) for path, pixels in zip(paths, decoded, strict=True) if isinstance(pixels, Tensor)]
-    broken = [f"{path} ({why})" for path, why in zip(paths, decoded, strict=True) if isinstance(why, str)]
-    note = f"{len(broken)} of {len(paths)} image files could not be read and were skipped: " if broken else ""
-    note += "; ".join(broken[:5]) + (" ..." if len(broken) > 5 else "")
-    if note:
-        warnings.warn(note, stacklevel=2)
-    if len(readable) < 3:
-        raise ValueError(f"{root} holds {len(readable)} readable image files, at least 3 are needed. {note}".rstrip())
-    pixels = torch.stack([pixels for _, pixels in readable])
-    labels = _class_labels([path.relative_to(root) for path, _ in readable])
-    order = shuffled(len(pixels), derive_seed("split", SPLIT_SEED))
-    held_out = max(1, len(pixels) // 10)
-    parts = {"test": order[:held_out], "valid": order[held_out : 2 * held_out], "train": order[2 * held_out :]}
-    return Splits(
-        note=note, **{k: ImageSet(pixels[i], None if labels is None else labels[i]) for k, i in parts.items()}
-    )
+    sizes = {name: size for name, size in image_files.scan(root, deep=True).items() if image_files.is_image(name)}
+    names = sorted(sizes, key=lambda name: name.split("/"))
+    order = shuffled(len(names), derive_seed("split", SPLIT_SEED))
+    files = image_files.Files(root, {names[i]: sizes[names[i]] for i in order})
+    decoded = image_files.read(files, image_files.Recipe(image_size, channels, crop), cache, "image_folder")
+    count = len(decoded.pixels)
+    if count < 3:
+        raise ValueError(f"{root} holds {count} readable image files, at least 3 are needed. {decoded.note}".rstrip())
+    held_out = max(1, count // 10)
+    counts = {"test": held_out, "valid": held_out, "train": count - 2 * held_out}
+    return Splits(**_cut(decoded.pixels, _class_labels(decoded.names), counts), note=decoded.note)
 
 
-def _decode(path: Path, image_size: int, channels: int) -> Tensor | str:
-    """A file as uint8 (C, S, S), or in words why it cannot be read."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms.functional import pil_to_tensor
-
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):
-                image = _eight_bits(image)
-            if "A" in image.mode or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("L" if channels == 1 else "RGB")
-        return pil_to_tensor(ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC))
-    except Exception as error:  # on a damaged file each decoder raises what it likes
-        return _first_line(error)
-
-
-def _eight_bits(image: "Image.Image") -> "Image.Image":
-    """A grey image of 16 or 32 bits or of floats, in 8 bits; convert() would clip it."""
-    largest = image.convert("F").getextrema()[1]
-    if image.mode.startswith("I"):
-        peak = 65535 if image.mode != "I" or largest > 255 else 255
-    else:
-        peak = 255 if largest > 1 else 1
-    return image.convert("F").point(lambda value: value * (255 / peak) + 0.5).convert("L")
-
-
-def _class_labels(paths: list[Path]) -> Tensor | None:
-    if any(len(path.parts) < 2 for path in paths):
+def _class_labels(names: list[str]) -> Tensor | None:
+    if not all("/" in name for name in names):
         return None
-    names = sorted({path.parts[0] for path in paths})
-    return torch.tensor([names.index(path.parts[0]) for path in paths])
+    folders = [name.split("/")[0] for name in names]
+    numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
+    return torch.tensor([numbers[folder] for folder in folders])
 
 
 def _sized(pixels: Tensor, image_size: int, channels: int) -> Tensor:
@@ -346,13 +487,10 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 SOURCES: dict[str, Callable[..., Splits]] = {
     "digits": digits,
     "mnist": mnist,
     "fashion_mnist": fashion_mnist,
+    "celeba": celeba,
     "image_folder": image_folder,
 }

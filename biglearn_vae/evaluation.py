@@ -1,31 +1,56 @@
 """Numbers about a trained model: ELBOs, likelihoods, consistency, in-painting against the nearest training images.
 
+Images are a tensor (N, C, H, W) in [0, 1] or an `ImageSet`, of which only parts are ever made floats, so that it may be
+larger than the memory.
+
 N images, L tokens, D token dimension.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from biglearn_vae import masks
 from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.data import ImageSet
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.gaussian import bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO
+from biglearn_vae.patches import Patchify
 
-CHUNK = 1024  # images at a time
-PART = 2**26  # numbers at a time
+Images = Tensor | ImageSet
+CHUNK = 1024  # images at a time, at most
+NUMBERS = 2**26  # floats at a time, about, whatever the size of an image
+
+
+def _rows(numbers: int) -> int:
+    """How many rows of so many numbers are a part."""
+    return max(1, NUMBERS // numbers)
+
+
+def _take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
+    """Some images as floats on a device; bytes travel there as bytes."""
+    if isinstance(images, ImageSet):
+        return images.select(index).to(device)[:]
+    return images[index].to(device)
+
+
+def parts(images: Images, device: torch.device, rows: int | None = None) -> Iterator[Tensor]:
+    """So many images at a time (n, C, H, W), by default as many as memory allows, as floats on a device."""
+    rows = rows or min(CHUNK, _rows(images[:1].numel()))
+    for start in range(0, len(images), rows):
+        yield _take(images, slice(start, start + rows), device)
 
 
 @torch.no_grad()
-def elbo(vae: BigLearnVAE, images: Tensor, loss: BigLearnELBO, joint: bool = True, seed: int = 0) -> dict[str, float]:
+def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = True, seed: int = 0) -> dict[str, float]:
     """Mean ELBO of images, one latent draw and, unless joint, one (S, T) for each image, the same for the same seed.
 
     Args:
-        images: (N, C, H, W) in [0, 1].
+        images: N of them.
         loss: whose beta (the final one), prior and q(S, T) are used.
         joint: S empty and T everything, the JointELBO (Eq. 1); else (S, T) is drawn from the loss's q(S, T).
 
@@ -34,12 +59,12 @@ def elbo(vae: BigLearnVAE, images: Tensor, loss: BigLearnELBO, joint: bool = Tru
         elbo_nats, with the constant.
     """
     random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
-    parts = []
-    for chunk in images.split(CHUNK):
-        tokens = vae.tokenizer.encode(chunk.to(vae.device))
+    found = []
+    for part in parts(images, vae.device):
+        tokens = vae.tokenizer.encode(part)
         S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device) if joint else None
-        parts.append(loss(vae.net, tokens, S, None if S is None else ~S, random=random))
-    return {name: _mean(parts, name) for name in ("elbo", "reconstruction", "kl", "elbo_nats")}
+        found.append(loss(vae.net, tokens, S, None if S is None else ~S, random=random))
+    return {name: _mean(found, name) for name in ("elbo", "reconstruction", "kl", "elbo_nats")}
 
 
 def _mean(parts: Sequence[ELBO], name: str) -> float:
@@ -47,7 +72,7 @@ def _mean(parts: Sequence[ELBO], name: str) -> float:
 
 
 def inpainting_psnr(
-    vae: BigLearnVAE, images: Tensor, ratios: Sequence[float], draws: int = 32, seed: int = 0
+    vae: BigLearnVAE, images: Images, ratios: Sequence[float], draws: int = 32, seed: int = 0
 ) -> dict[float, float]:
     """PSNR over the missing pixels of the posterior-mean completion, by the ratio of patches observed.
 
@@ -55,31 +80,62 @@ def inpainting_psnr(
     squared error. The masks are `hidden_masks` with the same seed. What was never recorded (NaN) is neither observed
     nor asked for.
     """
-    result = {}
-    for ratio, (S, hidden) in _tasks(vae, images, ratios, seed).items():
-        # All draws of a part at a time, at most 2^26 numbers.
-        rows = max(1, 2**26 // (draws * images[0].numel()))
-        parts = zip(images.split(rows), S.split(rows), strict=True)
-        completed = torch.cat([vae.inpaint(x, mask, draws, seed + k).mean(0) for k, (x, mask) in enumerate(parts)])
-        result[ratio] = psnr(completed, images.to(vae.device), hidden)
-    return result
+    errors: dict[float, list[_Error]] = {ratio: [] for ratio in ratios}
+    rows = _rows(draws * math.prod(vae.image_shape))  # all draws of a part at a time
+    for k, (x, tasks) in enumerate(_tasks(vae, images, ratios, seed, rows)):
+        for ratio, (S, hidden) in tasks.items():
+            completed = vae.inpaint(x, S, draws, seed + k).mean(0)
+            errors[ratio].append(_squared_error(completed, x, hidden))
+    return {ratio: _decibels(parts) for ratio, parts in errors.items()}
 
 
 def nearest_psnr(
-    vae: BigLearnVAE, images: Tensor, train: Tensor, ratios: Sequence[float], neighbours: int = 10, seed: int = 0
+    vae: BigLearnVAE, images: Images, train: Images, ratios: Sequence[float], neighbours: int = 10, seed: int = 0
 ) -> dict[float, float]:
     """The same for the mean of the nearest training images, nearest over the observed pixels: the floor to beat.
 
+    The training images are read once for all ratios, and then the neighbours.
+
     Args:
-        train: training images (M, C, H, W).
-        vae: for its patches alone.
+        train: M training images.
+        vae: for the size of its images and the grid of its patches alone.
     """
-    target, known = vae.tokenizer.encode(images.to(vae.device)), vae.tokenizer.encode(train.to(vae.device))
-    result = {}
-    for ratio, (S, hidden) in _tasks(vae, images, ratios, seed).items():
-        completed = nearest_completion(target, S, known, neighbours)
-        result[ratio] = psnr(vae.tokenizer.decode(completed), images.to(vae.device), hidden)
-    return result
+    channels, *size = vae.image_shape
+    patches = Patchify(tuple(size), size[0] // vae.grid[0], channels)
+    known = _Patches(train, patches, vae.device)
+    # Twice the same parts, since the masks come before the neighbours: a part of the images is cheap to read.
+    rows = min(CHUNK, _rows((1 + neighbours) * math.prod(vae.image_shape)))
+    S = torch.cat(
+        [torch.stack([S for S, _ in tasks.values()], 1) for _, tasks in _tasks(vae, images, ratios, seed, rows)]
+    )
+    nearest, everyone = _nearest(_Patches(images, patches, vae.device), S, known, neighbours)
+    errors: dict[float, list[_Error]] = {ratio: [] for ratio in ratios}
+    for (x, tasks), positions in zip(_tasks(vae, images, ratios, seed, rows), nearest.split(rows), strict=True):
+        for number, (ratio, (_, hidden)) in enumerate(tasks.items()):
+            completed = patches.decode(_mean_of(known, positions[:, number], everyone))
+            errors[ratio].append(_squared_error(completed, x, hidden))
+    return {ratio: _decibels(parts) for ratio, parts in errors.items()}
+
+
+class _Tokens(Protocol):
+    """What has a length and gives tokens (n, L, D) for a slice or a tensor of positions."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor: ...
+
+
+class _Patches:
+    """Images as tokens on a device, of which a part is made at a time."""
+
+    def __init__(self, images: Images, patches: Patchify, device: torch.device):
+        self.images, self.patches, self.device = images, patches, device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        return self.patches.encode(_take(self.images, index, self.device))
 
 
 def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10) -> Tensor:
@@ -88,30 +144,67 @@ def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10
     Where training tokens were not recorded (NaN), the distance is the mean over the numbers that both have, and the
     completion the mean of the neighbours that have them, or else of all training images.
     """
-    nearest = torch.cat(
-        [_nearest(*part, train, neighbours) for part in zip(x.split(CHUNK), S.split(CHUNK), strict=True)]
-    )
-    everyone = train.nanmean(0)
-    means = [train[rows].nanmean(0) for rows in nearest]
-    return torch.stack([torch.where(mean.isnan(), everyone, mean) for mean in means])
+    nearest, everyone = _nearest(x, S.unsqueeze(1), train, neighbours)
+    rows = _rows(neighbours * train[0].numel())
+    return torch.cat([_mean_of(train, positions, everyone) for positions in nearest[:, 0].split(rows)])
 
 
-def _nearest(x: Tensor, S: Tensor, train: Tensor, neighbours: int) -> Tensor:
-    """Positions (n, neighbours) of the nearest training images, of which a part is looked at at a time."""
-    seen = S.unsqueeze(-1).expand_as(x).flatten(1)  # (n, L D)
-    x, weight = x.flatten(1).masked_fill(~seen, 0), seen.to(x.dtype)
-    best, positions = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.long, device=x.device)
-    for start in range(0, len(train), 8 * CHUNK):
-        part = train[start : start + 8 * CHUNK].flatten(1)
-        has = (~part.isnan()).to(x.dtype)
-        y = part.nan_to_num(0)
-        # the mean of (x - y)^2 over the numbers that both have
-        distance = (weight @ y.square().T - 2 * x @ y.T + x.square() @ has.T) / (weight @ has.T)
-        here = torch.arange(start, start + len(y), device=x.device).expand_as(distance)
-        best, positions = torch.cat([best, distance.nan_to_num(torch.inf)], 1), torch.cat([positions, here], 1)
-        best, order = best.topk(min(neighbours, best.shape[1]), largest=False)
-        positions = positions.gather(1, order)
-    return positions
+def _mean_of(train: _Tokens, positions: Tensor, everyone: Tensor) -> Tensor:
+    """The means of the training tokens at positions (n, k), (n, L, D); those of everyone (L, D) where none has them."""
+    means = train[positions.flatten().cpu()].unflatten(0, positions.shape).nanmean(1)
+    return torch.where(means.isnan(), everyone, means)
+
+
+def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Positions (N, R, neighbours) of the training images nearest to x over each of R sets of patches S (N, R, L).
+
+    The second result is the mean of all training tokens, (L, D). Training images are read once, a part at a time.
+    """
+    length, dim = x[:1].shape[1:]
+    many = min(8 * CHUNK, _rows(length * dim))  # training images
+    few = min(CHUNK, many, _rows(length * min(many, len(train))))  # others: L x few x many distances
+    empty = torch.empty(*S.shape[:2], 0, device=S.device)
+    found = [(part, part.long()) for part in empty.split(few)]
+    total, count = 0, 0
+    for start in range(0, len(train), many):
+        y = train[start : start + many]
+        has = ~y.isnan()
+        y = y.nan_to_num(0)
+        total, count = total + y.sum(0, dtype=torch.float64), count + has.sum(0)
+        has = None if has.all() else has.to(y.dtype)
+        for k, seen in enumerate(S.split(few)):
+            distance = _distances(x[k * few : (k + 1) * few], seen, y, has)
+            found[k] = _best(*found[k], distance, start, neighbours)
+    return torch.cat([positions for _, positions in found]), (total / count).to(y.dtype)
+
+
+def _distances(x: Tensor, S: Tensor, y: Tensor, has: Tensor | None) -> Tensor:
+    """Mean of (x - y)^2 over the patches S (n, R, L) for x (n, L, D) and y (m, L, D), (n, R, m), infinite over none.
+
+    Patch by patch first, which is most of the work and serves all R.
+
+    Args:
+        has: 1 where y has a number and 0 where it was not recorded, (m, L, D); None if y has them all.
+    """
+    # What no S holds may be NaN.
+    x = x.masked_fill(~S.any(1).unsqueeze(-1), 0)
+    S, x, own = S.to(x.dtype), x.transpose(0, 1), x.square().transpose(0, 1)  # (L, n, D)
+    gap = torch.baddbmm(y.square().sum(-1).T.unsqueeze(1), x, y.permute(1, 2, 0), alpha=-2)  # (L, n, m)
+    if has is None:
+        gap += own.sum(-1, keepdim=True)
+        count = y.shape[-1] * S.sum(-1, keepdim=True)  # (n, R, 1)
+    else:
+        gap.baddbmm_(own, has.permute(1, 2, 0))
+        count = S @ has.sum(-1).T  # (n, R, m)
+    return (torch.bmm(S, gap.transpose(0, 1)) / count).nan_to_num(torch.inf)
+
+
+def _best(distance: Tensor, positions: Tensor, other: Tensor, start: int, neighbours: int) -> tuple[Tensor, Tensor]:
+    """The least of distances (n, R, k) and of others (n, R, m) of the images from `start` on, and their positions."""
+    here = torch.arange(start, start + other.shape[-1], device=other.device).expand_as(other)
+    distance, positions = torch.cat([distance, other], -1), torch.cat([positions, here], -1)
+    distance, order = distance.topk(min(neighbours, distance.shape[-1]), largest=False)
+    return distance, positions.gather(-1, order)
 
 
 def hidden_masks(count: int, num_tokens: int, ratios: Sequence[float], seed: int = 0) -> dict[float, Tensor]:
@@ -120,14 +213,18 @@ def hidden_masks(count: int, num_tokens: int, ratios: Sequence[float], seed: int
     return {ratio: masks.random(count, num_tokens, min(ratio, largest), seed=seed) for ratio in ratios}
 
 
-def _tasks(vae: BigLearnVAE, images: Tensor, ratios: Sequence[float], seed: int) -> dict[float, tuple[Tensor, Tensor]]:
-    """By ratio, the observed patches (N, L) and the hidden pixels (N, 1, H, W) of what was recorded of images."""
-    recorded = masks.recorded(vae.tokenizer.encode(images.to(vae.device)))
-    result = {}
-    for ratio, S in hidden_masks(len(images), vae.num_tokens, ratios, seed).items():
-        S = S.to(vae.device)
-        result[ratio] = S & recorded, pixel_mask(~S & recorded, vae)
-    return result
+def _tasks(
+    vae: BigLearnVAE, images: Images, ratios: Sequence[float], seed: int, rows: int
+) -> Iterator[tuple[Tensor, dict[float, tuple[Tensor, Tensor]]]]:
+    """So many images (n, C, H, W) at a time, and by ratio what is observed and what is asked for of them.
+
+    That are the observed patches (n, L) and the hidden pixels (n, 1, H, W) of what was recorded.
+    """
+    drawn = hidden_masks(len(images), vae.num_tokens, ratios, seed)
+    for k, x in enumerate(parts(images, vae.device, rows)):
+        recorded = masks.from_pixels(~x.isnan().any(1), vae.grid)
+        own = {ratio: S[k * rows : (k + 1) * rows].to(vae.device) for ratio, S in drawn.items()}
+        yield x, {ratio: (S & recorded, pixel_mask(~S & recorded, vae)) for ratio, S in own.items()}
 
 
 def pixel_mask(S: Tensor, vae: BigLearnVAE) -> Tensor:
@@ -137,21 +234,34 @@ def pixel_mask(S: Tensor, vae: BigLearnVAE) -> Tensor:
 
 def psnr(completed: Tensor, images: Tensor, hidden: Tensor) -> float:
     """Peak signal-to-noise ratio in dB over all hidden pixels, a mask (N, 1, H, W), for a peak of 1."""
-    hidden = hidden.expand_as(images)
-    error = (completed - images)[hidden].double().square().mean().item()
-    return -10 * math.log10(error) if error else math.inf
+    return _decibels([_squared_error(completed, images, hidden)])
+
+
+_Error = tuple[float, int]  # the sum of squared errors, and of how many numbers
+
+
+def _squared_error(completed: Tensor, images: Tensor, hidden: Tensor) -> _Error:
+    error = (completed - images)[hidden.expand_as(images)].double().square()
+    return error.sum().item(), error.numel()
+
+
+def _decibels(parts: Sequence[_Error]) -> float:
+    total, count = (sum(column) for column in zip(*parts, strict=True))
+    if not count:
+        return math.nan
+    return -10 * math.log10(total / count) if total else math.inf
 
 
 @torch.no_grad()
-def fit_variance(vae: BigLearnVAE, images: Tensor, seed: int = 0) -> float:
+def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
     """The variance of N(mu, variance I) under which images are likeliest, as their JointELBO sees it.
 
     That is the mean squared error of a reconstruction, z ~ p(z | x), over all numbers that were recorded. Fit it on
     training images; `vae.log_prob(..., variance=)` takes it.
     """
     total, count = 0.0, 0
-    for k, chunk in enumerate(images.split(CHUNK)):
-        tokens = vae.tokenizer.encode(chunk.to(vae.device))
+    for k, part in enumerate(parts(images, vae.device)):
+        tokens = vae.tokenizer.encode(part)
         recorded = masks.recorded(tokens)
         z = vae.encode(tokens, recorded).sample(seed=derive_seed("variance", seed, k))
         error = (vae.net(torch.zeros_like(tokens), torch.zeros_like(recorded), z, recorded) - tokens)[recorded]
@@ -160,7 +270,7 @@ def fit_variance(vae: BigLearnVAE, images: Tensor, seed: int = 0) -> float:
 
 
 def likelihood(
-    vae: BigLearnVAE, images: Tensor, samples: int = 64, variance: float | None = None, seed: int = 0
+    vae: BigLearnVAE, images: Images, samples: int = 64, variance: float | None = None, seed: int = 0
 ) -> dict[str, float]:
     """Bounds on log-likelihoods (`BigLearnVAE.log_prob`), mean per image in nats and in bits per dimension.
 
@@ -170,14 +280,33 @@ def likelihood(
     A = masks.random(len(images), vae.num_tokens, 0.5, seed=seed)
     result = {}
     for name, T, given in (("joint", A | ~A, None), ("marginal", A, None), ("conditional", ~A, A)):
-        nats = vae.log_prob(images, T, given, samples, variance, seed).mean().item()
+        nats = _in_parts(vae.log_prob, images, T, given, samples, variance, seed).mean().item()
         result[f"{name}_nats"] = nats
         result[f"{name}_bits_per_dim"] = bits_per_dim(nats, T[0].sum().item() * vae.net.token_dim)
     return result
 
 
+def _in_parts(
+    method: Callable[..., Tensor],
+    images: Images,
+    T: Tensor,
+    given: Tensor | None,
+    samples: int,
+    variance: float | None,
+    seed: int,
+) -> Tensor:
+    """`BigLearnVAE.log_prob` (N,) or `log_weights` (K, N), a part of the images at a time."""
+    rows = _rows(images[:1].numel())
+    results = []
+    for k, start in enumerate(range(0, len(images), rows)):
+        own = slice(start, start + rows)
+        S = None if given is None else given[own]
+        results.append(method(images[own], T[own], S, samples, variance, seed + k))
+    return torch.cat(results, -1)
+
+
 def consistency(
-    vae: BigLearnVAE, images: Tensor, samples: int = 256, variance: float | None = None, seed: int = 0
+    vae: BigLearnVAE, images: Images, samples: int = 256, variance: float | None = None, seed: int = 0
 ) -> dict[str, float]:
     """How far the learned conditionals are from those of one joint distribution.
 
@@ -197,11 +326,11 @@ def consistency(
 
     def log_joint(A: Tensor, B: Tensor, k: int) -> Tensor:
         seeds = [derive_seed("consistency", seed, k, part) for part in range(2)]
-        marginal = vae.log_prob(images, A, None, samples, variance, seeds[0])
-        return marginal + vae.log_prob(images, B, A, samples, variance, seeds[1])
+        marginal = _in_parts(vae.log_prob, images, A, None, samples, variance, seeds[0])
+        return marginal + _in_parts(vae.log_prob, images, B, A, samples, variance, seeds[1])
 
     one, again, other = log_joint(A, B, 0), log_joint(A, B, 1), log_joint(B, A, 2)
-    weights = vae.log_weights(images, A, None, samples, variance, derive_seed("posterior", seed))
+    weights = _in_parts(vae.log_weights, images, A, None, samples, variance, derive_seed("posterior", seed))
     normalised = weights.log_softmax(0)  # (K, N)
     return {
         "order_gap": (one - other).abs().mean().item(),
@@ -221,20 +350,8 @@ def _disjoint_pairs(count: int, num_tokens: int, seed: int) -> tuple[Tensor, Ten
     return rank < a, (rank >= a) & (rank < a + b)
 
 
-def parts(images: Tensor | Any, count: int | None = None) -> Iterator[Tensor]:
-    """The first `count` images, or all, as float tensors (n, C, H, W) of bounded size.
-
-    Args:
-        images: a tensor or an `ImageSet`, anything with a length whose slices are images.
-    """
-    count = len(images) if count is None else min(count, len(images))
-    size = max(1, PART // images[:1].numel())
-    for start in range(0, count, size):
-        yield images[start : min(start + size, count)]
-
-
 @torch.no_grad()
-def reconstruction(tokenizer: torch.nn.Module, images: Tensor | Any, count: int | None = None) -> dict[str, float]:
+def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, float]:
     """How well a tokenizer gives images back: PSNR in dB, and the seams between its patches.
 
     seam_ratio is the mean absolute difference of neighbouring pixels on two sides of a border between patches, over
@@ -242,14 +359,12 @@ def reconstruction(tokenizer: torch.nn.Module, images: Tensor | Any, count: int 
 
     Args:
         tokenizer: with `encode`, `decode` and `patch_size`, such as a `PatchAE`.
-        images: (N, C, H, W), a tensor or an `ImageSet`.
-        count: at most so many of them.
+        images: (N, C, H, W) in [0, 1].
     """
     device = next(tokenizer.parameters()).device
     error, numbers = 0.0, 0
     seams = {"seam_ratio": 0, "seam_ratio_of_images": 0}
-    for x in parts(images, count):
-        x = x.to(device)
+    for x in parts(images, device):
         y = tokenizer.decode(tokenizer.encode(x))
         error, numbers = error + (y - x).double().square().sum().item(), numbers + x.numel()
         for name, pixels in (("seam_ratio", y), ("seam_ratio_of_images", x)):

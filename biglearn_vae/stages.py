@@ -121,9 +121,9 @@ class PatchAEStage:
         net = config.patch_ae(self.cfg)
         checkpoint.load_weights(net, state["net"], path)
         net = net.to(self.device).requires_grad_(False).eval()
-        net.fit_statistics(evaluation.parts(splits.train, settings.statistics_images))
+        net.fit_statistics(evaluation.parts(splits.train.select(slice(settings.statistics_images)), self.device))
         checkpoint.save(run / config.PATCH_AE_FILE, net.state())
-        scores = evaluation.reconstruction(net, splits.test, settings.images)
+        scores = evaluation.reconstruction(net, splits.test.select(slice(settings.images)))
         page = run / FIGURES_PAGE
         page.parent.mkdir(parents=True, exist_ok=True)
         Pictures.save(page.with_name("reconstruction.png"), pictures.reconstruction(net, splits.test[:6]))
@@ -170,12 +170,12 @@ def measure(
     vae: BigLearnVAE, loss: BigLearnELBO, splits: Splits, settings: "DictConfig", split: str = "test", seed: int = 0
 ) -> dict[str, Any]:
     """JointELBO on a split; in-painting beside the nearest training images, `settings.masks` masks for each image."""
-    images, train_images = getattr(splits, split)[:], splits.train
-    some = images[: settings.images].repeat(settings.masks, 1, 1, 1)
+    images = getattr(splits, split)
+    some = images.select(torch.arange(min(settings.images, len(images))).repeat(settings.masks))
     joint = evaluation.elbo(vae, images, loss, seed=seed)
     options = dict(ratios=list(settings.ratios), seed=seed)
     inpainting = evaluation.inpainting_psnr(vae, some, draws=settings.draws, **options)
-    nearest = evaluation.nearest_psnr(vae, some, train_images[:], **options)
+    nearest = evaluation.nearest_psnr(vae, some, splits.train, **options)
     return {
         f"{split}_joint_elbo": joint["elbo"],
         f"{split}_reconstruction": joint["reconstruction"],
@@ -202,7 +202,10 @@ def draw(
         images: at most so many in each; the map of codes takes its own number.
         delta: of the decoding sensitivity.
     """
-    shown, labels = splits.test[:1000], None if splits.test.labels is None else splits.test.labels[:1000]
+    some = splits.test.select(slice(1000))
+    shown, labels = some[:], some.labels
+    if labels is not None and labels.ndim > 1:  # attributes, not classes
+        labels = None
     page = run / FIGURES_PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
-    {"patches", "gaussian", "layers", "distributed", "masks"},
+    {"patches", "gaussian", "layers", "distributed", "masks", "image_files"},
     {"data", "patch_ae"},
     {"models", "losses"},
     {"capabilities", "checkpoint", "loggers"},

@@ -5,12 +5,14 @@ import zipfile
 
 import pytest
 
-from biglearn_vae import config, count_parameters
+from biglearn_vae import PatchAE, config, count_parameters
 
-CASES = ("tiny", "case1", "case2", "case3", "case4")
+CASES = ("tiny", "case1", "case2", "case3", "case4", "celeba")
 METHODS = ("vae", "biglearn_t", "biglearn_u")
 # DESIGN's table: the paper's counts are these over 2^20.
 PARAMETERS = {"tiny": 182_948, "case1": 1_269_104, "case2": 4_962_928, "case3": 5_012_144, "case4": 24_125_744}
+PARAMETERS["celeba"] = 94_311_168
+DATA = {"tiny": "digits", "celeba": "celeba", "celeba_small": "celeba"}  # of each case; else mnist
 
 
 def choices(group: str) -> list[str]:
@@ -21,21 +23,27 @@ def composed(*overrides: str):
     return config.compose([*overrides, "data.root=x"] if "data=image_folder" in overrides else overrides)
 
 
+def tokenizer(cfg):
+    """That of these settings; where it is a PatchAE, one with fresh weights."""
+    sizes = dict(image_size=cfg.data.image_size, patch_size=cfg.data.patch_size, channels=cfg.data.channels)
+    return config.tokenizer(cfg, PatchAE(**sizes).state() if cfg.tokens.name == "patch_ae" else None)
+
+
 @pytest.mark.parametrize(("case", "method"), list(itertools.product(CASES, METHODS)))
 def test_every_case_and_method_builds_with_the_papers_count(case, method):
-    cfg = config.compose([f"case={case}", f"method={method}", f"data={'digits' if case == 'tiny' else 'mnist'}"])
-    net = config.network(cfg, config.tokenizer(cfg))
+    cfg = config.compose([f"case={case}", f"method={method}", f"data={DATA.get(case, 'mnist')}"])
+    net = config.network(cfg, tokenizer(cfg))
     assert count_parameters(net) == PARAMETERS[case]
     loss = config.objective(cfg)
     assert loss.prior == ("standard" if method == "vae" else "learned")
     assert loss.masks.joint == (1.0 if method == "vae" else cfg.masks.joint)
 
 
-@pytest.mark.parametrize("group", ["data", "method", "case", "optim", "trainer"])
+@pytest.mark.parametrize("group", ["data", "method", "case", "optim", "trainer", "tokens"])
 def test_every_choice_composes_and_builds(group):
     for choice in choices(group):
         cfg = composed(f"{group}={choice}")
-        config.network(cfg, config.tokenizer(cfg))
+        config.network(cfg, tokenizer(cfg))
         config.objective(cfg)
         config.build(cfg.optim, "optim")
 
@@ -44,10 +52,14 @@ def test_the_papers_optimizer_settings():
     for case, lr in {"case1": 1e-4, "case2": 1e-4, "case3": 1e-4, "case4": 2e-5}.items():
         optim = config.build(config.compose([f"case={case}"]).optim, "optim")
         assert (optim.lr, tuple(optim.betas), optim.eps, optim.schedule) == (lr, (0.0, 0.999), 1e-8, "constant")
+        assert optim.muon_lr is None
+    optim = config.build(config.compose(["case=celeba", "data=celeba"]).optim, "optim")
+    assert (optim.lr, tuple(optim.betas), optim.eps, optim.schedule) == (1e-4, (0.9, 0.95), 1e-5, "cosine")
+    assert config.compose(["case=celeba", "data=celeba"]).loss.beta == 0.001
 
 
 def test_every_setting_is_explained_in_a_line():
-    for name in ("train", "evaluate"):
+    for name in ("train", "patch_ae", "evaluate"):
         explained, text = config.explanations(name), config.help_text(name, [])
         for key, _ in config._raw_leaves(config.compose([], name)):
             assert explained.get(key), f"{key} has no comment behind it"

@@ -179,6 +179,48 @@ def test_transform_is_applied():
         assert torch.equal(plain(step), splits.train[plain.positions(step)])
 
 
+# --- where a set is ---
+
+
+def test_selecting_a_slice_is_a_view_and_positions_may_repeat():
+    whole = data.with_missing(data.load("digits"), 0.3, (4, 4)).train
+    rows = torch.tensor([7, 0, 7])
+    for index in (slice(3, 9), rows):
+        part = whole.select(index)
+        assert torch.equal(part[:].nan_to_num(-1), whole[index].nan_to_num(-1))
+        assert torch.equal(part.labels, whole.labels[index]) and torch.equal(part.recorded, whole.recorded[index])
+    assert whole.select(slice(3, 9)).pixels.data_ptr() == whole.pixels[3].data_ptr()
+    assert ImageSet(whole.pixels).select(rows).labels is None
+
+
+def test_nothing_is_copied_to_the_device_where_it_is():
+    images = data.load("digits").train
+    for same in (images.resident(torch.device("cpu")), images.to(torch.device("cpu"))):
+        assert same.pixels.data_ptr() == images.pixels.data_ptr() and same.device == torch.device("cpu")
+
+
+@pytest.mark.gpu
+def test_a_set_becomes_resident_if_it_leaves_as_much_free(monkeypatch):
+    images, gpu = data.with_missing(data.load("digits"), 0.3, (4, 4)).train, torch.device("cuda", 0)
+    for free, there in ((2 * images.pixels.numel(), True), (2 * images.pixels.numel() - 2, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
+        moved = images.resident(gpu)
+        assert (moved.device == gpu) == there
+        assert torch.equal(moved[:].cpu().nan_to_num(-1), images[:].nan_to_num(-1))
+
+
+@pytest.mark.gpu
+def test_batches_are_made_on_the_training_device_wherever_the_set_is():
+    images, gpu = data.with_missing(data.load("digits"), 0.3, (4, 4)).train, torch.device("cuda", 0)
+    expected = Batches(images, 100)
+    assert expected(0).device == torch.device("cpu") and Batches(images.to(gpu), 100)(0).device == gpu
+    for there in (images, images.to(gpu)):
+        batches = Batches(there, 100, world=World(device=gpu))
+        for step in (0, 11, 12):
+            assert batches(step).device == gpu
+            assert torch.equal(batches(step).cpu().nan_to_num(-1), expected(step).nan_to_num(-1))
+
+
 # --- fingerprint ---
 
 
@@ -516,6 +558,18 @@ def test_nothing_readable(tmp_path):
         data.load("image_folder", str(tmp_path))
 
 
+def test_the_split_of_what_can_be_read(tmp_path):
+    """All paths are shuffled, those that cannot be read fall out, and the rest is cut."""
+    write_greys(tmp_path, 30)
+    order = data.shuffled(30, data.derive_seed("split", data.SPLIT_SEED)).tolist()
+    for level in (order[0], order[4], order[29]):
+        (tmp_path / f"{level:03d}.png").write_bytes(b"no image")
+    left = [level for k, level in enumerate(order) if k not in (0, 4, 29)]
+    with pytest.warns(UserWarning, match="3 of 30 "):
+        splits = data.load("image_folder", str(tmp_path), image_size=4)
+    assert [levels(part) for part in (splits.test, splits.valid, splits.train)] == [left[:2], left[2:4], left[4:]]
+
+
 # --- image_folder: classes and splits ---
 
 
@@ -560,6 +614,31 @@ def test_folder_split_depends_on_relative_paths_alone(tmp_path):
         assert all(torch.equal(a.labels, b.labels) for a, b in zip(parts(again), parts(expected), strict=True))
 
 
+def test_a_cached_folder_is_the_same_and_its_parts_are_views(tmp_path):
+    for first, folder in ((0, "dog"), (50, "cat/indoors")):
+        write_greys(tmp_path / "images" / folder, 20, first)
+    (tmp_path / "images" / "dog" / "bad.png").write_bytes(b"no image")
+    settings = dict(name="image_folder", root=str(tmp_path / "images"), image_size=4)
+    with pytest.warns(UserWarning, match="1 of 41"):
+        expected = data.load(**settings)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 of 41"):
+            splits = data.load(**settings, cache=str(tmp_path / "cache"))
+        assert splits.note.startswith(expected.note)
+        for part, other in zip(parts(splits), parts(expected), strict=True):
+            assert torch.equal(part.pixels, other.pixels) and torch.equal(part.labels, other.labels)
+    in_order = (splits.test.pixels, splits.valid.pixels, splits.train.pixels)
+    assert [x.data_ptr() + x.numel() for x in in_order[:2]] == [x.data_ptr() for x in in_order[1:]]
+
+
+def test_the_crop_of_a_folder(tmp_path):
+    for k in range(3):
+        write(tmp_path / f"{k}.png", Image.fromarray(COLOUR))
+    assert torch.equal(
+        data.load("image_folder", str(tmp_path), image_size=4, crop=4).train.pixels[0], chw(COLOUR[2:6, 2:6])
+    )
+
+
 def test_root_comes_from_the_environment(tmp_path, monkeypatch):
     write_greys(tmp_path, 5)
     monkeypatch.setenv("BIGLEARN_DATA", str(tmp_path))
@@ -575,7 +654,7 @@ def test_root_comes_from_the_environment(tmp_path, monkeypatch):
 
 def test_errors_name_what_was_expected_and_what_came(tmp_path):
     for settings, message in (
-        (dict(name="cifar"), r"'cifar'.*digits, mnist, fashion_mnist, image_folder"),
+        (dict(name="cifar"), r"'cifar'.*digits, mnist, fashion_mnist, celeba, image_folder"),
         (dict(name="digits", channels=2), "1 or 3, got 2"),
         (dict(name="digits", image_size=0), "at least 1, got 0"),
         (dict(name="image_folder", root=str(tmp_path), channels=2), "1 or 3, got 2"),

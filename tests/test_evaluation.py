@@ -7,7 +7,7 @@ from linear_gaussian import LinearGaussian
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from biglearn_vae import BigLearnELBO, BigLearnVAE, MaskSampler, Patchify, UniversalViT, evaluation, masks
+from biglearn_vae import BigLearnELBO, BigLearnVAE, ImageSet, MaskSampler, Patchify, UniversalViT, evaluation, masks
 from biglearn_vae.distributed import derive_seed
 
 N, Z = 6, 3
@@ -265,6 +265,117 @@ def test_nearest_psnr_is_that_of_the_completion(vae):
         distances = ((x[:, None] - train[None]).double().square() * seen[:, None]).sum((2, 3, 4))  # (N, M)
         completed = train[distances.argsort(dim=1)[:, :4]].mean(1)
         assert result[ratio] == pytest.approx(slow_psnr(completed, x, seen), rel=1e-5)
+
+
+class Halved(Patchify):
+    """Tokens that are no pixels."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images) / 2
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return super().decode(2 * tokens)
+
+
+def test_nearest_images_are_nearest_in_pixels_whatever_the_tokens_are(vae):
+    x, train = pictures(vae, seed=1), pictures(vae, 20, seed=2)
+    other = BigLearnVAE(vae.net, Halved(vae.image_shape[1:], 2, vae.image_shape[0]))
+    results = [evaluation.nearest_psnr(model, x, train, [0.25, 0.75], neighbours=4) for model in (vae, other)]
+    assert results[0] == results[1]
+
+
+# --- sets of images, and parts of them ---
+
+
+@pytest.fixture(params=["complete", "incomplete"])
+def sets(vae, request) -> tuple[ImageSet, ImageSet]:
+    """A few images and some to train."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> ImageSet:
+        pixels = torch.randint(0, 256, (count, *vae.image_shape), generator=generator, dtype=torch.uint8)
+        recorded = torch.rand(count, *vae.grid, generator=generator) < 0.7
+        return ImageSet(pixels, None, recorded if request.param == "incomplete" else None)
+
+    return draw(9), draw(30)
+
+
+def everything(vae: BigLearnVAE, x, train) -> dict[str, float]:
+    """What does not depend on how draws are shared out among parts."""
+    joint = evaluation.elbo(vae, x, BigLearnELBO(0.1))
+    nearest = evaluation.nearest_psnr(vae, x, train, [0.5, 0.75], neighbours=4)
+    inpainting = evaluation.inpainting_psnr(vae, x, [0.5, 0.75], draws=2)
+    return {"kl": joint["kl"], "nearest": nearest, "inpainting": inpainting} | {
+        "variance": evaluation.fit_variance(vae, train)
+    }
+
+
+def test_a_set_is_measured_like_the_tensor_of_its_images(vae, sets):
+    x, train = sets
+    loss = BigLearnELBO(0.1)
+    assert everything(vae, x, train) == everything(vae, x[:], train[:])
+    for joint in (True, False):
+        assert evaluation.elbo(vae, x, loss, joint) == evaluation.elbo(vae, x[:], loss, joint)
+    if x.recorded is None:
+        for measure in (evaluation.likelihood, evaluation.consistency):
+            assert measure(vae, x, 3) == measure(vae, x[:], 3)
+
+
+class Asked:
+    """What an evaluation reads images through: a length and slices, which it keeps."""
+
+    def __init__(self, images: ImageSet | Tensor):
+        self.images, self.slices, self.counts = images, [], []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        part = self.images[index]
+        self.slices += [index] if isinstance(index, slice) else []
+        self.counts.append(len(part))
+        return part
+
+
+def test_nothing_larger_than_a_part_is_ever_made_floats(vae, sets, monkeypatch):
+    whole = everything(vae, *sets)
+    monkeypatch.setattr(evaluation, "NUMBERS", 4 * math.prod(vae.image_shape))
+    x, train = map(Asked, sets)
+    parts = everything(vae, x, train)
+    assert max(x.counts) == max(train.counts) == 4
+    assert parts["kl"] == pytest.approx(whole["kl"], rel=1e-6)
+    assert parts["nearest"] == pytest.approx(whole["nearest"], rel=1e-5)
+    assert parts["inpainting"] == pytest.approx(whole["inpainting"], rel=0.1)  # other draws
+    assert parts["variance"] == pytest.approx(whole["variance"], rel=0.1)
+
+
+def test_likelihoods_and_consistency_in_parts(monkeypatch):
+    net = LinearGaussian()  # whose bounds are exact, whatever is drawn
+    x = net.model().tokenizer.decode(net.data(30))
+    whole = [measure(net.model(), x, 5) for measure in (evaluation.likelihood, evaluation.consistency)]
+    monkeypatch.setattr(evaluation, "NUMBERS", 7 * x[0].numel())
+    parts = [measure(net.model(), x, 5) for measure in (evaluation.likelihood, evaluation.consistency)]
+    for one, other in zip(whole, parts, strict=True):
+        assert one == pytest.approx(other, rel=1e-9, abs=1e-9)
+
+
+def test_the_training_images_are_read_once_for_all_ratios(vae, monkeypatch):
+    x, train = pictures(vae, seed=1), Asked(pictures(vae, 20, seed=2))
+    monkeypatch.setattr(evaluation, "NUMBERS", 8 * x[0].numel())
+    evaluation.nearest_psnr(vae, x, train, [0.25, 0.5, 0.75])
+    assert [k for part in train.slices for k in range(20)[part]] == list(range(20))
+
+
+@pytest.mark.gpu
+def test_a_set_in_memory_is_measured_on_the_gpu(vae, sets):
+    x, train = sets
+    expected = everything(vae, x, train)
+    there = BigLearnVAE(vae.net.cuda(), vae.tokenizer)
+    result = everything(there, x, train)
+    assert result["kl"] == pytest.approx(expected["kl"], rel=1e-4)
+    assert result["nearest"] == pytest.approx(expected["nearest"], rel=1e-4)
+    on_gpu = [images.to(torch.device("cuda", 0)) for images in sets]
+    assert everything(there, *on_gpu) == pytest.approx(result, rel=1e-5)
 
 
 # --- what was never recorded ---

@@ -1,0 +1,458 @@
+"""Image files decoded by several threads, into memory or into a cache folder that is mapped into memory.
+
+N files, C channels, S x S pixels. A cache folder holds
+
+    pixels.u8      the images, uint8 (n, C, S, S), those that can be read, one after the other
+    index.json     what they were made of; written last, so that without it they count as half-made
+    progress.json  the same while they are being made: how far that is
+    lock           who is making them
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".tga"}
+    | {".ppm", ".pgm", ".pbm", ".pnm"}
+)
+PIXELS, INDEX, PROGRESS, LOCK = "pixels.u8", "index.json", "progress.json", "lock"
+FORMAT = 1  # of the cache; another number makes older ones unusable
+CHUNK_BYTES, CHUNK_FILES = 2**24, 1024  # of pixels and of files between two notes of how far a cache is
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files under one folder.
+
+    Attributes:
+        root: the folder.
+        sizes: names below it, with "/" between folders, in the order of the images, and their sizes in bytes.
+    """
+
+    root: Path
+    sizes: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def digest(self) -> str:
+        """A short digest of all names and sizes, in their order."""
+        listed = "\n".join(f"{name}\t{size}" for name, size in self.sizes.items())
+        return hashlib.blake2b(os.fsencode(listed), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file becomes: the square in its middle, resized.
+
+    Attributes:
+        size: S, side in pixels after resizing.
+        channels: C, 1 (grey) or 3.
+        crop: side in pixels of the square that is taken before resizing. None is the largest that there is, which
+            is also taken of an image smaller than the crop.
+    """
+
+    size: int
+    channels: int
+    crop: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S)"""
+        return self.channels, self.size, self.size
+
+    @property
+    def bytes(self) -> int:
+        """Of one image."""
+        return self.channels * self.size**2
+
+    @property
+    def chunk(self) -> int:
+        """How many files are decoded between two notes of how far a cache is."""
+        return max(1, min(CHUNK_FILES, CHUNK_BYTES // self.bytes))
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Images of those files that could be read, in the order of the files.
+
+    Attributes:
+        pixels: uint8 (n, C, S, S).
+        names: of the files, n of them.
+        note: how many and which could not be read and why, empty if all could.
+    """
+
+    pixels: Tensor
+    names: list[str]
+    note: str
+
+
+def scan(root: Path, deep: bool = False) -> dict[str, int]:
+    """The files in a folder, names and sizes in bytes in no order; with `deep` those in subfolders too.
+
+    Links to files count as files, links to folders are not followed, and subfolders that may not be read are skipped.
+    """
+    sizes: dict[str, int] = {}
+    folders = [""]
+    while folders:
+        prefix = folders.pop()
+        try:
+            entries = list(os.scandir(root / prefix))
+        except PermissionError:
+            if not prefix:
+                raise
+            continue
+        folders += [f"{prefix}{entry.name}/" for entry in entries if deep and entry.is_dir(follow_symlinks=False)]
+        sizes |= {prefix + entry.name: size for entry in entries if (size := _file_size(entry)) is not None}
+    return sizes
+
+
+def _file_size(entry: os.DirEntry) -> int | None:
+    """In bytes; None for what is no file."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except OSError:  # a link to nothing or to itself
+        return None
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends like that of an image."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def read(files: Files, recipe: Recipe, cache: str | Path | None = None, kind: str = "images") -> Decoded:
+    """Decode files by several threads; those that cannot be read are named in a warning and skipped.
+
+    Args:
+        files: in the order in which their images are wanted.
+        recipe: what becomes of each.
+        cache: None decodes into memory. A folder keeps the images of these files and this recipe in a subfolder of
+            its own, from which later calls map them without opening a file, read as they are asked for. An
+            interrupted call is continued by the next; while one process writes there, others wait for it. Where
+            files came, went or changed their size, the images are made again, with a warning.
+        kind: of data, for the name of the subfolder.
+
+    Raises:
+        ValueError: if the memory does not suffice; if the cache cannot be written, is damaged, or was made of
+            another folder or by another recipe.
+    """
+    if not files:
+        return Decoded(torch.empty(0, *recipe.shape, dtype=torch.uint8), [], "")
+    if cache is None:
+        pixels, broken = _into_memory(files, recipe)
+    else:
+        pixels, broken, folder = _from_cache(files, recipe, Path(cache).expanduser(), kind)
+    note = _note(files, broken)
+    if note:
+        if cache is not None:
+            note += f" (so it was when {folder} was made; delete it to have them read again)"
+        warnings.warn(note, stacklevel=2)
+    return Decoded(pixels, [name for name in files.sizes if name not in broken], note)
+
+
+def _note(files: Files, broken: dict[str, str]) -> str:
+    if not broken:
+        return ""
+    named = [f"{files.root / name} ({broken[name]})" for name in sorted(broken)[:5]]
+    note = f"{len(broken):,} of {len(files):,} image files could not be read and were skipped: "
+    return note + "; ".join(named) + (" ..." if len(broken) > 5 else "")
+
+
+def _into_memory(files: Files, recipe: Recipe) -> tuple[Tensor, dict[str, str]]:
+    """The pixels, and why each of the others cannot be read."""
+    try:
+        pixels = torch.empty(len(files), *recipe.shape, dtype=torch.uint8)
+    except RuntimeError:
+        size = _size_text(len(files) * recipe.bytes)
+        raise ValueError(
+            f"{len(files):,} images of {recipe.size} x {recipe.size} pixels need {size} of memory, which cannot be "
+            "had: give data.cache=FOLDER to keep them in files there, or a smaller data.image_size"
+        ) from None
+    broken: dict[str, str] = {}
+    row = 0
+    for results in _decoded(files, recipe):
+        for name, result in results.items():
+            if isinstance(result, str):
+                broken[name] = result
+            else:
+                pixels[row] = result
+                row += 1
+    return pixels[:row], broken
+
+
+def _decoded(files: Files, recipe: Recipe, start: int = 0) -> Iterator[dict[str, Tensor | str]]:
+    """A chunk of files at a time from the file `start` on, what `decode` makes of each by its name."""
+    from tqdm import tqdm
+
+    names = list(files.sizes)
+    few = len(files) - start < 1000
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(files), initial=start, desc="reading images", disable=few, leave=False) as bar,
+    ):
+        for first in range(start, len(files), recipe.chunk):
+            chunk, results = names[first : first + recipe.chunk], {}
+            decoded = pool.map(lambda name: decode(files.root / name, recipe), chunk)
+            for name, result in zip(chunk, decoded, strict=True):
+                results[name] = result
+                bar.update()
+            yield results
+
+
+def decode(path: Path, recipe: Recipe) -> Tensor | str:
+    """A file as uint8 (C, S, S), or in words why it cannot be read. Transparency is laid on white."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith(("I", "F")):
+                image = _eight_bits(image)
+            if "A" in image.mode or "transparency" in image.info:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("L" if recipe.channels == 1 else "RGB")
+        if recipe.crop is not None and recipe.crop <= min(image.size):
+            left, top = ((side - recipe.crop) // 2 for side in image.size)
+            image = image.crop((left, top, left + recipe.crop, top + recipe.crop))
+        return pil_to_tensor(ImageOps.fit(image, (recipe.size, recipe.size), Image.Resampling.BICUBIC))
+    except Exception as error:  # on a damaged file each decoder raises what it likes
+        return first_line(error)
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """A grey image of 16 or 32 bits or of floats, in 8 bits; convert() would clip it."""
+    largest = image.convert("F").getextrema()[1]
+    if image.mode.startswith("I"):
+        peak = 65535 if image.mode != "I" or largest > 255 else 255
+    else:
+        peak = 255 if largest > 1 else 1
+    return image.convert("F").point(lambda value: value * (255 / peak) + 0.5).convert("L")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# --- The cache ---
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a cache was made of and how far it is: the content of index.json and progress.json.
+
+    Attributes:
+        settings: the recipe, and of which folder.
+        digest: of the files' names and sizes.
+        files: how many they are.
+        done: how many of them, from the first, are in the cache or broken.
+        broken: why files that cannot be read cannot.
+    """
+
+    settings: dict[str, Any]
+    digest: str
+    files: int
+    done: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return self.done - len(self.broken)
+
+    @classmethod
+    def load(cls, path: Path) -> "_State | None":
+        """From a file; None if there is none.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        try:
+            state = cls(**json.loads(path.read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, TypeError):
+            raise ValueError("it cannot be read") from None
+        kinds = {"settings": dict, "digest": str, "files": int, "done": int, "broken": dict}
+        right = all(isinstance(getattr(state, name), kind) for name, kind in kinds.items())
+        if not right or not len(state.broken) <= state.done <= state.files:
+            raise ValueError("it holds something else")
+        return state
+
+    def save(self, path: Path) -> None:
+        """Into a file, which at every moment is the old one or the new one, whole."""
+        partial = path.with_suffix(".partial")
+        with partial.open("w") as file:
+            json.dump(asdict(self), file, indent=1)
+            _to_disk(file)
+        partial.replace(path)
+
+
+def _from_cache(files: Files, recipe: Recipe, cache: Path, kind: str) -> tuple[Tensor, dict[str, str], Path]:
+    """The mapped pixels, why each of the others cannot be read, and the folder."""
+    source = str(files.root.resolve())
+    settings = {"format": FORMAT, "kind": kind, "source": source} | asdict(recipe)
+    crop = "" if recipe.crop is None else f"-crop{recipe.crop}"
+    digest = hashlib.blake2b(os.fsencode(repr(settings)), digest_size=5).hexdigest()
+    folder = cache / f"{kind}-{recipe.size}{crop}-{digest}"
+    wanted = _State(settings, files.digest(), len(files))
+    state = _index(folder, wanted, recipe)
+    if state is None or state.digest != wanted.digest:
+        with _written(folder), _locked(folder):
+            state = _index(folder, wanted, recipe)  # another process may have made it
+            if state is None or state.digest != wanted.digest:
+                state = _build(folder, files, recipe, wanted, state)
+    return _mapped(folder / PIXELS, state.images, recipe), state.broken, folder
+
+
+def _mapped(path: Path, images: int, recipe: Recipe) -> Tensor:
+    """The pixels in a file, read when they are used; what is written to them changes this process's copy alone."""
+    if not images:
+        return torch.empty(0, *recipe.shape, dtype=torch.uint8)
+    try:
+        pixels = torch.from_file(str(path), shared=False, size=images * recipe.bytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} cannot be mapped into memory ({first_line(error)}). Linux may refuse more than there is memory: "
+            "allow it with sysctl vm.overcommit_memory=1, or give a smaller data.image_size."
+        ) from None
+    return pixels.view(images, *recipe.shape)
+
+
+def _index(folder: Path, wanted: _State, recipe: Recipe) -> _State | None:
+    """What a whole cache was made of, be it of these files or not; None if there is none.
+
+    Raises:
+        ValueError: if it is damaged or of other settings.
+    """
+    try:
+        state = _State.load(folder / INDEX)
+    except ValueError as error:
+        raise ValueError(_useless(folder, f"its {INDEX} is damaged: {error}")) from None
+    if state is None:
+        return None
+    keys = sorted(wanted.settings.keys() | state.settings.keys())
+    changed = [
+        f"its {key} is {state.settings.get(key)!r}, not {wanted.settings.get(key)!r}"
+        for key in keys
+        if state.settings.get(key) != wanted.settings.get(key)
+    ]
+    expected = state.images * recipe.bytes
+    size = (folder / PIXELS).stat().st_size if (folder / PIXELS).is_file() else None
+    if changed:
+        raise ValueError(_useless(folder, "; ".join(changed)))
+    if state.done != state.files:
+        raise ValueError(_useless(folder, f"its {INDEX} is damaged: {state.done} of {state.files} files"))
+    if size != expected:
+        found = "is not there" if size is None else f"has {size:,} bytes"
+        raise ValueError(_useless(folder, f"its {PIXELS} {found}, {expected:,} bytes were expected"))
+    return state
+
+
+def _useless(folder: Path, why: str) -> str:
+    return f"the cache {folder} cannot be used: {why}. Delete that folder, or give data.cache=FOLDER for another place."
+
+
+def _build(folder: Path, files: Files, recipe: Recipe, wanted: _State, outdated: _State | None) -> _State:
+    """Fill a cache, from where an interrupted process left it; returns what index.json then says."""
+    if outdated is not None:
+        counts = f"{outdated.files:,} files then, {wanted.files:,} now"
+        what = counts if outdated.files != wanted.files else "other names, sizes or order"
+        warnings.warn(f"{folder} was made of other images ({what}) and is made again", stacklevel=2)
+    state = _progress(folder, wanted, recipe)
+    missing = (len(files) - state.done) * recipe.bytes
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise OSError(f"{_size_text(missing)} are needed and {_size_text(free)} are free")
+    with (folder / PIXELS).open("r+b" if state.done else "wb") as out:
+        out.truncate(state.images * recipe.bytes)  # a chunk that was cut short is done again
+        out.seek(0, os.SEEK_END)
+        for results in _decoded(files, recipe, state.done):
+            broken = {name: why for name, why in results.items() if isinstance(why, str)}
+            if len(broken) < len(results):
+                images = torch.stack([image for name, image in results.items() if name not in broken])
+                out.write(images.numpy().data)
+                _to_disk(out)
+            state = replace(state, done=state.done + len(results), broken=state.broken | broken)
+            state.save(folder / PROGRESS)
+    state.save(folder / INDEX)
+    (folder / PROGRESS).unlink()
+    return state
+
+
+def _progress(folder: Path, wanted: _State, recipe: Recipe) -> _State:
+    """How far an interrupted process came with the same files; what is of others is removed."""
+    try:
+        state = _State.load(folder / PROGRESS)
+    except ValueError:
+        state = None
+    if (
+        state is not None
+        and (state.settings, state.digest, state.files) == (wanted.settings, wanted.digest, wanted.files)
+        and (folder / PIXELS).is_file()
+        and (folder / PIXELS).stat().st_size >= state.images * recipe.bytes
+    ):
+        return state
+    # The pixels are removed and not overwritten, since another process may have them mapped; the index goes first, so
+    # that what is left by a process that is killed here counts as half-made.
+    for name in (INDEX, PROGRESS, PIXELS):
+        (folder / name).unlink(missing_ok=True)
+    return wanted
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder; the kernel takes the lock from a process that ends."""
+    import fcntl
+
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            warnings.warn(f"waiting for {holder}, which is making {folder}", stacklevel=2)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Make a folder; what fails while files in it are written is a ValueError that says what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"the cache {folder} cannot be written ({error.strerror or error}): make room or give data.cache=FOLDER "
+            "for another place. The same command then goes on from what is there."
+        ) from None
+
+
+def _to_disk(file: Any) -> None:
+    """Wait until a file is on the disk, so that what is written later never tells of what a crash has lost."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _size_text(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
