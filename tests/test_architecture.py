@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
     {"patches", "gaussian", "layers", "distributed", "masks"},
-    {"data"},
+    {"data", "annealing"},
     {"models", "losses"},
     {"capabilities", "checkpoint", "loggers"},
-    {"trainer", "evaluation", "figures"},
+    {"trainer", "evaluation", "figures", "gibbs"},
     {"config", "benchmark"},
     {"commands"},
 ]
