@@ -129,21 +129,13 @@ class BigLearnELBO:
         """
         if random is None and (S is None or T is None or noise is None):
             raise ValueError("give S, T and noise, or random to draw them from")
-        if (S is None) != (T is None):
-            raise ValueError("give both S and T, or neither to have them drawn")
-        x, recorded = _recorded(x)
-        if S is None:
-            # What is random is drawn for all processes together, of whose data this one knows its own alone.
-            drawn = random.rows(len(x), lambda rows, generator: self.masks.draw(rows, x.shape[1], generator))
-            S, T = self.masks.assign(*drawn, recorded)
-        S, T = S & recorded, T & recorded
+        x, S, T = _task(self.masks, x, S, T, random)
         q, p = self._posterior_and_prior(net, x, S, T)
         if noise is None:
             noise = random.normal(tuple(q.mean.shape), q.mean.dtype)
         mean = net(x, S, q.sample(noise), T)  # (B, L, D)
-        error = (x - mean).masked_fill(~T.unsqueeze(-1), 0)
         return ELBO(
-            reconstruction=-0.5 * error.square().sum((-2, -1)),
+            reconstruction=_log_likelihood(x, mean, T),
             kl=q.kl(p),
             beta=self.weight(step),
             num_targets=T.sum(-1),
@@ -154,10 +146,33 @@ class BigLearnELBO:
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""
         if self.prior == "standard":
             return net(x, S | T), None
-        if getattr(getattr(net, "module", net), "hidden", "mask") == "drop":  # they are not of one length
+        if getattr(_unwrapped(net), "hidden", "mask") == "drop":  # they are not of one length
             return net(x, S | T), net(x, S)
         both = net(torch.cat([x, x]), torch.cat([S | T, S]))
         return both[: len(x)], both[len(x) :]
+
+
+def _task(
+    masks: MaskSampler,
+    batch: Tensor | tuple[Tensor, Tensor],
+    S: Tensor | None,
+    T: Tensor | None,
+    random: StepRandom | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of a batch, and S and T, drawn if not given, of what was recorded."""
+    if (S is None) != (T is None):
+        raise ValueError("give both S and T, or neither to have them drawn")
+    x, recorded = _recorded(batch)
+    if S is None:
+        # What is random is drawn for all processes together, of whose data this one knows its own alone.
+        drawn = random.rows(len(x), lambda rows, generator: masks.draw(rows, x.shape[1], generator))
+        S, T = masks.assign(*drawn, recorded)
+    return x, S & recorded, T & recorded
+
+
+def _log_likelihood(x: Tensor, mean: Tensor, T: Tensor) -> Tensor:
+    """log N(x_T; mean, I) without its constant, (B,)."""
+    return -0.5 * (x - mean).masked_fill(~T.unsqueeze(-1), 0).square().sum((-2, -1))
 
 
 def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -217,3 +232,57 @@ class PatchAELoss:
         rows = torch.arange(batch, device=chosen.device).unsqueeze(-1)
         x = patches[rows, chosen].flatten(0, 1)  # (B n, C, P, P)
         return PatchError((net(x) - x).square().mean())
+
+
+class InpaintingRegression:
+    """1/2 ||x_T - mu(x_S)||^2, mu being the mean of p(x_T | z, x_S) at z = 0: the same network without its latent.
+
+    What only encoding uses gets no gradient. DistributedDataParallel, which waits for every gradient, needs it frozen
+    first (`freeze`).
+
+    Args:
+        masks: q(S, T), for calls that do not give S and T.
+    """
+
+    def __init__(self, masks: MaskSampler | None = None):
+        self.masks = masks or MaskSampler()
+
+    def __call__(
+        self,
+        net: nn.Module,
+        x: Tensor | tuple[Tensor, Tensor],
+        S: Tensor | None = None,
+        T: Tensor | None = None,
+        *,
+        random: StepRandom | None = None,
+        step: int | None = None,
+    ) -> ELBO:
+        """As an ELBO whose KL is 0; for the same `random`, S and T are those of `BigLearnELBO`.
+
+        Args:
+            net, x, S, T, random: see `BigLearnELBO`.
+            step: not used.
+
+        Raises:
+            ValueError: if S and T are to be drawn and there is no `random`.
+        """
+        if random is None and S is None and T is None:
+            raise ValueError("give S and T, or random to draw them from")
+        x, S, T = _task(self.masks, x, S, T, random)
+        mean = net(x, S, x.new_zeros(len(x), _unwrapped(net).z_dim), T)
+        reconstruction = _log_likelihood(x, mean, T)
+        return ELBO(reconstruction, torch.zeros_like(reconstruction), 0.0, T.sum(-1), x.shape[-1])
+
+    @staticmethod
+    def freeze(net: nn.Module) -> None:
+        """Ask for no gradient of the parameters that only encoding uses: the latent's head and mask, its own stack."""
+        unused = [net.latent_mask, *net.latent_norm.parameters(), *net.latent_out.parameters()]
+        if net.encoder is not net.decoder:
+            unused += net.encoder.parameters()
+        for parameter in unused:
+            parameter.requires_grad_(False)
+
+
+def _unwrapped(net: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, or itself."""
+    return getattr(net, "module", net)

@@ -54,9 +54,7 @@ class LinearGaussian(nn.Module):
 
     def log_prob(self, x: Tensor, T: Tensor, S: Tensor) -> Tensor:
         """The truth, log p(x_{S u T}) - log p(x_S) from the marginals of the joint normal distribution of x."""
-        with torch.no_grad():
-            W = (self.w.unsqueeze(-1) * self.of_dim.unsqueeze(1)).flatten(0, 1)  # (L D, Z)
-            joint = MultivariateNormal(self.b.flatten(), W @ W.T + self.variance * torch.eye(24).double())
+        joint = self.joint()
 
         def marginal(one: Tensor, mask: Tensor) -> Tensor:
             kept = mask.repeat_interleave(4)
@@ -66,3 +64,19 @@ class LinearGaussian(nn.Module):
             return part.log_prob(one.flatten()[kept])
 
         return torch.stack([marginal(x[i], S[i] | T[i]) - marginal(x[i], S[i]) for i in range(len(x))])
+
+    @torch.no_grad()
+    def joint(self) -> MultivariateNormal:
+        """Of all numbers of x, (L D,)."""
+        W = (self.w.unsqueeze(-1) * self.of_dim.unsqueeze(1)).flatten(0, 1)  # (L D, Z)
+        return MultivariateNormal(self.b.flatten(), W @ W.T + self.variance * torch.eye(24).double())
+
+    def conditional(self, x: Tensor, S: Tensor) -> MultivariateNormal:
+        """The truth, p(x_hid | x_S) of one x (L, D), S (L,), over the hidden numbers in order."""
+        joint, seen = self.joint(), S.repeat_interleave(4)
+        mean, cov = joint.loc, joint.covariance_matrix
+        gain = torch.linalg.solve(cov[seen][:, seen], cov[seen][:, ~seen]).T
+        return MultivariateNormal(
+            mean[~seen] + gain @ (x.flatten()[seen] - mean[seen]),
+            cov[~seen][:, ~seen] - gain @ cov[seen][:, ~seen],
+        )

@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
     {"patches", "gaussian", "layers", "distributed", "masks", "image_files"},
-    {"data", "patch_ae"},
+    {"data", "patch_ae", "annealing"},
     {"models", "losses"},
     {"capabilities", "checkpoint", "loggers"},
-    {"trainer", "evaluation", "figures"},
+    {"trainer", "evaluation", "figures", "gibbs"},
     {"config", "benchmark"},
     {"stages"},
     {"commands"},

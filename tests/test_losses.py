@@ -2,10 +2,13 @@ import math
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch.distributions import Normal, kl_divergence
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from biglearn_vae import BigLearnELBO, MaskSampler, StepRandom, UniversalViT, World
+from biglearn_vae import BigLearnELBO, MaskSampler, Optim, StepRandom, Trainer, UniversalViT, World
+from biglearn_vae.losses import InpaintingRegression
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 BETA = 0.3
@@ -345,3 +348,99 @@ def test_gradients_in_bfloat16_are_near_those_in_float32():
     assert low_loss != loss  # it was in effect
     assert_close(low_loss, loss, rtol=0.02, atol=0)
     assert (low - exact).norm() < 0.05 * exact.norm()
+
+
+# --- the regressor without a latent ---
+
+
+def zero_code(net):
+    """The network with p(z | x_S) = N(0, I), whatever is observed."""
+    with torch.no_grad():
+        net.latent_out[-1].weight.zero_()
+        net.latent_out[-1].bias.zero_()
+    return net
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_regression_is_the_reconstruction_at_z_0(tiny_net, given):
+    (x, _), recorded = data(), unrecorded()
+    S, T = tasks() if given else (None, None)
+    sampler, none = MaskSampler((2, 1), (1, 2), joint=0.2), torch.zeros(6, 3, dtype=torch.float64)
+    for batch in (x, (x, recorded), x.masked_fill(~recorded.unsqueeze(-1), torch.nan)):
+        random = [StepRandom.at(0, 3, World()) for _ in range(2)]
+        parts = InpaintingRegression(sampler)(tiny_net, batch, S, T, random=random[0], step=7)
+        expected = BigLearnELBO(BETA, sampler)(zero_code(tiny_net), batch, S, T, none, random=random[1])
+        assert torch.equal(parts.reconstruction, expected.reconstruction)
+        assert torch.equal(parts.elbo, expected.reconstruction) and not parts.kl.any()
+        assert torch.equal(parts.num_targets, expected.num_targets) and parts.token_dim == expected.token_dim
+        assert parts.scalars().keys() == expected.scalars().keys()
+
+
+def test_regression_by_hand(tiny_net):
+    (x, _), (S, T) = data(), tasks()
+    mean = tiny_net(x, S, torch.zeros(6, 3, dtype=torch.float64), T)
+    errors = torch.stack([0.5 * (x - mean)[i][T[i]].square().sum() for i in range(6)])
+    assert_close(InpaintingRegression()(tiny_net, x, S, T).loss, errors.mean(), **CLOSE)
+
+
+def test_regression_has_no_gradient_in_what_encodes(tiny_net):
+    """Nor does freezing that change what is left."""
+    x, (S, T) = data()[0], tasks()
+    objective, parameters = InpaintingRegression(), dict(tiny_net.named_parameters())
+    objective(tiny_net, x, S, T).loss.backward()
+    before = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    tiny_net.zero_grad()
+    objective.freeze(tiny_net)
+    objective(tiny_net, x, S, T).loss.backward()
+    assert before.keys() == {name for name, p in parameters.items() if p.requires_grad}
+    assert all(torch.equal(parameters[name].grad, gradient) for name, gradient in before.items())
+    assert {"latent_mask", "latent_out.0.weight", "latent_norm.weight"} & before.keys() == set()
+    assert {"latent_in.0.bias", "token_mask", "token_out.0.weight"} <= before.keys()
+
+
+def test_regression_of_a_wrapped_network(tiny_net, tmp_path):
+    x, objective = data()[0], InpaintingRegression()
+    expected = gradients_of_steps(tiny_net, objective, x)
+    objective.freeze(tiny_net)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        found = gradients_of_steps(DistributedDataParallel(tiny_net), objective, x)
+    finally:
+        dist.destroy_process_group()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def gradients_of_steps(net, objective, x: torch.Tensor) -> list[torch.Tensor]:
+    """Two steps: it is the second at which one that waits for gradients would notice that some do not come."""
+    for step in range(2):
+        net.zero_grad()
+        objective(net, x, random=StepRandom.at(0, step, World())).loss.backward()
+    return [p.grad for p in net.parameters() if p.grad is not None]
+
+
+class Batch:
+    batch_size = 6
+
+    def __call__(self, step: int) -> torch.Tensor:
+        return data()[0].sigmoid()
+
+
+def test_the_trainer_takes_the_regression(tiny_net):
+    before = {name: p.detach().clone() for name, p in tiny_net.named_parameters()}
+    S, T = tasks()
+    first = InpaintingRegression()(tiny_net, Batch()(0), S, T).loss.item()
+    trainer = Trainer(tiny_net, InpaintingRegression(), Batch(), Optim(lr=0.01), steps=40, precision="float32")
+    assert trainer.fit()
+    assert InpaintingRegression()(tiny_net, Batch()(0), S, T).loss.item() < 0.5 * first
+    for name, p in tiny_net.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith(("latent_mask", "latent_out", "latent_norm", "encoder"))
+
+
+def test_regression_refuses(tiny_net):
+    (x, _), (S, T) = data(), tasks()
+    with pytest.raises(ValueError, match="S and T, or random"):
+        InpaintingRegression()(tiny_net, x)
+    for given in (dict(S=S), dict(T=T)):
+        with pytest.raises(ValueError, match="both S and T"):
+            InpaintingRegression()(tiny_net, x, **given)

@@ -1,0 +1,294 @@
+"""Conditional samples from a jointly trained VAE by Markov chains: what completion costs without training for it.
+
+A joint VAE has p(z), p(x | z) = N(mu(z), variance I) and an encoder q(z | x) of whole images alone. Both chains draw
+from p(z, x_hid | x_obs), x_hid being all that S leaves, by one encoding and one decoding an iteration:
+
+    z' ~ q(z | x_obs, x_hid),  then  x_hid ~ p(x_hid | z)
+
+- pseudo-Gibbs (Rezende, Mohamed and Wierstra 2014) takes every z'. It is right as far as q is the posterior.
+- Metropolis-within-Gibbs (Mattei and Frellsen 2018) takes z' with probability min(1, w(z') / w(z)),
+  w(z) = p(x_obs, x_hid | z) p(z) / q(z | x_obs, x_hid), else keeps z. It is right for any q that covers the posterior.
+
+K chains of each image, N images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from biglearn_vae import masks
+from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.gaussian import DiagGaussian
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where the chains are after an iteration.
+
+    Attributes:
+        z: (K, N, Z)
+        mean: of p(x | z), tokens (K, N, L, D).
+        x: tokens (K, N, L, D), x_obs in its place and x_hid drawn for this z.
+        accepted: boolean (K, N), whether the z' of this iteration was taken.
+    """
+
+    z: Tensor
+    mean: Tensor
+    x: Tensor
+    accepted: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """What chains have given, by the number of their iterations.
+
+    Attributes:
+        images: (K, N, C, H, W), or (K, C, H, W) for a single image: the mean of p(x_hid | z) for the last z, in [0, 1],
+            and x_obs as it is.
+        seconds: from the start until these were there.
+        acceptance: share of z' that were taken in the Metropolis iterations until then; 1 if there were none.
+    """
+
+    images: dict[int, Tensor]
+    seconds: dict[int, float]
+    acceptance: dict[int, float]
+
+
+def pseudo_gibbs(
+    vae: BigLearnVAE,
+    x: Tensor,
+    S: Tensor,
+    iterations: Sequence[int] = (100,),
+    draws: int = 1,
+    noisy: bool = True,
+    variance: float | None = None,
+    start: Tensor | None = None,
+    seed: int | None = None,
+) -> Completions:
+    """Completions of x_S after these numbers of iterations of pseudo-Gibbs (Rezende, Mohamed and Wierstra 2014).
+
+    Args:
+        iterations: after which completions are kept, each at least 1.
+        noisy: whether x_hid is drawn from p(x_hid | z), or is its mean.
+        The others: see `chain`.
+
+    Raises:
+        ValueError: on values outside these, and on whatever `chain` refuses.
+    """
+    pseudo = max(_counts(iterations))
+    return _record(vae, x, S, iterations, draws, pseudo=pseudo, noisy=noisy, variance=variance, start=start, seed=seed)
+
+
+def metropolis_within_gibbs(
+    vae: BigLearnVAE,
+    x: Tensor,
+    S: Tensor,
+    iterations: Sequence[int] = (100,),
+    draws: int = 1,
+    pseudo: int = 10,
+    variance: float | None = None,
+    start: Tensor | None = None,
+    seed: int | None = None,
+) -> Completions:
+    """Completions of x_S after these numbers of iterations of Metropolis-within-Gibbs (Mattei and Frellsen 2018).
+
+    Args:
+        iterations: after which completions are kept, each at least 1; the pseudo-Gibbs ones count.
+        pseudo: how many of the first are pseudo-Gibbs, as its authors advise: from a z that does not fit x_obs, and
+            from an x that no image looks like, few z' are taken.
+        The others: see `chain`.
+
+    Raises:
+        ValueError: on values outside these, and on whatever `chain` refuses.
+    """
+    return _record(vae, x, S, iterations, draws, pseudo=pseudo, variance=variance, start=start, seed=seed)
+
+
+@torch.no_grad()
+def chain(
+    vae: BigLearnVAE,
+    x: Tensor,
+    S: Tensor,
+    draws: int = 1,
+    pseudo: int = 0,
+    noisy: bool = True,
+    variance: float | None = None,
+    start: Tensor | None = None,
+    seed: int | None = None,
+) -> Iterator[State]:
+    """The chains' states after each iteration, without end.
+
+    Args:
+        vae: the model; p(z) is its prior of nothing observed. Its network takes at most `vae.chunk` rows at once.
+        x: images (N, C, H, W) in [0, 1] or tokens (N, L, D), or one; what is outside S may be anything.
+        S: what is observed, a mask as for every method of `vae`.
+        draws: K, chains of each image.
+        pseudo: how many of the first iterations are pseudo-Gibbs; the others are Metropolis-within-Gibbs.
+        noisy: whether x_hid is drawn from p(x_hid | z), or is its mean; Metropolis is right for the former alone.
+        variance: of the observations, by default that of `vae`.
+        start: images or tokens whose hidden patches the chains start from, (N, ...), (K, N, ...) or one for all. z is
+            then unknown, and the first iteration pseudo-Gibbs in any case. By default z ~ p(z), x_hid ~ p(x_hid | z).
+        seed: makes the chains repeatable.
+
+    Raises:
+        ValueError: if draws is below 1, pseudo below 0, the variance not positive, x or S not what `vae` takes, or
+            start not finite or of another shape.
+    """
+    if draws < 1 or pseudo < 0:
+        raise ValueError(f"draws must be at least 1 and pseudo not negative, got {draws} and {pseudo}")
+    chains = _Chains(vae, x, S, noisy, vae.variance if variance is None else variance, seed)
+    filled = None if start is None else chains.filled(start, draws)
+    return chains.states(draws, pseudo, filled)
+
+
+class _Chains:
+    """The two kinds of iteration, for any number of chains of these images."""
+
+    def __init__(self, vae: BigLearnVAE, x: Tensor, S: Tensor, noisy: bool, variance: float, seed: int | None):
+        if not 0 < variance < math.inf:
+            raise ValueError(f"variance must be positive, got {variance}")
+        self.vae, self.noisy, self.variance = vae, noisy, variance
+        observed = _observed(vae, x, S)
+        self.known, self.mask = observed.tokens, observed.mask
+        self.blank, self.nothing = torch.zeros_like(self.known[0]), torch.zeros_like(self.mask[0])
+        self.prior = vae.encode(self.blank, self.nothing)  # (Z,)
+        self.generator = torch.Generator(vae.device)
+        self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
+
+    @torch.no_grad()
+    def states(self, draws: int, pseudo: int, filled: Tensor | None) -> Iterator[State]:
+        """See `chain`; `filled` are tokens (K, N, L, D) to start from."""
+        if filled is None:
+            state = self.from_prior(draws)
+        else:
+            state = self.pseudo_step(filled)
+            yield state
+        for iteration in itertools.count(1 if filled is None else 2):
+            state = self.pseudo_step(state.x) if iteration <= pseudo else self.metropolis_step(state)
+            yield state
+
+    def from_prior(self, draws: int) -> State:
+        z = self.prior.sample(self._normal((draws, len(self.known), self.vae.z_dim)))
+        return self._state(z, self.mean(z), torch.ones_like(z[..., 0], dtype=torch.bool))
+
+    def pseudo_step(self, x: Tensor) -> State:
+        q = self.posterior(x)
+        z = q.sample(self._normal(q.mean.shape))
+        return self._state(z, self.mean(z), torch.ones_like(z[..., 0], dtype=torch.bool))
+
+    def metropolis_step(self, state: State) -> State:
+        q = self.posterior(state.x)
+        z = q.sample(self._normal(q.mean.shape))
+        mean = self.mean(z)
+        gain = self.log_weight(z, mean, state.x, q) - self.log_weight(state.z, state.mean, state.x, q)
+        uniform = torch.rand(gain.shape, dtype=gain.dtype, device=gain.device, generator=self.generator)
+        accepted = uniform.log() < gain
+        z = torch.where(accepted.unsqueeze(-1), z, state.z)
+        return self._state(z, torch.where(accepted[..., None, None], mean, state.mean), accepted)
+
+    def _state(self, z: Tensor, mean: Tensor, accepted: Tensor) -> State:
+        """With x_hid drawn for this z."""
+        drawn = mean + math.sqrt(self.variance) * self._normal(mean.shape) if self.noisy else mean
+        return State(z, mean, torch.where(self.mask.unsqueeze(-1), self.known, drawn), accepted)
+
+    def posterior(self, x: Tensor) -> DiagGaussian:
+        """q(z | x) of tokens (K, N, L, D): (K, N, Z)."""
+        parts = [self.vae.net(part, ~self._nothing(part)) for part in x.flatten(0, 1).split(self.vae.chunk)]
+        mean, logvar = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "logvar"))
+        return DiagGaussian(mean.view(*x.shape[:2], -1), logvar.view(*x.shape[:2], -1))
+
+    def mean(self, z: Tensor) -> Tensor:
+        """The mean of p(x | z), tokens (K, N, L, D), for z (K, N, Z)."""
+        parts = [
+            self.vae.net(self.blank.expand(len(part), -1, -1), self._nothing(part), part)
+            for part in z.flatten(0, 1).split(self.vae.chunk)
+        ]
+        return torch.cat(parts).view(*z.shape[:2], *self.blank.shape)
+
+    def log_weight(self, z: Tensor, mean: Tensor, x: Tensor, q: DiagGaussian) -> Tensor:
+        """log p(x | z) p(z) / q(z | x), float64 (K, N), without the constant of N(mean, variance I)."""
+        error = (x - mean).double().square().sum((-2, -1))
+        return self.prior.double().log_prob(z) - q.double().log_prob(z) - 0.5 * error / self.variance
+
+    def filled(self, start: Tensor, draws: int) -> Tensor:
+        """Tokens (K, N, L, D): those observed, and those of `start` where nothing is."""
+        if not isinstance(start, Tensor) or not start.isfinite().all():
+            raise ValueError("start must be a tensor of finite numbers; without a start, chains start from p(z)")
+        item = 3 if tuple(start.shape[-3:]) == self.vae.image_shape else 2
+        leading = (draws, len(self.known))
+        try:
+            rows = start.expand(*leading, *start.shape[-item:]).flatten(0, 1)
+        except RuntimeError:
+            raise ValueError(
+                f"expected a start for each of the {leading[1]} images, or for each of {draws} chains of them, "
+                f"or one for all, got {tuple(start.shape)}"
+            ) from None
+        tokens = _observed(self.vae, rows, ~self.nothing).tokens.view(*leading, *self.known.shape[1:])
+        return torch.where(self.mask.unsqueeze(-1), self.known, tokens)
+
+    def _nothing(self, rows: Tensor) -> Tensor:
+        return self.nothing.expand(len(rows), -1)
+
+    def _normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, dtype=self.known.dtype, device=self.known.device, generator=self.generator)
+
+
+class _Observed(NamedTuple):
+    """Tokens (N, L, D), zero where hidden; what is observed (N, L); images (N, C, H, W); whether it was one alone."""
+
+    tokens: Tensor
+    mask: Tensor
+    images: Tensor
+    single: bool
+
+
+def _observed(vae: BigLearnVAE, x: Tensor, S: Tensor) -> _Observed:
+    x, mask = vae.combine((x, S))
+    single = mask.ndim == 1
+    if single:
+        x, mask = x.unsqueeze(0), mask.unsqueeze(0)
+    if x.ndim == 3:
+        return _Observed(x, mask, vae.tokenizer.decode(x), single)
+    return _Observed(vae.tokenizer.encode(x).masked_fill(~mask.unsqueeze(-1), 0), mask, x, single)
+
+
+def _counts(iterations: Sequence[int]) -> list[int]:
+    counts = sorted(set(iterations))
+    if not counts or counts[0] < 1:
+        raise ValueError(f"iterations must be numbers from 1 on, at least one, got {list(iterations)}")
+    return counts
+
+
+@torch.no_grad()
+def _record(
+    vae: BigLearnVAE, x: Tensor, S: Tensor, iterations: Sequence[int], draws: int, *, pseudo: int, **settings
+) -> Completions:
+    """What the chains give after these numbers of iterations; `settings` are others of `chain`."""
+    counts, result, begin = _counts(iterations), Completions({}, {}, {}), time.perf_counter()
+    states, taken = chain(vae, x, S, draws, pseudo, **settings), []
+    observed = _observed(vae, x, S)
+    for count, state in enumerate(itertools.islice(states, counts[-1]), 1):
+        if count > max(pseudo, settings["start"] is not None):
+            taken.append(state.accepted.double().mean())
+        if count in counts:
+            images = _images(vae, state.mean, observed)
+            result.images[count] = images[:, 0] if observed.single else images
+            result.acceptance[count] = torch.stack(taken).mean().item() if taken else 1.0
+            if vae.device.type == "cuda":
+                torch.cuda.synchronize(vae.device)
+            result.seconds[count] = time.perf_counter() - begin
+    return result
+
+
+def _images(vae: BigLearnVAE, mean: Tensor, observed: _Observed) -> Tensor:
+    """Means (K, N, L, D) as images (K, N, C, H, W) in [0, 1], with what is observed in its place."""
+    kept = masks.to_pixels(observed.mask, vae.grid, vae.image_shape[1:]).unsqueeze(1)  # (N, 1, H, W)
+    decoded = [vae.tokenizer.decode(part) for part in mean.flatten(0, 1).split(vae.chunk)]
+    completed = torch.cat(decoded).view(*mean.shape[:2], *vae.image_shape).clamp(0, 1)
+    return torch.where(kept, observed.images, completed)
