@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from biglearn_vae import benchmark as timing
-from biglearn_vae import checkpoint, config, evaluation, stages
+from biglearn_vae import checkpoint, completion, config, evaluation, stages
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import Batches, Splits
+from biglearn_vae.data import Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard, write_json, write_text
 from biglearn_vae.models import count_parameters
@@ -320,6 +320,59 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     write_json(run / "evaluation.json", result)
     print(report(result, run, cfg.split))
     return result
+
+
+def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure the in-painting of a trained run in full, print it and write completion.json into its folder."""
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
+    hints = typing.get_type_hints(completion.Plan)
+    config.check_types(hints | {"images": int}, {name: values[name] for name in (*hints, "images")}, "")
+    plan = completion.Plan(**{name: values[name] for name in hints})
+    if cfg.split not in ("valid", "test"):
+        raise ValueError(f"split must be valid or test, got {cfg.split!r}")
+    if cfg.images < 1:
+        raise ValueError(f"images must be at least 1, got {cfg.images}")
+    trained = _trained(cfg)
+    images = getattr(trained.splits, cfg.split).select(slice(cfg.images))
+    start = time.perf_counter()
+    tasks = completion.measure(trained.vae, images, trained.splits.train, plan, cfg.seed)
+    if plan.regressor_steps:
+        for task, psnr in _regressor(trained, images, plan, cfg.seed).items():
+            tasks[str(task)]["regressor"] = {"psnr": psnr, "steps": plan.regressor_steps}
+    result = {
+        "name": trained.run.name,
+        "checkpoint": trained.checkpoint,
+        "split": cfg.split,
+        "step": trained.step,
+        "images": len(images),
+        "draws": plan.draws,
+        "seconds": round(time.perf_counter() - start, 1),
+        "tasks": tasks,
+    }
+    write_json(trained.run / "completion.json", result)
+    print(completion.table(result))
+    print(f"\n{trained.run / 'completion.json'}")
+    return result
+
+
+def _regressor(trained: "_Trained", images: ImageSet, plan: completion.Plan, seed: int) -> dict[completion.Task, float]:
+    """PSNR by task of the run's network, trained anew without its latent by the run's optimizer and q(S, T)."""
+    settings, tokens = trained.settings, trained.vae.tokenizer
+    steps, batch_size = plan.regressor_steps, settings.trainer.batch_size
+    return completion.regressor_psnr(
+        config.network(settings, tokens).to(trained.vae.device),
+        tokens,
+        trained.splits.train,
+        images,
+        plan.tasks,
+        config.build(settings.optim, "optim"),
+        config.objective(settings).masks,
+        steps,
+        batch_size,
+        seed,
+    )
 
 
 class _Trained(NamedTuple):

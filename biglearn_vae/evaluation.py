@@ -24,6 +24,12 @@ from biglearn_vae.patches import Patchify
 
 Images = Tensor | ImageSet
 CHUNK = 1024  # images at a time, at most
+Task = float | str  # what is observed: a random share of the patches, or a shape
+SHAPES: dict[str, Callable[[tuple[int, int]], Tensor]] = {
+    "centre": masks.centre,  # all but the middle
+    "top": lambda grid: masks.half(grid, "top"),
+    "left": lambda grid: masks.half(grid, "left"),
+}
 NUMBERS = 2**26  # floats at a time, about, whatever the size of an image
 
 
@@ -73,15 +79,15 @@ def _mean(parts: Sequence[ELBO], name: str) -> float:
 
 
 def inpainting_psnr(
-    vae: BigLearnVAE, images: Images, ratios: Sequence[float], draws: int = 32, seed: int = 0
-) -> dict[float, float]:
+    vae: BigLearnVAE, images: Images, ratios: Sequence[Task], draws: int = 32, seed: int = 0
+) -> dict[Task, float]:
     """PSNR over the missing pixels of the posterior-mean completion, by the ratio of patches observed.
 
     The completion is the mean of `draws` completions, an estimate of E[x_T | x_S], the guess with the least expected
     squared error. The masks are `hidden_masks` with the same seed. What was never recorded (NaN) is neither observed
     nor asked for.
     """
-    errors: dict[float, list[_Error]] = {ratio: [] for ratio in ratios}
+    errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
     rows = _rows(draws * math.prod(vae.image_shape))  # all draws of a part at a time
     for k, (x, tasks) in enumerate(_tasks(vae, images, ratios, seed, rows)):
         for ratio, (S, hidden) in tasks.items():
@@ -91,8 +97,8 @@ def inpainting_psnr(
 
 
 def nearest_psnr(
-    vae: BigLearnVAE, images: Images, train: Images, ratios: Sequence[float], neighbours: int = 10, seed: int = 0
-) -> dict[float, float]:
+    vae: BigLearnVAE, images: Images, train: Images, ratios: Sequence[Task], neighbours: int = 10, seed: int = 0
+) -> dict[Task, float]:
     """The same for the mean of the nearest training images, nearest over the observed pixels: the floor to beat.
 
     The training images are read once for all ratios, and then the neighbours.
@@ -110,7 +116,7 @@ def nearest_psnr(
         [torch.stack([S for S, _ in tasks.values()], 1) for _, tasks in _tasks(vae, images, ratios, seed, rows)]
     )
     nearest, everyone = _nearest(_Patches(images, patches, vae.device), S, known, neighbours)
-    errors: dict[float, list[_Error]] = {ratio: [] for ratio in ratios}
+    errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
     for (x, tasks), positions in zip(_tasks(vae, images, ratios, seed, rows), nearest.split(rows), strict=True):
         for number, (ratio, (_, hidden)) in enumerate(tasks.items()):
             completed = patches.decode(_mean_of(known, positions[:, number], everyone))
@@ -208,20 +214,33 @@ def _best(distance: Tensor, positions: Tensor, other: Tensor, start: int, neighb
     return distance, positions.gather(-1, order)
 
 
-def hidden_masks(count: int, num_tokens: int, ratios: Sequence[float], seed: int = 0) -> dict[float, Tensor]:
-    """One random mask (N, L) for each image at each ratio; at least one patch is hidden in each."""
+def hidden_masks(count: int, grid: tuple[int, int], tasks: Sequence[Task], seed: int = 0) -> dict[Task, Tensor]:
+    """What is observed of each image, (N, L), by task; at least one patch is hidden in each."""
+    num_tokens = grid[0] * grid[1]
     largest = (num_tokens - 1) / num_tokens
-    return {ratio: masks.random(count, num_tokens, min(ratio, largest), seed=seed) for ratio in ratios}
+    return {
+        task: SHAPES[task](grid).expand(count, -1)
+        if isinstance(task, str)
+        else masks.random(count, num_tokens, min(task, largest), seed=seed)
+        for task in tasks
+    }
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raise a ValueError unless these are shares of patches in [0, 1] or names of `SHAPES`, at least one."""
+    known = (task in SHAPES if isinstance(task, str) else 0 <= task <= 1 for task in tasks)
+    if not tasks or not all(known):
+        raise ValueError(f"expected shares in [0, 1] or some of {', '.join(SHAPES)}, at least one, got {list(tasks)}")
 
 
 def _tasks(
-    vae: BigLearnVAE, images: Images, ratios: Sequence[float], seed: int, rows: int
-) -> Iterator[tuple[Tensor, dict[float, tuple[Tensor, Tensor]]]]:
+    vae: BigLearnVAE, images: Images, ratios: Sequence[Task], seed: int, rows: int
+) -> Iterator[tuple[Tensor, dict[Task, tuple[Tensor, Tensor]]]]:
     """So many images (n, C, H, W) at a time, and by ratio what is observed and what is asked for of them.
 
     That are the observed patches (n, L) and the hidden pixels (n, 1, H, W) of what was recorded.
     """
-    drawn = hidden_masks(len(images), vae.num_tokens, ratios, seed)
+    drawn = hidden_masks(len(images), vae.grid, ratios, seed)
     for k, x in enumerate(parts(images, vae.device, rows)):
         recorded = masks.from_pixels(~x.isnan().any(1), vae.grid)
         own = {ratio: S[k * rows : (k + 1) * rows].to(vae.device) for ratio, S in drawn.items()}
@@ -391,10 +410,10 @@ def _differences(images: Tensor, patch_size: int) -> Tensor:
 def completion_psnr(
     vae: BigLearnVAE,
     images: Images,
-    ratios: Sequence[float],
+    ratios: Sequence[Task],
     complete: Callable[[Tensor, Tensor], Tensor],
     seed: int = 0,
-) -> dict[float, float]:
+) -> dict[Task, float]:
     """PSNR over the missing pixels of any completion, by the ratio of patches observed, with `hidden_masks`.
 
     Args:
@@ -403,7 +422,7 @@ def completion_psnr(
             (n, C, H, W); n is at most CHUNK. Of a network trained without z (`losses.InpaintingRegression`):
             `lambda x, S: vae.decode(torch.zeros(len(x), vae.z_dim), x, S)`.
     """
-    errors: dict[float, list[_Error]] = {ratio: [] for ratio in ratios}
+    errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
     for x, tasks in _tasks(vae, images, ratios, seed, min(CHUNK, _rows(math.prod(vae.image_shape)))):
         for ratio, (S, hidden) in tasks.items():
             errors[ratio].append(_squared_error(complete(x, S), x, hidden))
@@ -411,8 +430,8 @@ def completion_psnr(
 
 
 def training_mean_psnr(
-    vae: BigLearnVAE, images: Images, train: Images, ratios: Sequence[float], seed: int = 0
-) -> dict[float, float]:
+    vae: BigLearnVAE, images: Images, train: Images, ratios: Sequence[Task], seed: int = 0
+) -> dict[Task, float]:
     """The same for the mean of all training images, whatever is observed: the lowest floor.
 
     Args:

@@ -137,8 +137,7 @@ def inpainting(
 
 def shapes(vae: BigLearnVAE, count: int, seed: int = 0) -> dict[str, Tensor]:
     """Masks (count, L) of several shapes, by what they are called."""
-    rows, columns = vae.grid
-    box = masks.box(vae.grid, rows // 4, columns // 4, -(-rows // 2), -(-columns // 2))
+    box = masks.centre(vae.grid)
     result = {
         "a random half observed": masks.random(count, vae.num_tokens, 0.5, seed),
         "a random fifth observed": masks.random(count, vae.num_tokens, 0.2, seed),

@@ -127,6 +127,12 @@ def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> 
     return mask.flatten()
 
 
+def centre(grid: tuple[int, int]) -> Tensor:
+    """Mask (L,) in which the middle of the image, half of its height and width, is hidden."""
+    rows, columns = grid
+    return box(grid, rows // 4, columns // 4, -(-rows // 2), -(-columns // 2))
+
+
 def half(grid: tuple[int, int], observed: str = "top") -> Tensor:
     """Mask (L,) in which one half of the image is observed: "top", "bottom", "left" or "right"."""
     mask = torch.zeros(grid, dtype=torch.bool)

@@ -14,7 +14,7 @@ FLOORS = [
     {"models", "losses"},
     {"capabilities", "checkpoint", "loggers"},
     {"trainer", "evaluation", "figures", "gibbs"},
-    {"config", "benchmark"},
+    {"config", "benchmark", "completion"},
     {"stages"},
     {"commands"},
 ]

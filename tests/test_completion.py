@@ -84,7 +84,7 @@ def test_psnr_of_a_completion(vae, monkeypatch, chunk):
 
     result = evaluation.completion_psnr(vae, spoil(vae, x, recorded), [0.25, 0.75], complete, seed=3)
     assert list(result) == [0.25, 0.75]
-    for ratio, S in evaluation.hidden_masks(N, vae.num_tokens, [0.25, 0.75], seed=3).items():
+    for ratio, S in evaluation.hidden_masks(N, vae.grid, [0.25, 0.75], seed=3).items():
         asked = evaluation.pixel_mask(~S & recorded, vae)
         assert result[ratio] == pytest.approx(slow_psnr(complete(x, S & recorded), x, ~asked), rel=1e-5)
 
@@ -116,7 +116,7 @@ def test_mean_training_image(vae, monkeypatch):
     mean = train.double().mean(0).expand_as(x)
     for known in (train, Slices(train)):
         result = evaluation.training_mean_psnr(vae, x, known, [0.25, 0.75], seed=5)
-        for ratio, S in evaluation.hidden_masks(N, vae.num_tokens, [0.25, 0.75], seed=5).items():
+        for ratio, S in evaluation.hidden_masks(N, vae.grid, [0.25, 0.75], seed=5).items():
             assert result[ratio] == pytest.approx(slow_psnr(mean, x, evaluation.pixel_mask(S, vae)), rel=1e-6)
 
 

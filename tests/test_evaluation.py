@@ -103,7 +103,7 @@ def test_elbo_beta_weighs_the_kl_alone(vae):
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 16, 64])
 def test_hidden_masks_hide_at_least_one_patch(num_tokens):
     ratios = [0.0, 0.3, 0.5, 0.9, 0.99, 1.0]
-    result = evaluation.hidden_masks(50, num_tokens, ratios)
+    result = evaluation.hidden_masks(50, (1, num_tokens), ratios)
     assert list(result) == ratios
     for ratio, S in result.items():
         assert S.shape == (50, num_tokens) and S.dtype == torch.bool
@@ -112,7 +112,7 @@ def test_hidden_masks_hide_at_least_one_patch(num_tokens):
 
 
 def test_hidden_masks_depend_on_the_seed_alone():
-    one, same, other = (evaluation.hidden_masks(20, 16, [0.25, 0.75], seed) for seed in (0, 0, 1))
+    one, same, other = (evaluation.hidden_masks(20, (4, 4), [0.25, 0.75], seed) for seed in (0, 0, 1))
     for ratio in one:
         assert torch.equal(one[ratio], same[ratio]) and not torch.equal(one[ratio], other[ratio])
         assert len(set(map(tuple, one[ratio].tolist()))) > 1  # a mask of its own for each image
@@ -180,7 +180,7 @@ def test_inpainting_psnr_is_that_of_the_mean_completion(vae, draws):
     x, ratios = pictures(vae), [0.0, 0.5, 1.0]
     result = evaluation.inpainting_psnr(recorder, x, ratios, draws=draws, seed=3)
     assert list(result) == ratios
-    for ratio, S in evaluation.hidden_masks(N, vae.num_tokens, ratios, seed=3).items():
+    for ratio, S in evaluation.hidden_masks(N, vae.grid, ratios, seed=3).items():
         completions = torch.cat([answer for asked, answer in recorder.kept if torch.equal(asked, S)])
         assert len(completions) == draws
         assert len({tuple(completion.flatten().tolist()) for completion in completions}) == draws
@@ -191,7 +191,7 @@ def test_inpainting_psnr_is_that_of_the_mean_completion(vae, draws):
 
 def test_inpainting_psnr_of_one_draw_is_that_of_inpaint(vae):
     x = pictures(vae)
-    S = evaluation.hidden_masks(N, vae.num_tokens, [0.5], seed=3)[0.5]
+    S = evaluation.hidden_masks(N, vae.grid, [0.5], seed=3)[0.5]
     expected = evaluation.psnr(vae.inpaint(x, S, seed=3), x, evaluation.pixel_mask(~S, vae))
     assert evaluation.inpainting_psnr(vae, x, [0.5], draws=1, seed=3) == pytest.approx({0.5: expected})
 
@@ -249,7 +249,7 @@ def test_a_training_image_is_completed_exactly(vae):
     train = pictures(vae, 30)
     chosen = torch.tensor([4, 17, 29, 0])
     x = vae.tokenizer.encode(train)
-    for S in evaluation.hidden_masks(4, vae.num_tokens, [0.25, 0.5, 1.0]).values():
+    for S in evaluation.hidden_masks(4, vae.grid, [0.25, 0.5, 1.0]).values():
         assert torch.equal(evaluation.nearest_completion(x[chosen], S, x, neighbours=1), x[chosen])
     ratios = [0.25, 0.5, 1.0]
     result = evaluation.nearest_psnr(vae, train[chosen], train, ratios, neighbours=1)
@@ -260,7 +260,7 @@ def test_nearest_psnr_is_that_of_the_completion(vae):
     x, train = pictures(vae, seed=1), pictures(vae, 20, seed=2)
     result = evaluation.nearest_psnr(vae, x, train, [0.25, 0.75], neighbours=4, seed=5)
     assert list(result) == [0.25, 0.75]
-    for ratio, S in evaluation.hidden_masks(N, vae.num_tokens, [0.25, 0.75], seed=5).items():
+    for ratio, S in evaluation.hidden_masks(N, vae.grid, [0.25, 0.75], seed=5).items():
         seen = evaluation.pixel_mask(S, vae)  # (N, 1, H, W)
         distances = ((x[:, None] - train[None]).double().square() * seen[:, None]).sum((2, 3, 4))  # (N, M)
         completed = train[distances.argsort(dim=1)[:, :4]].mean(1)
@@ -392,7 +392,7 @@ def test_unrecorded_patches_are_neither_observed_nor_asked_for(vae):
     recorder = Recorder(vae.net, vae.tokenizer)
     recorder.kept = []
     result = evaluation.inpainting_psnr(recorder, spoil(vae, x, recorded), [0.5], draws=2, seed=3)
-    (S, answer), expected = recorder.kept[0], evaluation.hidden_masks(N, vae.num_tokens, [0.5], seed=3)[0.5] & recorded
+    (S, answer), expected = recorder.kept[0], evaluation.hidden_masks(N, vae.grid, [0.5], seed=3)[0.5] & recorded
     assert torch.equal(S, expected)
     asked = evaluation.pixel_mask(recorded & ~S, vae)
     assert result[0.5] == pytest.approx(slow_psnr(answer.double().mean(0), x, ~asked), rel=1e-5)

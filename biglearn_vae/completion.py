@@ -1,0 +1,198 @@
+"""In-painting in full: a model's completions beside its floors, and beside the chains that a joint VAE would need.
+
+A task is what is observed: a share of the patches, drawn for each image, or the name of a shape (`evaluation.SHAPES`).
+
+N images, K draws.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biglearn_vae import evaluation, gibbs
+from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.data import Batches, ImageSet
+from biglearn_vae.distributed import World, derive_seed
+from biglearn_vae.evaluation import Images, Task
+from biglearn_vae.losses import InpaintingRegression
+from biglearn_vae.masks import MaskSampler
+from biglearn_vae.trainer import Optim, Trainer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Args:
+        tasks: what is observed.
+        draws: K, completions of each image, at least 2.
+        iterations: numbers of iterations after which the chains of a joint VAE are looked at; none leaves them out.
+        chain_tasks: the tasks for which chains are run.
+        likelihood_images: at most so many images are used for bounds on log p(hidden | observed); 0 leaves them out.
+        samples: of each bound, by importance sampling, or by annealed importance sampling for a joint VAE.
+        annealing_steps: of the latter.
+        regressor_steps: steps for which the regressor without a latent is trained; 0 leaves it out.
+
+    Raises:
+        ValueError: on counts outside these, or an unknown task.
+    """
+
+    tasks: Sequence[Task]
+    draws: int = 10
+    iterations: Sequence[int] = ()
+    chain_tasks: Sequence[Task] = (0.5,)
+    likelihood_images: int = 0
+    samples: int = 64
+    annealing_steps: int = 200
+    regressor_steps: int = 0
+
+    def __post_init__(self):
+        evaluation.check_tasks(self.tasks)
+        if self.draws < 2:
+            raise ValueError(f"draws must be at least 2, got {self.draws}")
+        for name in ("likelihood_images", "regressor_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("samples", "annealing_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if any(count < 1 for count in self.iterations):
+            raise ValueError(f"iterations must be at least 1 each, got {list(self.iterations)}")
+        if self.iterations and not set(self.chain_tasks) <= set(self.tasks):
+            raise ValueError(f"chain_tasks must be some of the tasks, got {list(self.chain_tasks)}")
+
+
+def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """By task and by what completes, `evaluation.completion_scores` and seconds, or a PSNR.
+
+    "one pass" is the model itself, of which a joint VAE makes little: it never saw a part of an image. Its chains are
+    "pseudo-Gibbs" and "Metropolis-within-Gibbs", lists by number of iterations. "training mean" and "10 nearest" are
+    the floors. "nats" is log p(hidden | observed) under N(mu, variance I) with the variance fitted on training images,
+    a lower bound for a BigLearn-VAE, an estimate with its standard error for a joint VAE.
+
+    Args:
+        images: N of them; all are made floats at once.
+        train: training images.
+    """
+    floors = {
+        "training mean": evaluation.training_mean_psnr(vae, images, train, plan.tasks, seed),
+        "10 nearest": evaluation.nearest_psnr(vae, images, train, plan.tasks, seed=seed),
+    }
+    variance = evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)
+    x, result = images[:].to(vae.device), {}
+    for task, S in evaluation.hidden_masks(len(images), vae.grid, plan.tasks, seed).items():
+        S = S.to(vae.device)
+        found: dict[str, Any] = {"one pass": _one_pass(vae, x, S, plan.draws, seed)}
+        if vae.prior == "standard" and plan.iterations and task in plan.chain_tasks:
+            found |= _chains(vae, x, S, plan, variance, seed)
+        if plan.likelihood_images:
+            some = slice(plan.likelihood_images)
+            found["nats"] = _nats(vae, x[some], S[some], plan, variance, seed)
+        result[str(task)] = found | {name: {"psnr": psnr[task]} for name, psnr in floors.items()}
+    return result
+
+
+def _one_pass(vae: BigLearnVAE, x: Tensor, S: Tensor, draws: int, seed: int) -> dict[str, float]:
+    start = time.perf_counter()
+    drawn = vae.inpaint(x, S, draws, seed)
+    if vae.device.type == "cuda":
+        torch.cuda.synchronize(vae.device)
+    seconds = time.perf_counter() - start
+    return evaluation.completion_scores(drawn, x, evaluation.pixel_mask(~S, vae)) | {"seconds": seconds}
+
+
+def _chains(vae: BigLearnVAE, x: Tensor, S: Tensor, plan: Plan, variance: float, seed: int) -> dict[str, list]:
+    """The two samplers of a joint VAE, with the variance that training images have."""
+    hidden, result = evaluation.pixel_mask(~S, vae), {}
+    samplers = {"pseudo-Gibbs": gibbs.pseudo_gibbs, "Metropolis-within-Gibbs": gibbs.metropolis_within_gibbs}
+    for name, sampler in samplers.items():
+        found = sampler(vae, x, S, plan.iterations, plan.draws, variance=variance, seed=seed)
+        result[name] = [
+            {"iterations": count, "seconds": found.seconds[count], "acceptance": found.acceptance[count]}
+            | evaluation.completion_scores(drawn, x, hidden)
+            for count, drawn in found.images.items()
+        ]
+    return result
+
+
+def _nats(vae: BigLearnVAE, x: Tensor, S: Tensor, plan: Plan, variance: float, seed: int) -> dict[str, float]:
+    """Mean log p(hidden | observed) per image."""
+    shared = {"variance": variance, "images": len(x)}
+    if vae.prior == "learned":
+        return shared | {"mean": vae.log_prob(x, ~S, S, plan.samples, variance, seed).mean().item()}
+    found = evaluation.conditional_log_prob_joint(vae, x, S, plan.samples, variance, seed, plan.annealing_steps)
+    return shared | {"mean": found.nats.mean().item(), "error": found.error.square().mean().sqrt().item()}
+
+
+def regressor_psnr(
+    net: nn.Module,
+    tokenizer: nn.Module,
+    train: ImageSet,
+    images: Images,
+    tasks: Sequence[Task],
+    optim: Optim,
+    masks: MaskSampler,
+    steps: int,
+    batch_size: int,
+    seed: int = 0,
+) -> dict[Task, float]:
+    """PSNR by task of the same network without its latent, trained to predict x_T from x_S: a floor to be beaten.
+
+    Args:
+        net: with fresh weights; it is trained.
+        masks: q(S, T), as the model's.
+    """
+    device = next(net.parameters()).device
+    batches = Batches(train.resident(device), batch_size, seed, World(device=device), transform=tokenizer.encode)
+    trainer = Trainer(
+        net,
+        InpaintingRegression(masks),
+        batches,
+        optim,
+        steps=steps,
+        seed=derive_seed("regressor", seed),
+        world=batches.world,
+        report_every=steps,
+        evaluate_every=steps,
+        checkpoint_every=steps,
+    )
+    trainer.fit()
+    vae = BigLearnVAE(trainer.result, tokenizer)
+
+    def complete(x: Tensor, S: Tensor) -> Tensor:
+        return vae.decode(torch.zeros(len(x), vae.z_dim, device=vae.device), x, S)
+
+    return evaluation.completion_psnr(vae, images, tasks, complete, seed)
+
+
+def table(result: dict[str, Any]) -> str:
+    """PSNR in dB of every completion by task, as lines of text."""
+    tasks = result["tasks"]
+    rows: dict[str, dict[str, float]] = {}
+    for task, found in tasks.items():
+        for name, scores in found.items():
+            for label, value in _psnrs(name, scores):
+                rows.setdefault(label, {})[task] = value
+    head = f"{result['name']}: PSNR in dB over hidden pixels of {result['images']} {result['split']} images"
+    lines = [head, f"  {'observed':<46}" + "".join(f"{task:>9}" for task in tasks)]
+    for label, values in rows.items():
+        cells = (f"{values[task]:.2f}" if task in values else "" for task in tasks)
+        lines.append(f"  {label:<46}" + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _psnrs(name: str, scores: Any) -> list[tuple[str, float]]:
+    """Labels and PSNRs of one entry of a task; none for log-likelihoods."""
+    if isinstance(scores, list):
+        return [
+            (f"{name}, {entry['iterations']} iterations, {how}", entry[f"psnr_{key}"])
+            for entry in scores
+            for how, key in (("a draw", "draw"), ("mean", "mean"))
+        ]
+    if "psnr_draw" in scores:
+        return [(f"{name}, {how}", scores[f"psnr_{key}"]) for how, key in (("a draw", "draw"), ("mean", "mean"))]
+    return [(name, scores["psnr"])] if "psnr" in scores else []
