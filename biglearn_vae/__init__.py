@@ -7,7 +7,7 @@
 >>> completed = vae.inpaint(x, S, seed=0)
 """
 
-from biglearn_vae import data, evaluation, figures, masks
+from biglearn_vae import data, evaluation, figures, masks, probe
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.config import compose, load
 from biglearn_vae.data import Batches, ImageSet, images
@@ -47,4 +47,5 @@ __all__ = [
     "images",
     "load",
     "masks",
+    "probe",
 ]

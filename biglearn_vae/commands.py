@@ -1,4 +1,4 @@
-"""What the scripts do: train, evaluate, draw figures, time steps. They print for a person, write for a program."""
+"""What the scripts do: train, evaluate, probe, draw, time steps. They print for a person, write for a program."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import torch
 from biglearn_vae import benchmark as timing
 from biglearn_vae import checkpoint, completion, config, evaluation, stages
 from biglearn_vae import figures as pictures
+from biglearn_vae import probe as probing
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SUMMARY_FILE = "summary.json"
+PROBE_FILE = "probe.json"
 
 
 def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -> None:
@@ -473,3 +475,57 @@ def _work(cfg: "DictConfig", workers: int) -> timing.Work:
 def network_text(net: torch.nn.Module) -> str:
     """What a network is and how large."""
     return f"{type(net).__name__}, {size_text(count_parameters(net))}"
+
+
+def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Linear probing of a trained run's codes, printed and written as probe.json into the run's folder."""
+    values = _probe_settings(cfg)
+    started = time.perf_counter()
+    run, settings, vae, splits, checkpoint_name, step = _trained(cfg)
+    train = probing.some(splits.train, cfg.train_images)
+    test = probing.some(getattr(splits, cfg.split), cfg.test_images)
+    print(f"probing {run}: {len(train):,} training and {len(test):,} {cfg.split} images ...", flush=True)
+    ceiling = None
+    if cfg.ceiling_steps:
+        net, progress = config.network(settings, vae.tokenizer), Progress(cfg.ceiling_steps)
+        try:
+            ceiling = probing.train_ceiling(net, vae, train, cfg.ceiling_steps, cfg.seed, [progress])
+        finally:
+            progress.close()
+    scores = probing.linear_probe(
+        vae, train, test, values["ratios"], cfg.draws, cfg.seed, raw=cfg.pixels, ceiling=ceiling
+    )
+    result = {
+        "name": run.name,
+        "checkpoint": checkpoint_name,
+        "step": step,
+        "parameters": count_parameters(vae.net),
+        "settings": values | {"logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER},
+        "train_images": len(train),
+        "test_images": len(test),
+    } | {
+        name: value if name == "metric" else {str(ratio): numbers for ratio, numbers in value.items()}
+        for name, value in scores.items()
+    }
+    write_json(run / PROBE_FILE, result)
+    print(probing.table(result))
+    print(f"\n{run / PROBE_FILE!s:<60} these numbers ({time.perf_counter() - started:.0f} s)")
+    return result
+
+
+def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
+    """The settings of `probe` that say what is measured, checked."""
+    from omegaconf import OmegaConf
+
+    hints = {"split": str, "seed": int, "ratios": list[float], "draws": int, "pixels": bool, "ceiling_steps": int}
+    hints |= {"train_images": int | None, "test_images": int | None}
+    container: dict[str, Any] = OmegaConf.to_container(cfg)
+    values = {name: container[name] for name in hints}
+    config.check_types(hints, values, "")
+    config.check_evaluation(cfg)
+    if cfg.split not in ("valid", "test"):
+        raise ValueError(f"split must be valid or test, got {cfg.split!r}")
+    for name, least in (("train_images", 1), ("test_images", 1), ("ceiling_steps", 0)):
+        if values[name] is not None and values[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {values[name]}")
+    return values

@@ -1,0 +1,469 @@
+"""Linear probing: what a linear classifier reads from the codes of incomplete images, with a floor and a ceiling.
+
+As in He et al. (2021), the encoder is frozen and a linear classifier is trained on what it gives, here the mean of
+p(z | x_S) under random masks. The floor is the same classifier on raw pixels, the ceiling the same network trained
+with labels.
+
+N images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension, F features, A attributes.
+"""
+
+import statistics
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from biglearn_vae import masks
+from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.data import Batches, ImageSet, shuffled
+from biglearn_vae.distributed import StepRandom, World, derive_seed
+from biglearn_vae.loggers import Logger
+from biglearn_vae.trainer import Optim, Trainer
+
+RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # S-ratios, shares of the patches observed
+CHUNK = 1024  # images at a time
+# Logistic regression with the penalty |w|^2 / (2 C) is a prior N(0, C) on each weight, which gives a logit of F
+# standardised features the variance C F. So C = LOGIT_VARIANCE / F is the same prior for codes and for pixels, however
+# many there are. On validation images 32 was within 2 points of the best C for the pixels of digits and of MNIST and
+# for codes.
+LOGIT_VARIANCE = 32.0
+MAX_ITER = 500  # of the solver
+BATCH_SIZE = 128  # of the ceiling's training
+
+
+def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int = 0) -> Tensor:
+    """The means of p(z | x_S), (N, Z) on the CPU, each image under a random mask of its own.
+
+    Args:
+        images: (N, C, H, W) in [0, 1], a tensor or a set, of which `CHUNK` are read at a time. What was never recorded
+            (NaN) is not observed.
+        ratio: share of the patches in S, in [0, 1].
+        seed: of the masks.
+    """
+    return torch.cat([vae.encode(tokens, S).mean.cpu() for _, tokens, S in _observed(vae, images, ratio, seed)])
+
+
+def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int = 0) -> Tensor:
+    """The pixels under the same masks as `features`, zero where hidden: (N, C H W) on the CPU.
+
+    Of equal channels, such as MNIST's three, all are taken; they change nothing but the time, since the penalty of
+    `fit` counts features.
+
+    Args:
+        vae: for its patches alone. The others: see `features`.
+    """
+    parts = []
+    for x, _, S in _observed(vae, images, ratio, seed):
+        seen = masks.to_pixels(S, vae.grid, vae.image_shape[1:]).unsqueeze(1)
+        parts.append(x.masked_fill(~seen, 0).flatten(1).cpu())
+    return torch.cat(parts)
+
+
+def _observed(
+    vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images (n, C, H, W), their tokens (n, L, D) and what is observed of them (n, L), a part at a time."""
+    if not len(images):
+        raise ValueError("expected at least one image, got none")
+    mask = masks.random(len(images), vae.num_tokens, ratio, seed=seed)  # whatever the parts are
+    for start in range(0, len(images), CHUNK):
+        x = images[start : start + CHUNK].to(vae.device)
+        tokens = vae.tokenizer.encode(x)
+        yield x, tokens, mask[start : start + CHUNK].to(vae.device) & masks.recorded(tokens)
+
+
+def mask_seeds(seed: int, ratio: float, draw: int) -> tuple[int, int]:
+    """The seeds of the masks of the training images and of the test images, of one draw at one S-ratio."""
+    train, test = (derive_seed("probe", seed, float(ratio), draw, part) for part in ("train", "test"))
+    return train, test
+
+
+def some(images: ImageSet, count: int | None) -> ImageSet:
+    """The first `count` images of a fixed shuffled order, or all; always the same ones, whatever is probed."""
+    if count is None or count >= len(images):
+        return images
+    return images.select(shuffled(len(images), derive_seed("probe", "images"))[:count].sort().values)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well labels are predicted.
+
+    Attributes:
+        value: accuracy of classes, or the mean of `attributes`, in [0, 1].
+        attributes: balanced accuracy, the mean of the two classes' recalls, of each attribute; None for one without
+            both classes among the training images and among the test images. None as a whole for classes.
+        unconverged: number of classifiers whose solver stopped before it converged.
+    """
+
+    value: float
+    attributes: tuple[float | None, ...] | None = None
+    unconverged: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LinearClassifier:
+    """What `fit` gives: scikit-learn's pipeline, and whether its solver converged."""
+
+    pipeline: Any
+    converged: bool
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The classes (N,) of features (N, F)."""
+        return torch.from_numpy(self.pipeline.predict(x.numpy()))
+
+
+def fit(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
+    """Multinomial logistic regression (scikit-learn's, with L-BFGS) on standardised features.
+
+    Features are standardised with their own mean and standard deviation, which go with the classifier; the penalty is
+    |w|^2 / (2 C) with C = `LOGIT_VARIANCE` / F, against the sum of the losses.
+
+    Args:
+        x: (N, F)
+        y: classes (N,), at least two of them.
+        balanced: give all classes the same weight, however many examples each has.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    weight = "balanced" if balanced else None
+    solver = LogisticRegression(C=LOGIT_VARIANCE / x.shape[1], max_iter=MAX_ITER, class_weight=weight)
+    with warnings.catch_warnings(record=True, action="always", category=ConvergenceWarning) as caught:
+        pipeline = make_pipeline(StandardScaler(), solver).fit(x.numpy(), y.numpy())
+    return LinearClassifier(pipeline, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught))
+
+
+def fit_and_score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Score:
+    """Train a linear classifier on features and labels, and test it on others.
+
+    Args:
+        train_x, test_x: features (N, F) on the CPU.
+        train_y, test_y: classes (N,), for one classifier and its accuracy; or attributes (N, A) of 1, 0 and, where it
+            is not known, -1, for one classifier each, of the images of which it is known. Those give both classes
+            the same weight, as balanced accuracy does: without it a rare attribute would never be predicted.
+
+    Raises:
+        ValueError: on features or labels of other shapes or values, on training images of a single class, and if no
+            attribute has both classes among the training images and among the test images.
+    """
+    _check(train_x, train_y, test_x, test_y)
+    if train_y.ndim == 1:
+        classifier = fit(train_x, train_y)
+        return _score(classifier.predict(test_x), train_y, test_y, int(not classifier.converged))
+    predicted, unconverged = torch.zeros_like(test_y), 0
+    for column in _scored_attributes(train_y, test_y):
+        known = train_y[:, column] >= 0
+        classifier = fit(train_x[known], train_y[known, column], balanced=True)
+        predicted[:, column] = classifier.predict(test_x)
+        unconverged += not classifier.converged
+    return _score(predicted, train_y, test_y, unconverged)
+
+
+def _score(predicted: Tensor, train_y: Tensor, test_y: Tensor, unconverged: int = 0) -> Score:
+    """The score of predictions like test_y."""
+    if test_y.ndim == 1:
+        return Score((predicted == test_y).double().mean().item(), None, unconverged)
+    values: list[float | None] = [None] * test_y.shape[1]
+    for column in _scored_attributes(train_y, test_y):
+        values[column] = _balanced_accuracy(predicted[:, column], test_y[:, column])
+    return Score(statistics.fmean(value for value in values if value is not None), tuple(values), unconverged)
+
+
+def _balanced_accuracy(predicted: Tensor, y: Tensor) -> float:
+    """The mean of the recalls of the classes 0 and 1, neither of which may be absent from y."""
+    return statistics.fmean((predicted[y == label] == label).double().mean().item() for label in (0, 1))
+
+
+def _scored_attributes(train_y: Tensor, test_y: Tensor) -> list[int]:
+    """Which attributes of (N, A) have both classes among the training images and among the test images."""
+    both = [(y == 0).any(0) & (y == 1).any(0) for y in (train_y, test_y)]
+    return (both[0] & both[1]).nonzero().flatten().tolist()
+
+
+def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
+    for name, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):
+        if x.ndim != 2 or not x.numel() or x.shape[1] != train_x.shape[1]:
+            raise ValueError(
+                f"expected {name} features of shape (N, F), N at least 1 and F that of training, got {tuple(x.shape)}"
+            )
+        if not x.isfinite().all():
+            raise ValueError(f"expected finite {name} features, got NaN or infinity")
+        if len(y) != len(x):
+            raise ValueError(f"expected a label for each of the {len(x)} {name} images, got {len(y)}")
+    _check_labels(train_y, test_y)
+
+
+def _check_labels(train_y: Tensor, test_y: Tensor) -> None:
+    if train_y.ndim not in (1, 2) or train_y.shape[1:] != test_y.shape[1:]:
+        raise ValueError(
+            "expected labels of shape (N,), classes, or (N, A), attributes, of training and test alike, "
+            f"got {tuple(train_y.shape)} and {tuple(test_y.shape)}"
+        )
+    if train_y.ndim == 1 and len(train_y.unique()) < 2:
+        raise ValueError("expected at least two classes among the training images, got one: take more images")
+    if train_y.ndim == 2:
+        values = torch.cat([train_y, test_y]).unique().tolist()
+        if not set(values) <= {-1, 0, 1}:
+            raise ValueError(f"expected attributes of 1, 0 and -1 (not known), got the values {values[:5]}")
+        if not _scored_attributes(train_y, test_y):
+            raise ValueError(
+                "no attribute has both classes among the training images and among the test images: take more images"
+            )
+
+
+def labels_of(images: ImageSet, what: str = "training") -> Tensor:
+    """The labels of a set, on the CPU.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    labels = getattr(images, "labels", None)
+    if labels is None:
+        raise ValueError(
+            f"the {what} images have no labels, which linear probing needs: take data that has them, such as digits, "
+            "mnist, fashion_mnist, or image_folder with a subfolder for each class"
+        )
+    return labels.cpu()
+
+
+class LabelledViT(nn.Module):
+    """The ceiling: logits of the labels, a linear layer on the mean of p(z | x_S).
+
+    Args:
+        net: a network of `models`.
+        labels: those of the training images, classes (N,) or attributes (N, A).
+    """
+
+    def __init__(self, net: nn.Module, labels: Tensor):
+        super().__init__()
+        self.net = net
+        self.register_buffer("classes", labels.unique() if labels.ndim == 1 else None)
+        self.head = nn.Linear(net.z_dim, labels.shape[1] if self.classes is None else len(self.classes))
+        nn.init.zeros_(self.head.weight)  # it depends on no random numbers then
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor, S: Tensor) -> Tensor:
+        """Logits, (B, number of classes) or (B, A), given tokens x (B, L, D) where S (B, L) is True."""
+        return self.head(self.net(x, S).mean)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, S: Tensor) -> Tensor:
+        """The likeliest classes (B,), or attributes (B, A)."""
+        logits = self(x, S)
+        return (logits > 0).long() if self.classes is None else self.classes[logits.argmax(-1)]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelLossParts:
+    """The loss of a batch, a scalar."""
+
+    loss: Tensor
+
+    def scalars(self) -> dict[str, Tensor]:
+        """By name."""
+        return {"loss": self.loss}
+
+
+class LabelLoss:
+    """Cross-entropy of the labels given x_S, with the S-ratio from Beta(1, 1) for each image.
+
+    Attributes are weighted as `fit` does with balanced=True; where one is not known it does not count.
+
+    Args:
+        labels: those of the training images, classes (N,) or attributes (N, A).
+    """
+
+    def __init__(self, labels: Tensor):
+        self.weight = None
+        if labels.ndim == 2:
+            count = torch.stack([(labels == label).sum(0) for label in (0, 1)], dim=-1)  # (A, 2)
+            self.weight = count.sum(-1, keepdim=True) / (2 * count.clamp(min=1))
+
+    def __call__(
+        self, net: nn.Module, batch: tuple[Tensor, Tensor], *, random: StepRandom, step: int | None = None
+    ) -> LabelLossParts:
+        """The loss of tokens (B, L, D) with classes (B,), from 0 on, or attributes (B, A)."""
+        x, y = batch
+        recorded = masks.recorded(x)
+        ratio, order = random.rows(len(x), lambda rows, generator: _draw(rows, x.shape[1], generator))
+        logits = net(x, _uniform_masks(ratio, order, recorded))
+        if self.weight is None:
+            return LabelLossParts(F.cross_entropy(logits, y))
+        known = (y >= 0).to(logits.dtype)
+        target = (y == 1).to(logits.dtype)
+        weight = self.weight.to(logits)
+        weight = known * torch.where(y == 1, weight[:, 1], weight[:, 0])
+        loss = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
+        return LabelLossParts(loss / known.sum().clamp(min=1))
+
+
+def _draw(rows: int, num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The random numbers behind S, uniform in [0, 1): S-ratios (rows, 1) and an order (rows, L)."""
+    shapes = ((rows, 1), (rows, num_tokens))
+    ratio, order = (torch.rand(shape, generator=generator, device=generator.device) for shape in shapes)
+    return ratio, order
+
+
+def _uniform_masks(ratio: Tensor, order: Tensor, recorded: Tensor) -> Tensor:
+    """S (B, L) from what `_draw` gave, among the patches that were recorded: |S| is uniform from 0 to all of them.
+
+    `MaskSampler` never observes everything, since it leaves something to ask for.
+    """
+    count = recorded.sum(-1, keepdim=True)
+    return masks.rank_among(recorded, order) < (ratio * (count + 1)).floor().minimum(count)
+
+
+class LabelledBatches:
+    """batches(step): tokens (B, L, D) of a step, in the order of `Batches`, and the targets of `LabelLoss`.
+
+    Args:
+        images: the set, with labels.
+        vae: for its tokenizer and device.
+    """
+
+    batch_size = BATCH_SIZE
+
+    def __init__(self, images: ImageSet, vae: BigLearnVAE, seed: int = 0):
+        labels = labels_of(images)
+        self._batches, self._vae = Batches(images, self.batch_size, seed), vae
+        self._targets = labels.unique(return_inverse=True)[1] if labels.ndim == 1 else labels
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        positions = self._batches.positions(step)
+        x = self._vae.tokenizer.encode(self._batches.images[positions].to(self._vae.device))
+        return x, self._targets[positions.cpu()].to(self._vae.device)
+
+
+def train_ceiling(
+    net: nn.Module, vae: BigLearnVAE, train: ImageSet, steps: int, seed: int = 0, loggers: Iterable[Logger] = ()
+) -> LabelledViT:
+    """Train a network with labels on masked images: what its architecture can reach, for `linear_probe`.
+
+    AdamW with learning rate 1e-3, cosine to 0, batches of 128, float32.
+
+    Args:
+        net: a network with fresh weights, which are trained.
+        vae: for its tokenizer and device.
+        train: training images with labels.
+
+    Raises:
+        ValueError: if there are no labels.
+        KeyboardInterrupt: if Ctrl-C or SIGTERM ended the training early.
+    """
+    labels = labels_of(train)
+    trainer = Trainer(
+        LabelledViT(net, labels).to(vae.device),
+        LabelLoss(labels),
+        LabelledBatches(train, vae, seed),
+        Optim(lr=1e-3, schedule="cosine"),
+        steps=steps,
+        seed=seed,
+        world=World(device=vae.device),
+        precision="float32",
+        compile=False,
+    )
+    if not trainer.fit(loggers):
+        raise KeyboardInterrupt
+    return trainer.net.eval()
+
+
+def linear_probe(
+    vae: BigLearnVAE,
+    train: ImageSet,
+    test: ImageSet,
+    ratios: Sequence[float] = RATIOS,
+    draws: int = 3,
+    seed: int = 0,
+    raw: bool = True,
+    ceiling: LabelledViT | None = None,
+) -> dict[str, Any]:
+    """Score of a linear classifier on the codes of incomplete images, by the share of patches observed.
+
+    For each S-ratio and each draw of masks a new classifier is trained on the training images under random masks and
+    tested on the test images under others (`mask_seeds`).
+
+    Args:
+        train, test: images with labels, classes (N,) or attributes (N, A); see `fit_and_score`.
+        ratios: S-ratios in [0, 1].
+        draws: how often masks are drawn.
+        raw: whether the same is done with raw pixels, the floor.
+        ceiling: a network trained with labels (`train_ceiling`), to be tested under the same masks.
+
+    Returns:
+        metric: "accuracy" or "balanced accuracy".
+        codes, and pixels and ceiling if asked for: by S-ratio the `mean` of the score over the draws, its standard
+            deviation `std` (None for a single draw), the score of each of the `draws`, how many classifiers were
+            `unconverged`, and for labels that are attributes the mean of each of the `attributes`.
+
+    Raises:
+        ValueError: if there are no labels or they cannot be used, and for ratios or draws outside these.
+    """
+    from tqdm import tqdm
+
+    train_y, test_y = labels_of(train), labels_of(test, "test")
+    _check_labels(train_y, test_y)
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    inputs = {"codes": features} | ({"pixels": pixels} if raw else {})
+    result: dict[str, Any] = {name: {} for name in (*inputs, *(() if ceiling is None else ("ceiling",)))}
+    for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
+        scores: dict[str, list[Score]] = {name: [] for name in result}
+        for seeds in (mask_seeds(seed, ratio, draw) for draw in range(draws)):
+            for name, of in inputs.items():
+                train_x, test_x = (of(vae, images, ratio, s) for images, s in zip((train, test), seeds, strict=True))
+                scores[name].append(fit_and_score(train_x, train_y, test_x, test_y))
+            if ceiling is not None:
+                predicted = [ceiling.predict(x, S).cpu() for _, x, S in _observed(vae, test, ratio, seeds[1])]
+                scores["ceiling"].append(_score(torch.cat(predicted), train_y, test_y))
+        for name, draws_of in scores.items():
+            result[name][ratio] = _over_draws(draws_of)
+    return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy"} | result
+
+
+def _over_draws(scores: Sequence[Score]) -> dict[str, Any]:
+    values = [score.value for score in scores]
+    result: dict[str, Any] = {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "draws": values,
+        "unconverged": sum(score.unconverged for score in scores),
+    }
+    if scores[0].attributes is not None:
+        columns = zip(*(score.attributes or () for score in scores), strict=True)
+        result["attributes"] = [None if None in column else statistics.fmean(column) for column in columns]
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The numbers of a probe as lines of text, and which classifiers are not quite trained."""
+    words = {
+        "codes": "codes, the mean of p(z | x_S)",
+        "pixels": "raw pixels, zero where hidden",
+        "ceiling": "the same network, trained with labels",
+    }
+    draws = result["settings"]["draws"]
+    lines = [
+        f"{result['metric']} in % on {result['test_images']:,} {result['settings']['split']} images, "
+        f"{result['train_images']:,} to train, mean and standard deviation over {draws} draws of masks",
+        f"  {'share of patches observed':<40}" + "".join(f"{float(ratio):>12g}" for ratio in result["codes"]),
+    ]
+    for name in (name for name in words if name in result):
+        cells = (_percent(numbers["mean"], numbers["std"]) for numbers in result[name].values())
+        lines.append(f"  {words[name]:<40}" + "".join(f"{cell:>12}" for cell in cells))
+    for name in (name for name in words if name in result):
+        if left := {ratio: n["unconverged"] for ratio, n in result[name].items() if n["unconverged"]}:
+            at = ", ".join(f"{count} at {float(ratio):g}" for ratio, count in left.items())
+            limit = result["settings"]["max_iter"]
+            lines.append(f"note: classifiers on {name} whose solver stopped before it converged ({limit} steps): {at}")
+    return "\n".join(lines)
+
+
+def _percent(mean: float, std: float | None) -> str:
+    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
