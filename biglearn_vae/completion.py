@@ -33,8 +33,8 @@ class Plan:
         iterations: numbers of iterations after which the chains of a joint VAE are looked at; none leaves them out.
         chain_tasks: the tasks for which chains are run.
         likelihood_images: at most so many images are used for bounds on log p(hidden | observed); 0 leaves them out.
-        samples: of each bound, by importance sampling, or by annealed importance sampling for a joint VAE.
-        annealing_steps: of the latter.
+        samples: of each, by annealed importance sampling.
+        annealing_steps: its steps.
         regressor_steps: steps for which the regressor without a latent is trained; 0 leaves it out.
 
     Raises:
@@ -72,7 +72,7 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     "one pass" is the model itself, of which a joint VAE makes little: it never saw a part of an image. Its chains are
     "pseudo-Gibbs" and "Metropolis-within-Gibbs", lists by number of iterations. "training mean" and "10 nearest" are
     the floors. "nats" is log p(hidden | observed) under N(mu, variance I) with the variance fitted on training images,
-    a lower bound for a BigLearn-VAE, an estimate with its standard error for a joint VAE.
+    by annealed importance sampling: in expectation a lower bound for a BigLearn-VAE, for a joint VAE an estimate.
 
     Args:
         images: N of them; all are made floats at once.
@@ -121,11 +121,13 @@ def _chains(vae: BigLearnVAE, x: Tensor, S: Tensor, plan: Plan, variance: float,
 
 def _nats(vae: BigLearnVAE, x: Tensor, S: Tensor, plan: Plan, variance: float, seed: int) -> dict[str, float]:
     """Mean log p(hidden | observed) per image."""
-    shared = {"variance": variance, "images": len(x)}
+    options = dict(samples=plan.samples, variance=variance, seed=seed, steps=plan.annealing_steps)
     if vae.prior == "learned":
-        return shared | {"mean": vae.log_prob(x, ~S, S, plan.samples, variance, seed).mean().item()}
-    found = evaluation.conditional_log_prob_joint(vae, x, S, plan.samples, variance, seed, plan.annealing_steps)
-    return shared | {"mean": found.nats.mean().item(), "error": found.error.square().mean().sqrt().item()}
+        found = evaluation.annealed_log_prob(vae, x, ~S, S, **options)
+    else:
+        found = evaluation.conditional_log_prob_joint(vae, x, S, **options)
+    error = found.error.square().mean().sqrt().item()
+    return {"mean": found.nats.mean().item(), "error": error, "variance": variance, "images": len(x)}
 
 
 def regressor_psnr(
