@@ -306,6 +306,60 @@ def test_evaluate_refuses_what_it_cannot_use(here, monkeypatch, capsys, word):
     assert word.split("=")[0] in capsys.readouterr().err
 
 
+def test_probe_a_run(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    capsys.readouterr()
+    words = ["run=outputs/run", "device=cpu", "draws=2", "ratios=[1.0,0.3]", "train_images=200", "test_images=50"]
+    assert run_here(monkeypatch, *words, "split=valid", "ceiling_steps=3", script="probe") == 0
+    printed = capsys.readouterr().out
+    result = json.loads((here / "outputs/run/probe.json").read_text())
+    assert (result["name"], result["checkpoint"], result["step"]) == ("run", "best.pt", 24)
+    assert (result["train_images"], result["test_images"], result["metric"]) == (200, 50, "accuracy")
+    assert result["settings"]["split"] == "valid" and result["settings"]["ceiling_steps"] == 3
+    for name in ("codes", "pixels", "ceiling"):
+        assert list(result[name]) == ["1.0", "0.3"] and result[name]["0.3"]["std"] is not None
+        cells = (f"{100 * x['mean']:.1f} ± {100 * x['std']:.1f}" for x in result[name].values())
+        assert all(cell in printed for cell in cells)
+    vae, splits = blv.load("outputs/run", device="cpu"), blv.data.load("digits")
+    train, test = (blv.probe.some(part, n) for part, n in ((splits.train, 200), (splits.valid, 50)))
+    direct = blv.probe.linear_probe(vae, train, test, [1.0, 0.3], draws=2)
+    assert result["codes"]["0.3"] == direct["codes"][0.3] and result["pixels"]["1.0"] == direct["pixels"][1.0]
+
+    assert run_here(monkeypatch, *words, "split=valid", "ceiling_steps=3", script="probe") == 0
+    assert json.loads((here / "outputs/run/probe.json").read_text()) == result
+    assert run_here(monkeypatch, *words, "pixels=false", "draws=1", script="probe") == 0
+    other = json.loads((here / "outputs/run/probe.json").read_text())
+    assert "pixels" not in other and "ceiling" not in other and other["settings"]["split"] == "test"
+
+
+def test_probing_images_without_labels(here, monkeypatch, capsys):
+    from PIL import Image
+
+    (here / "a").mkdir()
+    for k in range(12):
+        Image.new("L", (8, 8), 20 * k).save(here / "a" / f"{k}.png")
+    words = ["data=image_folder", "data.root=a", "data.image_size=8", "data.patch_size=2", "data.channels=1"]
+    assert run_here(monkeypatch, *SMALL, *words, "name=run") == 0
+    assert run_here(monkeypatch, "run=outputs/run", script="probe") == 2
+    error = capsys.readouterr().err
+    assert "the training images have no labels" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("split=train", "seed=abc", "checkpoint=worst", "run=5", "ratios=[2]", "ratios=[]", "draws=0", "pixels=1"),
+        *("train_images=0", "test_images=some", "ceiling_steps=-1"),
+    ],
+)
+def test_probe_refuses_what_it_cannot_use(here, monkeypatch, capsys, word):
+    (here / "outputs").mkdir()
+    words = [word] if word.startswith("run=") else ["run=outputs/run", word]
+    assert run_here(monkeypatch, *words, script="probe") == 2
+    error = capsys.readouterr().err
+    assert word.split("=")[0] in error and "Traceback" not in error
+
+
 def test_a_checkpoint_of_another_architecture(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "name=a") == 0
     assert run_here(monkeypatch, *SMALL, "name=b", "model.dim=8") == 0
