@@ -45,7 +45,7 @@ class ImageSet:
 
         What was never recorded is NaN.
         """
-        images = self.pixels[index].float() / 255
+        images = self.pixels[index].float().div_(255)
         if self.recorded is None:
             return images
         cells = self.recorded[index]  # (B, rows, columns)

@@ -174,11 +174,13 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
     found = [(part, part.long()) for part in empty.split(few)]
     total, count = 0, 0
     for start in range(0, len(train), many):
-        y = train[start : start + many]
-        has = ~y.isnan()
-        y = y.nan_to_num(0)
-        total, count = total + y.sum(0, dtype=torch.float64), count + has.sum(0)
-        has = None if has.all() else has.to(y.dtype)
+        y, has = train[start : start + many], None
+        column = y.sum(0)  # a NaN anywhere shows here
+        if column.isnan().any():
+            has = (~y.isnan()).to(y.dtype)
+            y = y.nan_to_num(0)
+            column = y.sum(0)
+        total, count = total + column.double(), count + (len(y) if has is None else has.sum(0))
         for k, seen in enumerate(S.split(few)):
             distance = _distances(x[k * few : (k + 1) * few], seen, y, has)
             found[k] = _best(*found[k], distance, start, neighbours)
