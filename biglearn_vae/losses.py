@@ -191,13 +191,19 @@ def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class PatchError:
-    """The mean squared error of reconstructed patches: a number, ()."""
+    """Errors of reconstructed patches, each a number, ().
+
+    Attributes:
+        loss: mean squared error, weighted: what training minimises.
+        error: the same without weights.
+    """
 
     loss: Tensor
+    error: Tensor
 
     def scalars(self) -> dict[str, Tensor]:
-        """The error, and as PSNR in dB for a peak of 1."""
-        return {"loss": self.loss, "psnr": -10 / math.log(10) * self.loss.log()}
+        """The loss, and the error as PSNR in dB for a peak of 1."""
+        return {"loss": self.loss, "psnr": -10 / math.log(10) * self.error.log()}
 
 
 class PatchAELoss:
@@ -205,15 +211,19 @@ class PatchAELoss:
 
     Args:
         share: of the patches of an image, in (0, 1], rounded up.
+        border_weight: of the outermost pixels of a patch over the others, at least 1. There the errors of two patches
+            meet, which is what is seen as a seam.
 
     Raises:
-        ValueError: on a share outside that.
+        ValueError: on values outside these.
     """
 
-    def __init__(self, share: float = 0.25):
+    def __init__(self, share: float = 0.25, border_weight: float = 1.0):
         if not 0 < share <= 1:
             raise ValueError(f"share must be in (0, 1], got {share}")
-        self.share = share
+        if not 1 <= border_weight < math.inf:
+            raise ValueError(f"border_weight must be at least 1, got {border_weight}")
+        self.share, self.border_weight = share, border_weight
 
     def __call__(self, net: nn.Module, patches: Tensor, *, random: StepRandom, step: int | None = None) -> PatchError:
         """The error of a batch.
@@ -231,7 +241,14 @@ class PatchAELoss:
         chosen = order.argsort(-1)[:, : math.ceil(self.share * count)]  # (B, n)
         rows = torch.arange(batch, device=chosen.device).unsqueeze(-1)
         x = patches[rows, chosen].flatten(0, 1)  # (B n, C, P, P)
-        return PatchError((net(x) - x).square().mean())
+        error = (net(x) - x).float().square()
+        return PatchError((error * self._weights(error)).mean(), error.mean())
+
+    def _weights(self, error: Tensor) -> Tensor:
+        """Weights of pixels (P, P), of mean 1."""
+        weights = error.new_full(error.shape[-2:], self.border_weight)
+        weights[1:-1, 1:-1] = 1
+        return weights / weights.mean()
 
 
 class InpaintingRegression:

@@ -128,6 +128,17 @@ def test_the_loss_is_the_error_of_some_patches_of_each_image(net, share):
     torch.testing.assert_close(loss.scalars()["psnr"], -10 * expected.log10())
 
 
+def test_pixels_at_the_border_weigh_more(net):
+    patches = Patchify(16, 4).cut(images())
+    loss = PatchAELoss(1.0, border_weight=3.0)(net, patches, random=StepRandom.at(0, 0, World()))
+    error = (net(patches.flatten(0, 1)) - patches.flatten(0, 1)).square().mean((0, 1))  # (4, 4)
+    inside = error[1:3, 1:3].sum()
+    torch.testing.assert_close(loss.loss, (3 * (error.sum() - inside) + inside) / (3 * 12 + 4))
+    torch.testing.assert_close(loss.scalars()["psnr"], -10 * error.mean().log10())
+    with pytest.raises(ValueError, match="border_weight must be at least 1"):
+        PatchAELoss(border_weight=0.5)
+
+
 @pytest.mark.parametrize("share", [0, -1, 1.5])
 def test_a_share_outside_the_unit_interval_is_refused(share):
     with pytest.raises(ValueError, match="share must be in"):
