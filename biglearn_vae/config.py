@@ -333,7 +333,7 @@ def differences(old: "DictConfig", new: "DictConfig") -> list[str]:
     return [
         f"{key}: {before.get(key, 'absent')}, now {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key, "absent") != after.get(key, "absent") and not _is_free(key)
+        if before.get(key) != after.get(key) and not _is_free(key)  # an older run lacks what is null by default
     ]
 
 

@@ -1,0 +1,135 @@
+"""In-painting in full: what `completion.measure` puts together, the regressor, and the command."""
+
+import json
+
+import pytest
+import torch
+from programs import run_here
+from test_evaluation import N, make, pictures
+
+from biglearn_vae import (
+    BigLearnVAE,
+    ImageSet,
+    MaskSampler,
+    Optim,
+    Patchify,
+    UniversalViT,
+    completion,
+    evaluation,
+    gibbs,
+)
+
+TASKS = [0.5, "centre", "top"]
+
+
+def plan(**settings) -> completion.Plan:
+    return completion.Plan(**dict(tasks=TASKS, draws=3) | settings)
+
+
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+def test_every_number_is_that_of_its_own_function(prior):
+    vae = make()
+    vae.prior = prior
+    images, train = pictures(vae), pictures(vae, seed=9)
+    found = completion.measure(vae, images, train, plan(iterations=[1, 2], chain_tasks=["top"]), seed=4)
+    assert list(found) == ["0.5", "centre", "top"]
+    mean = evaluation.training_mean_psnr(vae, images, train, TASKS, 4)
+    nearest = evaluation.nearest_psnr(vae, images, train, TASKS, seed=4)
+    variance = evaluation.fit_variance(vae, train, 4)
+    for task, S in evaluation.hidden_masks(N, vae.grid, TASKS, 4).items():
+        numbers, hidden = found[str(task)], evaluation.pixel_mask(~S, vae)
+        expected = evaluation.completion_scores(vae.inpaint(images, S, 3, seed=4), images, hidden)
+        assert {k: v for k, v in numbers["one pass"].items() if k != "seconds"} == expected
+        assert numbers["training mean"] == {"psnr": mean[task]} and numbers["10 nearest"] == {"psnr": nearest[task]}
+        has_chains = prior == "standard" and task == "top"
+        assert ("pseudo-Gibbs" in numbers) == ("Metropolis-within-Gibbs" in numbers) == has_chains
+        if has_chains:
+            drawn = gibbs.pseudo_gibbs(vae, images, S, [1, 2], 3, variance=variance, seed=4).images
+            for entry, count in zip(numbers["pseudo-Gibbs"], (1, 2), strict=True):
+                scores = evaluation.completion_scores(drawn[count], images, hidden)
+                assert entry["iterations"] == count and scores.items() <= entry.items()
+
+
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+def test_log_likelihoods_are_annealed_ones(prior):
+    vae = make()
+    vae.prior = prior
+    images, train = pictures(vae), pictures(vae, seed=9)
+    settings = plan(tasks=[0.5], likelihood_images=3, samples=2, annealing_steps=3)
+    nats = completion.measure(vae, images, train, settings, seed=4)["0.5"]["nats"]
+    S = evaluation.hidden_masks(N, vae.grid, [0.5], 4)[0.5][:3]
+    options = dict(samples=2, variance=evaluation.fit_variance(vae, train, 4), seed=4, steps=3)
+    if prior == "learned":
+        expected = evaluation.annealed_log_prob(vae, images[:3], ~S, S, **options)
+    else:
+        expected = evaluation.conditional_log_prob_joint(vae, images[:3], S, **options)
+    assert nats["images"] == 3 and nats["mean"] == pytest.approx(expected.nats.mean().item())
+
+
+def test_shapes_observe_what_they_say():
+    S = evaluation.hidden_masks(2, (4, 4), ["centre", "top", "left"])
+    assert S["centre"][0].view(4, 4)[1:3, 1:3].sum() == 0 and S["centre"][0].sum() == 12
+    assert S["top"][1].view(4, 4)[:2].all() and S["top"][1].sum() == 8
+    assert S["left"][1].view(4, 4)[:, :2].all() and S["left"][1].sum() == 8
+
+
+def test_the_regressor_learns_what_can_be_known():
+    # Images of one brightness each: any patch says what the others are.
+    values = torch.randint(256, (300, 1, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = ImageSet(values.expand(-1, 1, 4, 4).contiguous())
+    torch.manual_seed(0)
+    net = UniversalViT(grid=(2, 2), token_dim=4, dim=16, depth=2, z_dim=2, heads=2)
+    test, optim = images.select(slice(200, 300)), Optim(lr=1e-2, muon_lr=0.02, schedule="cosine")
+    options = dict(optim=optim, masks=MaskSampler(), steps=150, batch_size=32)
+    found = completion.regressor_psnr(net, Patchify(4, 2, 1), images.select(slice(200)), test, [0.5, "top"], **options)
+    vae = BigLearnVAE(net, Patchify(4, 2, 1))
+    mean = evaluation.training_mean_psnr(vae, test, images.select(slice(200)), [0.5, "top"])
+    assert all(found[task] > mean[task] + 10 for task in (0.5, "top"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(draws=1), "draws must be at least 2"),
+        (dict(tasks=[]), "expected shares in"),
+        (dict(tasks=["middle"]), "or some of centre, top, left"),
+        (dict(tasks=[1.5]), "expected shares in"),
+        (dict(iterations=[0]), "iterations must be at least 1"),
+        (dict(iterations=[1], chain_tasks=[0.2]), "chain_tasks must be some of the tasks"),
+        (dict(samples=0), "samples must be at least 1"),
+        (dict(regressor_steps=-1), "regressor_steps must not be negative"),
+    ],
+)
+def test_plans_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**settings)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["model.dim=16", "model.heads=2", "case.split=[1,1]", "trainer.steps=3", "evaluation.images=4", "name=run"]
+    small += ["evaluation.valid_images=4", "evaluation.masks=1", "evaluation.draws=2", "method=vae", "device=cpu"]
+    assert run_here(monkeypatch, *small) == 0
+    capsys.readouterr()
+    words = ["run=outputs/run", "images=6", "draws=2", "tasks=[0.5,centre]", "iterations=[1,2]", "regressor_steps=2"]
+    first, second = [
+        run_here(monkeypatch, *words, script="complete")
+        or json.loads((tmp_path / "outputs/run/completion.json").read_text())
+        for _ in range(2)
+    ]
+    out = capsys.readouterr().out
+    assert "pseudo-Gibbs, 2 iterations, mean" in out and "regressor" in out and "10 nearest" in out
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    assert timeless(first) == timeless(second) and first["images"] == 6
+    for word, message in (
+        ("draws=1", "draws must be"),
+        ("split=train", "split must be"),
+        ("images=0", "images must be"),
+    ):
+        assert run_here(monkeypatch, "run=outputs/run", word, script="complete") == 2
+        assert message in capsys.readouterr().err
