@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from biglearn_vae import benchmark as timing
-from biglearn_vae import checkpoint, completion, config, evaluation, stages
+from biglearn_vae import checkpoint, completion, config, evaluation, experiments, results_page, stages
 from biglearn_vae import figures as pictures
 from biglearn_vae import probe as probing
 from biglearn_vae.capabilities import BigLearnVAE
@@ -529,3 +529,42 @@ def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
         if values[name] is not None and values[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {values[name]}")
     return values
+
+
+def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
+    """Make what results/ lacks of the paper's experiments, then its page and plots; returns whether all is there."""
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
+    hints = {"target": str, "workers": int, "budget": float | None, "output_dir": str, "results_dir": str}
+    hints |= {"device": str, "data_root": str | None}
+    config.check_types(hints, {name: values[name] for name in hints}, "")
+    if under_torchrun():
+        raise ValueError("reproduce starts processes of its own: start it without torchrun")
+    campaign = experiments.Campaign(
+        preset=experiments.Preset(**values["preset"]),
+        target=cfg.target,
+        output=Path(cfg.output_dir).expanduser(),
+        results=Path(cfg.results_dir).expanduser(),
+        device=cfg.device,
+        data_root=cfg.data_root,
+        workers=cfg.workers,
+        budget=cfg.budget,
+    )
+    left = campaign.missing()
+    print(f"{len(campaign.preset.runs()) - len(left)} runs are there, {len(left)} to be made", flush=True)
+    done = campaign.make()
+    page = write_results(campaign.results)
+    print(f"{page}" if done else f"{page}, of what is there so far; the same command goes on")
+    return done
+
+
+def write_results(results: Path) -> Path:
+    """The page and the plots of all numbers in a folder of results."""
+    found = experiments.load(results)
+    results.mkdir(parents=True, exist_ok=True)
+    for name, draw_into in results_page.plots(found).items():
+        draw_into(results / name)
+    path = results / "README.md"
+    write_text(path, results_page.page(found, config.paper_parameters()))
+    return path

@@ -210,6 +210,19 @@ def network(cfg: "DictConfig", tokens: Patchify | PatchAE) -> torch.nn.Module:
         return build(cfg.model, "model", grid=tokens.grid, token_dim=tokens.token_dim)
 
 
+def paper_parameters() -> dict[str, int]:
+    """Number of parameters by case of the paper, counted in the networks themselves."""
+    result = {}
+    for case in ("case1", "case2", "case3", "case4", "celeba"):
+        cfg = compose([f"case={case}", f"data={'celeba' if case == 'celeba' else 'mnist'}"])
+        cut = patches(cfg)
+        token_dim = PatchAE(patch_size=cut.patch_size).token_dim if case == "celeba" else cut.token_dim
+        with torch.device("meta"):
+            net = build(cfg.model, "model", grid=cut.grid, token_dim=token_dim)
+        result[case] = sum(parameter.numel() for parameter in net.parameters())
+    return result
+
+
 def patch_ae(cfg: "DictConfig") -> PatchAE:
     """The PatchAE of these settings of stage 1, with fresh weights that depend on the seed alone, on the CPU."""
     cut = patches(cfg)

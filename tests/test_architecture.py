@@ -15,7 +15,8 @@ FLOORS = [
     {"capabilities", "checkpoint", "loggers"},
     {"trainer", "evaluation", "figures", "gibbs", "probe"},
     {"config", "benchmark", "completion"},
-    {"stages"},
+    {"stages", "experiments"},
+    {"results_page"},
     {"commands"},
 ]
 MODULES = sorted(PACKAGE.glob("*.py"))

@@ -59,7 +59,7 @@ def test_the_papers_optimizer_settings():
 
 
 def test_every_setting_is_explained_in_a_line():
-    for name in ("train", "patch_ae", "evaluate", "complete", "probe"):
+    for name in ("train", "patch_ae", "evaluate", "complete", "probe", "reproduce"):
         explained, text = config.explanations(name), config.help_text(name, [])
         for key, _ in config._raw_leaves(config.compose([], name)):
             assert explained.get(key), f"{key} has no comment behind it"

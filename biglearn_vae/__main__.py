@@ -1,0 +1,13 @@
+"""`python -m biglearn_vae train ...`: the scripts, wherever the package is installed."""
+
+import sys
+
+from biglearn_vae import commands
+
+SCRIPTS = ("train", "evaluate", "figures", "complete", "probe", "benchmark", "reproduce")
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
+        sys.exit(f"error: python -m biglearn_vae SCRIPT ..., SCRIPT being one of {', '.join(SCRIPTS)}")
+    script = sys.argv.pop(1)
+    commands.main(getattr(commands, script), config_name=script)

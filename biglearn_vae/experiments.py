@@ -1,0 +1,259 @@
+"""The paper's experiments: which runs a preset has, what is missing of them, and one small JSON file of each.
+
+Every run is trained and measured by the scripts themselves, each in a process of its own, so that several share a
+machine, and one that is stopped goes on when it is called again.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from biglearn_vae.loggers import write_json
+
+# What each target needs, a script and the file that it leaves in the run's folder.
+FILES = {"train": "summary.json", "evaluate": "evaluation.json", "complete": "completion.json", "probe": "probe.json"}
+TARGETS = {
+    "params": (),
+    "joint_elbo": ("train",),
+    "time": ("train",),
+    "probe": ("train", "probe"),
+    "inpainting": ("train", "complete"),
+    "consistency": ("train", "evaluate"),
+    "all": tuple(FILES),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The runs of a preset and their settings.
+
+    Args:
+        name: of the preset; its numbers go to results_dir/runs/NAME.
+        data: data sets.
+        methods: methods.
+        seeds: seeds by case.
+        settings: command-line settings of each script, for all runs.
+        more: more of them for the runs of a method.
+
+    Raises:
+        ValueError: for scripts that there are not.
+    """
+
+    name: str
+    data: list[str]
+    methods: list[str]
+    seeds: dict[str, list[int]]
+    settings: dict[str, list[str]]
+    more: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for scripts in (self.settings, *self.more.values()):
+            if unknown := set(scripts) - set(FILES):
+                raise ValueError(f"settings must be of {', '.join(FILES)}, got {', '.join(sorted(unknown))}")
+
+    def runs(self) -> list["Run"]:
+        """All of them, seed by seed, so that every method is there before any is there twice."""
+        of_case = [(seed, case) for case, seeds in self.seeds.items() for seed in seeds]
+        ordered = sorted(of_case, key=lambda pair: pair[0])
+        return [Run(data, case, m, seed) for seed, case in ordered for data in self.data for m in self.methods]
+
+    def words(self, run: "Run", script: str) -> list[str]:
+        """The command-line settings of a script for a run."""
+        return [*self.settings.get(script, []), *self.more.get(run.method, {}).get(script, [])]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the matrix."""
+
+    data: str
+    case: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.case}-{self.method}-seed{self.seed}"
+
+    def words(self) -> list[str]:
+        """What makes it this run on the command line of scripts/train.py."""
+        return [f"data={self.data}", f"case={self.case}", f"method={self.method}", f"seed={self.seed}"]
+
+
+class Stopped(Exception):
+    """Time is up, or the program was told to stop."""
+
+
+@dataclass
+class Campaign:
+    """Makes what results/ lacks.
+
+    Args:
+        preset: what to make.
+        target: a key of `TARGETS`.
+        output: folder of the runs.
+        results: folder of the numbers.
+        device: for all scripts.
+        data_root: folder of the data, or None for the default of each data set.
+        workers: runs at a time.
+        budget: minutes, or None.
+
+    Raises:
+        ValueError: on an unknown target, or workers or a budget that are not positive.
+    """
+
+    preset: Preset
+    target: str
+    output: Path
+    results: Path
+    device: str = "auto"
+    data_root: str | None = None
+    workers: int = 1
+    budget: float | None = None
+
+    def __post_init__(self):
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.budget is not None and self.budget <= 0:
+            raise ValueError(f"budget must be a positive number of minutes, got {self.budget}")
+        self._deadline = None if self.budget is None else time.monotonic() + 60 * self.budget
+        self._stop = threading.Event()
+
+    def missing(self) -> list[Run]:
+        """Runs that results/ does not hold with these settings, in all that the target needs."""
+        return [run for run in self.preset.runs() if self._lacking(run)]
+
+    def path(self, run: Run) -> Path:
+        """The file of a run's numbers."""
+        return self.results / "runs" / self.preset.name / f"{run.name}.json"
+
+    def make(self) -> bool:
+        """Make what is missing; returns whether nothing is left.
+
+        Raises:
+            ValueError: if a script fails, with the end of what it said.
+        """
+        left = self.missing()
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(self._make, run) for run in left]
+            try:
+                for future in futures:
+                    future.result()
+            except Stopped:
+                return False
+            except KeyboardInterrupt:
+                print("stopping; the same command goes on", file=sys.stderr, flush=True)
+                return False
+            finally:
+                self._stop.set()
+        return True
+
+    def _lacking(self, run: Run) -> list[str]:
+        """Scripts whose numbers of a run are not there, or were made with other settings."""
+        known = _read(self.path(run))
+        return [
+            script
+            for script in TARGETS[self.target]
+            if known.get(script) is None or known["settings"].get(script) != self.preset.words(run, script)
+        ]
+
+    def _make(self, run: Run) -> None:
+        for script in self._lacking(run):
+            self._call(run, script)
+            self._keep(run, script)
+
+    def _call(self, run: Run, script: str) -> None:
+        """One script on one run."""
+        if self._over():
+            raise Stopped
+        print(f"{script} {run.name}", flush=True)
+        log = self.output / self.preset.name / f"{run.name}-{script}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                self._command(run, script), stdout=out, stderr=subprocess.STDOUT, env=self._environment()
+            )
+            while process.poll() is None:
+                if self._over():
+                    process.send_signal(signal.SIGTERM)
+                    process.wait()
+                    raise Stopped
+                time.sleep(0.2)
+        if not (code := process.returncode) and not (self._folder(run) / FILES[script]).exists():
+            raise Stopped  # a signal reached the script, too
+        if code:
+            said = log.read_text().strip().splitlines()[-3:]
+            raise ValueError(f"{script} of {run.name} failed: {' / '.join(said)} ({log})")
+
+    def _command(self, run: Run, script: str) -> list[str]:
+        program = [sys.executable, "-m", "biglearn_vae", script, f"device={self.device}"]
+        own = self.preset.words(run, script)
+        if script != "train":
+            root = [] if self.data_root is None else [f"data_root={self.data_root}"]
+            return [*program, f"run={self._folder(run)}", *root, *own]
+        root = [] if self.data_root is None or run.data == "digits" else [f"data.root={self.data_root}"]
+        folder = self._folder(run)
+        return [*program, *run.words(), f"output_dir={folder.parent}", f"name={folder.name}", *root, *own]
+
+    def _folder(self, run: Run) -> Path:
+        return self.output / self.preset.name / run.name
+
+    def _environment(self) -> dict[str, str]:
+        """Each of several runs gets its share of the processor."""
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        return {"OMP_NUM_THREADS": str(threads)} | os.environ
+
+    def _over(self) -> bool:
+        return self._stop.is_set() or (self._deadline is not None and time.monotonic() > self._deadline)
+
+    def _keep(self, run: Run, script: str) -> None:
+        """Put what a script left into the run's numbers."""
+        folder, known = self._folder(run), _read(self.path(run))
+        known |= {"data": run.data, "case": run.case, "method": run.method, "seed": run.seed}
+        known[script] = _read(folder / FILES[script])
+        known["settings"] = known.get("settings", {}) | {script: self.preset.words(run, script)}
+        if script == "train":
+            machine = _read(folder / "environment.json")
+            known["environment"] = {k: machine[k] for k in ("commit", "date", "device", "torch")}
+            known["course"] = list(_course(folder / "metrics.jsonl"))
+        self.path(run).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path(run), known)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing if it is not there or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _course(path: Path, points: int = 50) -> Iterator[dict[str, float]]:
+    """Step, seconds and loss of some of the reports of a run."""
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if "train/loss" in row]
+    for row in rows[:: -(-len(rows) // points)]:
+        yield {"step": row["step"], "seconds": round(row["seconds"], 1), "loss": round(row["train/loss"], 4)}
+
+
+def load(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """All numbers that are there, by preset."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((results / "runs").glob("*/*.json")):
+        found.setdefault(path.parent.name, []).append(_read(path))
+    return {preset: [run for run in runs if "train" in run] for preset, runs in found.items()}
+
+
+def select(runs: Sequence[dict[str, Any]], **values: Any) -> list[dict[str, Any]]:
+    """Those runs that have these values, such as method="vae"."""
+    return [run for run in runs if all(run[name] == value for name, value in values.items())]

@@ -1,0 +1,275 @@
+"""The page of results: Markdown and plots, made of the numbers of `experiments` and of nothing else."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from biglearn_vae.experiments import select
+
+Runs = list[dict[str, Any]]
+METHODS = ("vae", "biglearn_t", "biglearn_u")
+PAPER = {  # Tables 3 and 4: parameters over 2^20, as printed
+    "case1": "1.2103",
+    "case2": "4.7330",
+    "case3": "4.7800",
+    "case4": "23.0081",
+    "celeba": "89.9421",
+}
+HEAD = """# Results
+
+Made by `python scripts/reproduce.py` from the files in `runs/`; the test suite fails if they disagree. How the settings
+were chosen is in `choices.md`.
+"""
+
+
+def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
+    """The whole page.
+
+    Args:
+        found: what `experiments.load` gives.
+        parameters: number of parameters by case.
+    """
+    parts = [HEAD, _parameters(parameters)]
+    for preset, runs in found.items():
+        if runs:
+            parts += [f"## `preset={preset}`\n", _runs(runs), _joint(runs), _plots(preset), _probe(runs)]
+            parts += [_inpainting(runs), _chains(runs), _consistency(runs), _costs(runs), _claims(runs)]
+    return "\n".join(part for part in parts if part)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and, of several, standard deviation over seeds."""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def groups(runs: Runs) -> list[tuple[str, str, str, Runs]]:
+    """Data, case, method and the runs of all seeds, in the order of the paper."""
+    keys = sorted({(run["data"], run["case"]) for run in runs})
+    found = [(d, c, m, select(runs, data=d, case=c, method=m)) for d, c in keys for m in METHODS]
+    return [group for group in found if group[3]]
+
+
+def _parameters(parameters: dict[str, int]) -> str:
+    rows = [[case, f"{count:,}", f"{count / 2**20:.4f}", PAPER[case]] for case, count in parameters.items()]
+    return "## Parameters (Tables 3 and 4)\n\n" + table(["case", "parameters", "/ 2^20", "in the paper"], rows)
+
+
+def _runs(runs: Runs) -> str:
+    machines = sorted({f"{run['environment']['device']}, torch {run['environment']['torch']}" for run in runs})
+    commits = sorted({str(run["environment"]["commit"])[:7] for run in runs})
+    words = sorted({" ".join(run["settings"]["train"]) for run in runs})
+    count = f"{len(runs)} runs" if len(runs) > 1 else "One run"
+    return f"{count} on {'; '.join(machines)}, at {', '.join(commits)}; settings `{'`, `'.join(words)}`.\n"
+
+
+def _joint(runs: Runs) -> str:
+    """Figure 2."""
+    head = ["data", "case", "method", "seeds", "test JointELBO", "reconstruction", "KL in nats"]
+    rows = []
+    for data, case, method, own in groups(runs):
+        names = {"joint_elbo": 3, "reconstruction": 3, "kl": 1}
+        cells = [spread([run["train"][f"test_{name}"] for run in own], digits) for name, digits in names.items()]
+        rows.append([data, case, method, str(len(own)), *cells])
+    text = "JointELBO per image, summed over pixels, without the constant, beta as trained, and its parts;\n"
+    return f"### Test JointELBO (Figure 2)\n\n{text}mean and standard deviation over seeds.\n\n" + table(head, rows)
+
+
+def _plots(preset: str) -> str:
+    alts = {"joint_elbo": "JointELBO by method", "probe": "Probe by share observed", "time": "Loss by time"}
+    return "".join(f"![{alt}]({preset}-{name}.png)\n" for name, alt in alts.items())
+
+
+def _probe(runs: Runs) -> str:
+    """Figure 4."""
+    own = [run for run in runs if run.get("probe")]
+    if not own:
+        return ""
+    ratios = list(own[0]["probe"]["codes"])
+    rows = []
+    for data, case, method, of_method in groups(own):
+        for name, label in (("codes", method), ("pixels", "raw pixels"), ("ceiling", "trained with labels")):
+            if (name == "pixels" and method != METHODS[-1]) or not any(name in run["probe"] for run in of_method):
+                continue
+            scores = [run["probe"][name] for run in of_method if name in run["probe"]]
+            cells = [spread([100 * score[ratio]["mean"] for score in scores], 1) for ratio in ratios]
+            rows.append([data, case, label, *cells])
+    text = "Accuracy in % of a linear classifier on the mean of p(z | x_S), by share of patches observed."
+    return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
+
+
+def _inpainting(runs: Runs) -> str:
+    own = [run for run in runs if run.get("complete")]
+    if not own:
+        return ""
+    tasks = list(own[0]["complete"]["tasks"])
+    rows = []
+    for data, case, method, of_method in groups(own):
+        entries = {"one pass, a draw": ("one pass", "psnr_draw"), "one pass, mean": ("one pass", "psnr_mean")}
+        if method == METHODS[-1]:
+            entries |= {name: (name, "psnr") for name in ("regressor", "10 nearest", "training mean")}
+        for label, (name, key) in entries.items():
+            values = [[run["complete"]["tasks"][task].get(name, {}).get(key) for run in of_method] for task in tasks]
+            if all(value is not None for of_task in values for value in of_task):
+                who = label if name != "one pass" else f"{method}, {label}"
+                rows.append([data, case, who, *(spread(of_task, 2) for of_task in values)])
+    text = "PSNR in dB over hidden pixels, by what is observed; the mean is of the draws that `complete.py` took."
+    return f"### In-painting\n\n{text}\n\n" + table(["data", "case", "completed by", *tasks], rows)
+
+
+def _chains(runs: Runs) -> str:
+    """The alternatives: chains of the joint VAE against one pass."""
+    rows = []
+    for run in runs:
+        for task, found in run.get("complete", {}).get("tasks", {}).items():
+            if not (run["method"] == "biglearn_u" and task in _chain_tasks(runs)) and "pseudo-Gibbs" not in found:
+                continue
+            for name in ("one pass", "pseudo-Gibbs", "Metropolis-within-Gibbs"):
+                for entry in _entries(found.get(name)):
+                    cells = [f"{entry[key]:.2f}" for key in ("psnr_draw", "psnr_mean")]
+                    cells += [f"{entry['diversity']:.3f}", f"{entry['seconds']:.2f}"]
+                    where = [run["data"], run["case"], f"{run['method']}, seed {run['seed']}", task]
+                    rows.append([*where, name, str(entry.get("iterations", "")), *cells])
+    head = ["data", "case", "model", "observed", "sampler", "iterations", "a draw", "mean", "diversity", "seconds"]
+    text = "PSNR in dB; diversity is the standard deviation between draws."
+    return f"### One pass against chains of the joint VAE\n\n{text}\n\n" + table(head, rows) if rows else ""
+
+
+def _entries(found: Any) -> list[dict[str, Any]]:
+    return [] if found is None else found if isinstance(found, list) else [found]
+
+
+def _chain_tasks(runs: Runs) -> set[str]:
+    tasks = [task for run in runs for task in run.get("complete", {}).get("tasks", {}).items()]
+    return {name for name, found in tasks if "pseudo-Gibbs" in found}
+
+
+def _consistency(runs: Runs) -> str:
+    own = [run for run in runs if run.get("evaluate", {}).get("consistency")]
+    names = ("order_gap", "order_noise", "posterior_gap")
+    rows = [
+        [data, case, method, *(spread([run["evaluate"]["consistency"][name] for run in of], 2) for name in names)]
+        for data, case, method, of in groups(own)
+    ]
+    head = ["data", "case", "method", "order gap", "of it by estimation", "from Bayes' posterior"]
+    return "### Consistency, in nats\n\n" + table(head, rows) if rows else ""
+
+
+def _costs(runs: Runs) -> str:
+    """Figure 13."""
+    rows = []
+    for data, case, method, own in groups(runs):
+        speed = [run["train"]["images_per_second"] for run in own]
+        seconds = [run["train"]["seconds"] for run in own]
+        rows.append([data, case, method, spread(speed, 0), spread(seconds, 0), f"{own[0]['course'][-1]['loss']:.3f}"])
+    head = ["data", "case", "method", "images/s", "seconds of training", "loss at the end, first seed"]
+    return "### Cost of training (Figure 13)\n\n" + table(head, rows)
+
+
+# --- The paper's claims ---
+
+
+def verdict(ours: Sequence[float], other: Sequence[float]) -> str:
+    """Whether ours is better (larger), worse, or comparable: within one standard error of the difference over seeds."""
+    difference = statistics.fmean(ours) - statistics.fmean(other)
+    if min(len(ours), len(other)) < 2:
+        return f"{difference:+.3f}, one seed: no verdict"
+    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (ours, other)))
+    word = "comparable" if abs(difference) <= error else "better" if difference > 0 else "worse"
+    return f"{word} ({difference:+.3f}, standard error {error:.3f})"
+
+
+def _claims(runs: Runs) -> str:
+    lines = []
+    for data, case in sorted({(run["data"], run["case"]) for run in runs}):
+        of = {method: select(runs, data=data, case=case, method=method) for method in METHODS}
+        lines += [f"{claim}, {data} {case}: {found}" for claim, found in _verdicts(of).items()]
+    if lines and not {"case1", "case4"} <= {run["case"] for run in runs}:
+        lines.append("(iii) growth of the gain from Case1 to Case4: not measured here")
+    return "### What the paper claims\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
+
+
+def _verdicts(of: dict[str, Runs]) -> dict[str, str]:
+    """Claims and what the numbers say, of the runs of each method."""
+    elbo = {method: [run["train"]["test_joint_elbo"] for run in own] for method, own in of.items()}
+    result = {}
+    for claim, ours, other in (("(i)", 1, 0), ("(i)", 2, 0), ("(ii)", 2, 1)):
+        one, two = METHODS[ours], METHODS[other]
+        if elbo[one] and elbo[two]:
+            result[f"{claim} JointELBO of `{one}` against `{two}`"] = verdict(elbo[one], elbo[two])
+    probes = [run["probe"]["codes"] for run in of["biglearn_u"] if run.get("probe")]
+    if values := [100 * codes["0.1"]["mean"] for codes in probes if "0.1" in codes]:
+        word = "yes" if statistics.fmean(values) >= 60 else "no"
+        result["(iv) 60 % or more by a probe at S = 0.1"] = f"{word}, {spread(values, 1)} %"
+    return result
+
+
+# --- Plots ---
+
+
+def plots(found: dict[str, Runs]) -> dict[str, Callable[[Path], None]]:
+    """By file name, what draws it into a file."""
+    result: dict[str, Callable[[Path], None]] = {}
+    for preset, runs in found.items():
+        for name, draw in (("joint_elbo", _plot_joint), ("probe", _plot_probe), ("time", _plot_time)):
+            result[f"{preset}-{name}.png"] = lambda path, draw=draw, runs=runs: _plot(path, runs, draw)
+    return result
+
+
+def _plot(path: Path, runs: Runs, draw: Callable) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    keys = sorted({run["data"] for run in runs})
+    figure = Figure(figsize=(5 * len(keys), 3.6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for data, axes in zip(keys, figure.subplots(1, len(keys), squeeze=False)[0], strict=True):
+        axes.set_title(data)
+        draw(axes, select(runs, data=data))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _plot_joint(axes, runs: Runs) -> None:
+    cases = sorted({run["case"] for run in runs})
+    for offset, method in enumerate(METHODS):
+        points = [
+            (place + 0.15 * (offset - 1), run["train"]["test_joint_elbo"])
+            for place, case in enumerate(cases)
+            for run in select(runs, case=case, method=method)
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", label=method)
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_ylabel("test JointELBO, a point a seed")
+
+
+def _plot_probe(axes, runs: Runs) -> None:
+    for _, case, method, own in groups([run for run in runs if run.get("probe")]):
+        labels = {"codes": f"{case} {method}", "pixels": "raw pixels", "ceiling": "trained with labels"}
+        for name, label in labels.items():
+            scores = [run["probe"][name] for run in own if name in run["probe"]]
+            if scores and (name == "codes" or method == METHODS[-1]):
+                mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
+                axes.plot([float(ratio) for ratio in scores[0]], mean, "o-" if name == "codes" else "--", label=label)
+    axes.set_xlabel("share of patches observed")
+    axes.set_ylabel("accuracy in %")
+
+
+def _plot_time(axes, runs: Runs) -> None:
+    for run in select(runs, seed=min(run["seed"] for run in runs)):
+        seconds, loss = ([point[name] for point in run["course"]] for name in ("seconds", "loss"))
+        axes.plot(seconds, loss, label=f"{run['case']} {run['method']}")
+    axes.set_yscale("log")
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("loss, each method its own")

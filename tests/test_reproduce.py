@@ -1,0 +1,129 @@
+"""The paper's experiments: which runs are made, skipped and gone on with, and that the page is made of the numbers."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from programs import run_here
+
+from biglearn_vae import config, experiments, results_page
+from biglearn_vae.experiments import Campaign, Preset, Run
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"train": ["trainer.steps=3"], "probe": ["draws=1"]}
+
+
+def preset(**settings) -> Preset:
+    values = dict(name="p", data=["digits"], methods=["vae", "biglearn_u"], seeds={"tiny": [0, 1]}, settings=SETTINGS)
+    return Preset(**values | settings)
+
+
+def run_numbers(method="biglearn_u", seed=0, elbo=-1.0) -> dict:
+    """The numbers of a run, as `Campaign` writes them."""
+    tasks = {"0.5": {"one pass": {"psnr_draw": 12.0, "psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}}}
+    return {
+        **{"data": "digits", "case": "tiny", "method": method, "seed": seed},
+        "train": {
+            **{"test_joint_elbo": elbo, "test_reconstruction": elbo / 2, "test_kl": 7.0},
+            **{"images_per_second": 100.0, "seconds": 9.0},
+        },
+        "probe": {"codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}}},
+        "complete": {"tasks": tasks},
+        "course": [{"step": 3, "seconds": 1.0, "loss": 2.5}],
+        "environment": {"commit": "abcdefghij", "date": "now", "device": "cpu", "torch": "2"},
+        "settings": {"train": ["trainer.steps=3"]},
+    }
+
+
+def test_the_committed_page_is_made_of_the_committed_numbers():
+    found = experiments.load(ROOT / "results")
+    assert (ROOT / "results/README.md").read_text() == results_page.page(found, config.paper_parameters())
+    for name in results_page.plots(found):
+        assert (ROOT / "results" / name).exists(), f"python scripts/reproduce.py makes {name}"
+
+
+def test_a_page_holds_its_numbers():
+    runs = [run_numbers(seed=seed, elbo=elbo) for seed, elbo in enumerate((-1.0, -3.0))] + [
+        run_numbers("vae", elbo=-5.0)
+    ]
+    text = results_page.page({"p": runs}, {"case1": 1_269_104})
+    assert "| case1 | 1,269,104 | 1.2103 | 1.2103 |" in text
+    assert "| digits | tiny | biglearn_u | 2 | -2.000 ± 1.414 | -1.000 ± 0.707 | 7.0 ± 0.0 |" in text
+    assert "| digits | tiny | vae | 1 | -5.000 | -2.500 | 7.0 |" in text
+    assert "(iv) 60 % or more by a probe at S = 0.1, digits tiny: yes, 65.0 ± 0.0 %" in text
+    assert "(i) JointELBO of `biglearn_u` against `vae`, digits tiny: +3.000, one seed: no verdict" in text
+    assert "| digits | tiny | biglearn_u, one pass, a draw | 12.00 ± 0.00 |" in text
+
+
+def test_verdicts_are_within_a_standard_error_or_not():
+    error = math.sqrt(2 / 3)  # of the difference of two means of three values of variance 1
+    for gap, word in ((0.9 * error, "comparable"), (1.1 * error, "better"), (-1.1 * error, "worse")):
+        assert results_page.verdict([gap - 1, gap, gap + 1], [-1, 0, 1]).startswith(f"{word} ({gap:+.3f}")
+
+
+def test_runs_come_seed_by_seed():
+    names = [run.name for run in preset(seeds={"tiny": [0, 1], "case1": [0]}).runs()]
+    assert names[:2] == ["digits-tiny-vae-seed0", "digits-tiny-biglearn_u-seed0"]
+    assert names[2:4] == ["digits-case1-vae-seed0", "digits-case1-biglearn_u-seed0"]
+    assert names[4:] == ["digits-tiny-vae-seed1", "digits-tiny-biglearn_u-seed1"]
+
+
+def test_what_is_there_with_these_settings_is_not_missing(tmp_path):
+    campaign = Campaign(preset(), "joint_elbo", tmp_path / "out", tmp_path / "results")
+    assert len(campaign.missing()) == 4
+    known = Run("digits", "tiny", "vae", 0)
+    campaign.path(known).parent.mkdir(parents=True)
+    campaign.path(known).write_text(json.dumps(run_numbers("vae")))
+    assert known not in campaign.missing() and len(campaign.missing()) == 3
+    other = Campaign(
+        preset(settings={"train": ["trainer.steps=4"]}), "joint_elbo", tmp_path / "out", tmp_path / "results"
+    )
+    assert known in other.missing()
+    probing = Campaign(preset(), "probe", tmp_path / "out", tmp_path / "results")
+    assert known in probing.missing()  # its probe was made with other settings
+    campaign.path(known).write_text("{ damaged")
+    assert known in campaign.missing()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(target="everything"), "target must be one of"),
+        (dict(workers=0), "workers must be at least 1"),
+        (dict(budget=0), "budget must be a positive"),
+    ],
+)
+def test_campaigns_that_make_no_sense(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Campaign(**dict(preset=preset(), target="all", output=tmp_path, results=tmp_path) | settings)
+    with pytest.raises(ValueError, match="settings must be of"):
+        preset(settings={"draw": []})
+
+
+WORDS = ["target=joint_elbo", "workers=1", "device=cpu", "preset.seeds={tiny:[0]}", "preset.methods=[biglearn_u]"]
+TRAIN = '["trainer.steps=2","evaluation.images=4","evaluation.valid_images=4","trainer.report_every=1"]'
+
+
+def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, f"preset.settings={{train:{TRAIN}}}"]
+    assert run_here(monkeypatch, *words, "budget=0.0001", script="reproduce") == 0
+    assert "the same command goes on" in capsys.readouterr().out
+    assert run_here(monkeypatch, *words, script="reproduce") == 0
+    out = capsys.readouterr().out
+    assert "0 runs are there, 1 to be made" in out and "train digits-tiny-biglearn_u-seed0" in out
+    numbers = json.loads((tmp_path / "results/runs/smoke/digits-tiny-biglearn_u-seed0.json").read_text())
+    assert numbers["train"]["steps"] == 2 and len(numbers["course"]) == 2
+    page = (tmp_path / "results/README.md").read_text()
+    assert f"{numbers['train']['test_joint_elbo']:.3f}" in page and (tmp_path / "results/smoke-joint_elbo.png").exists()
+    assert run_here(monkeypatch, *words, script="reproduce") == 0
+    assert "1 runs are there, 0 to be made" in capsys.readouterr().out
+    assert (tmp_path / "results/README.md").read_text() == page
+
+
+def test_a_script_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, 'preset.settings={train:["optim.lr=-1"]}']
+    assert run_here(monkeypatch, *words, script="reproduce") == 2
+    assert "train of digits-tiny-biglearn_u-seed0 failed: error: optim: lr must be positive" in capsys.readouterr().err
