@@ -25,7 +25,8 @@ from biglearn_vae.loggers import Logger
 from biglearn_vae.trainer import Optim, Trainer
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # S-ratios, shares of the patches observed
-CHUNK = 1024  # images at a time
+CHUNK = 1024  # images at a time on GPUs
+CPU_CHUNK = 64  # on CPUs, where small parts stay in the cache: 1.3 to 2 times as fast
 # Logistic regression with the penalty |w|^2 / (2 C) is a prior N(0, C) on each weight, which gives a logit of F
 # standardised features the variance C F. So C = LOGIT_VARIANCE / F is the same prior for codes and for pixels, however
 # many there are. On validation images 32 was within 2 points of the best C for the pixels of digits and of MNIST and
@@ -39,8 +40,8 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
     """The means of p(z | x_S), (N, Z) on the CPU, each image under a random mask of its own.
 
     Args:
-        images: (N, C, H, W) in [0, 1], a tensor or a set, of which `CHUNK` are read at a time. What was never recorded
-            (NaN) is not observed.
+        images: (N, C, H, W) in [0, 1], a tensor or a set, which is read in parts. What was never recorded (NaN) is not
+            observed.
         ratio: share of the patches in S, in [0, 1].
         seed: of the masks.
     """
@@ -70,10 +71,11 @@ def _observed(
     if not len(images):
         raise ValueError("expected at least one image, got none")
     mask = masks.random(len(images), vae.num_tokens, ratio, seed=seed)  # whatever the parts are
-    for start in range(0, len(images), CHUNK):
-        x = images[start : start + CHUNK].to(vae.device)
+    size = CPU_CHUNK if vae.device.type == "cpu" else CHUNK
+    for start in range(0, len(images), size):
+        x = images[start : start + size].to(vae.device)
         tokens = vae.tokenizer.encode(x)
-        yield x, tokens, mask[start : start + CHUNK].to(vae.device) & masks.recorded(tokens)
+        yield x, tokens, mask[start : start + size].to(vae.device) & masks.recorded(tokens)
 
 
 def mask_seeds(seed: int, ratio: float, draw: int) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def test_features_are_the_means_of_p_z_given_x_s_image_by_image(vae, monkeypatch
     x, S = pictures(vae), masks.random(N, vae.num_tokens, ratio, seed=5)
     expected = torch.stack([vae.encode(x[n], S[n]).mean for n in range(N)])
     assert_close(probe.features(vae, x, ratio, seed=5), expected, rtol=1e-10, atol=1e-12)
-    monkeypatch.setattr(probe, "CHUNK", 3)
+    monkeypatch.setattr(probe, "CPU_CHUNK", 3)
     assert_close(probe.features(vae, x, ratio, seed=5), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -85,7 +85,7 @@ def test_pixels_are_those_of_observed_patches_and_zeros(vae, monkeypatch):
     tokens[~S] = 0
     expected = vae.tokenizer.decode(tokens).flatten(1)
     assert torch.equal(probe.pixels(vae, x, 0.5, seed=5), expected)
-    monkeypatch.setattr(probe, "CHUNK", 3)
+    monkeypatch.setattr(probe, "CPU_CHUNK", 3)
     assert torch.equal(probe.pixels(vae, x, 0.5, seed=5), expected)
 
 
@@ -134,7 +134,7 @@ class InParts(ImageSet):
 def test_a_set_is_read_in_parts(vae, monkeypatch, extract):
     images = labelled(vae, 10)
     expected = extract(vae, images[:], 0.5, seed=0)
-    monkeypatch.setattr(probe, "CHUNK", 4)
+    monkeypatch.setattr(probe, "CPU_CHUNK", 4)
     assert_close(extract(vae, InParts(images.pixels), 0.5, seed=0), expected)
 
 
