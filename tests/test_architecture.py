@@ -18,6 +18,7 @@ FLOORS = [
     {"stages", "experiments"},
     {"results_page"},
     {"commands"},
+    {"__main__"},
 ]
 MODULES = sorted(PACKAGE.glob("*.py"))
 
