@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from biglearn_vae.loggers import write_json
+from biglearn_vae.trainer import Interruption
 
 # What each target needs, a script and the file that it leaves in the run's folder.
 FILES = {"train": "summary.json", "evaluate": "evaluation.json", "complete": "completion.json", "probe": "probe.json"}
@@ -128,7 +129,7 @@ class Campaign:
         if self.budget is not None and self.budget <= 0:
             raise ValueError(f"budget must be a positive number of minutes, got {self.budget}")
         self._deadline = None if self.budget is None else time.monotonic() + 60 * self.budget
-        self._stop = threading.Event()
+        self._stop, self._interruption = threading.Event(), Interruption()
 
     def missing(self) -> list[Run]:
         """Runs that results/ does not hold with these settings, in all that the target needs."""
@@ -139,21 +140,17 @@ class Campaign:
         return self.results / "runs" / self.preset.name / f"{run.name}.json"
 
     def make(self) -> bool:
-        """Make what is missing; returns whether nothing is left.
+        """Make what is missing; returns whether nothing is left. Ctrl-C and SIGTERM stop it like the end of its budget.
 
         Raises:
             ValueError: if a script fails, with the end of what it said.
         """
-        left = self.missing()
-        with ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self._make, run) for run in left]
+        with self._interruption, ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(self._make, run) for run in self.missing()]
             try:
                 for future in futures:
                     future.result()
             except Stopped:
-                return False
-            except KeyboardInterrupt:
-                print("stopping; the same command goes on", file=sys.stderr, flush=True)
                 return False
             finally:
                 self._stop.set()
@@ -215,7 +212,8 @@ class Campaign:
         return {"OMP_NUM_THREADS": str(threads)} | os.environ
 
     def _over(self) -> bool:
-        return self._stop.is_set() or (self._deadline is not None and time.monotonic() > self._deadline)
+        asked = self._stop.is_set() or self._interruption.requested
+        return asked or (self._deadline is not None and time.monotonic() > self._deadline)
 
     def _keep(self, run: Run, script: str) -> None:
         """Put what a script left into the run's numbers."""

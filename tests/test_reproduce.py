@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from programs import run_here
 
-from biglearn_vae import config, experiments, results_page
+from biglearn_vae import checkpoint, config, experiments, results_page
 from biglearn_vae.experiments import Campaign, Preset, Run
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +125,22 @@ def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypat
     assert run_here(monkeypatch, *words, script="reproduce") == 0
     assert "1 runs are there, 0 to be made" in capsys.readouterr().out
     assert (tmp_path / "results/README.md").read_text() == page
+
+
+def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path):
+    words = ["scripts/reproduce.py", *WORDS, f"output_dir={tmp_path}", f"results_dir={tmp_path}"]
+    command = [sys.executable, *words, 'preset.settings={train:["trainer.steps=100000"]}']
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "smoke/digits-tiny-biglearn_u-seed0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (checkpoints.exists() and "train/loss" in checkpoints.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command goes on" in output
+    latest = checkpoints.parent / "checkpoints/latest.pt"
+    assert checkpoint.load(latest)["step"] >= 100  # the training itself was asked to stop, and wrote one
 
 
 def test_a_script_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
