@@ -303,6 +303,7 @@ def test_more_images_than_the_disk_or_the_memory_holds(files, cache):
 
 def test_an_interrupted_build_goes_on_from_the_last_chunk(files, cache, small_chunks):
     expected = in_memory(files)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &
 
     def interrupt():
         while not list(cache.glob(f"*/{image_files.PROGRESS}")):
@@ -314,6 +315,7 @@ def test_an_interrupted_build_goes_on_from_the_last_chunk(files, cache, small_ch
     with pytest.raises(KeyboardInterrupt):
         image_files.read(Files(Slow(files.root), files.sizes), RECIPE, cache)
     thread.join()
+    signal.signal(signal.SIGINT, before)
     go_on(files, cache, expected)
 
 
