@@ -98,6 +98,10 @@ class BigLearnVAE:
         """(C, H, W)"""
         return self.tokenizer.image_shape
 
+    def pixel_mask(self, S: Tensor) -> Tensor:
+        """Patch masks (B, L) -> the same of pixels, (B, 1, H, W), on the model's device."""
+        return masks.to_pixels(S.to(self.device), self.grid, self.image_shape[1:]).unsqueeze(1)
+
     @torch.no_grad()
     def encode(self, x: Tensor, S: Tensor | None = None) -> DiagGaussian:
         """p(z | x_S), (B, Z): the posterior if everything is observed (the default), the prior if nothing is.
@@ -190,11 +194,11 @@ class BigLearnVAE:
         tokens, mask, images, single = parts[0]
         for other in parts[1:]:
             tokens = torch.where(mask.unsqueeze(-1), tokens, other.tokens)
-            images = torch.where(self._pixels(mask), images, other.images)
+            images = torch.where(self.pixel_mask(mask), images, other.images)
             mask = mask | other.mask
         x = tokens
         if all(tuple(x.shape[-3:]) == self.image_shape for x, _ in observations):
-            x = images.masked_fill(~self._pixels(mask), 0)
+            x = images.masked_fill(~self.pixel_mask(mask), 0)
         return (x[0], mask[0]) if single else (x, mask)
 
     @torch.no_grad()
@@ -373,16 +377,12 @@ class BigLearnVAE:
 
     def _complete(self, z: Tensor, data: _Observed) -> Tensor:
         """The mean of p(x_T | z, x_S) with x_S in its place, as images (..., C, H, W)."""
-        kept = self._pixels(data.mask)
+        kept = self.pixel_mask(data.mask)
         images = [
             torch.where(kept[rows], data.images[rows], self.tokenizer.decode(mean).clamp(0, 1))
             for mean, rows in self._decode(z, data.tokens, data.mask)
         ]
         return torch.cat(images).view(*z.shape[:-1], *self.image_shape)
-
-    def _pixels(self, mask: Tensor) -> Tensor:
-        """Patch masks (B, L) -> pixel masks (B, 1, H, W)."""
-        return masks.to_pixels(mask, self.grid, self.image_shape[1:]).unsqueeze(1)
 
     def _squared_error(self, z: Tensor, tokens: Tensor, S: Tensor, T: Tensor) -> Tensor:
         """Sum over T of (x - mu)^2 for z (k, B, Z): float64 (k, B)."""

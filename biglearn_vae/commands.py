@@ -19,7 +19,7 @@ from biglearn_vae import checkpoint, completion, config, evaluation, experiments
 from biglearn_vae import figures as pictures
 from biglearn_vae import probe as probing
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import Batches, ImageSet, Splits
+from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard, write_json, write_text
 from biglearn_vae.models import count_parameters
@@ -306,8 +306,7 @@ def measure_likelihood(
 def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
     config.check_evaluation(cfg)
-    if cfg.split not in ("train", "valid", "test"):
-        raise ValueError(f"split must be train, valid or test, got {cfg.split!r}")
+    config.check_choice("split", cfg.split, PARTS)
     run, settings, vae, splits, checkpoint_name, step = _trained(cfg)
     result = {
         "name": run.name,
@@ -332,8 +331,7 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     hints = typing.get_type_hints(completion.Plan)
     config.check_types(hints | {"images": int}, {name: values[name] for name in (*hints, "images")}, "")
     plan = completion.Plan(**{name: values[name] for name in hints})
-    if cfg.split not in ("valid", "test"):
-        raise ValueError(f"split must be valid or test, got {cfg.split!r}")
+    config.check_choice("split", cfg.split, PARTS[1:])
     if cfg.images < 1:
         raise ValueError(f"images must be at least 1, got {cfg.images}")
     trained = _trained(cfg)
@@ -523,8 +521,7 @@ def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
     values = {name: container[name] for name in hints}
     config.check_types(hints, values, "")
     config.check_evaluation(cfg)
-    if cfg.split not in ("valid", "test"):
-        raise ValueError(f"split must be valid or test, got {cfg.split!r}")
+    config.check_choice("split", cfg.split, PARTS[1:])
     for name, least in (("train_images", 1), ("test_images", 1), ("ceiling_steps", 0)):
         if values[name] is not None and values[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {values[name]}")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from biglearn_vae import evaluation, gibbs
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import Batches, ImageSet
+from biglearn_vae.data import Batches, Images, ImageSet
 from biglearn_vae.distributed import World, derive_seed
-from biglearn_vae.evaluation import Images, Task
+from biglearn_vae.evaluation import Task
 from biglearn_vae.losses import InpaintingRegression
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.trainer import Optim, Trainer
@@ -102,12 +102,12 @@ def _one_pass(vae: BigLearnVAE, x: Tensor, S: Tensor, draws: int, seed: int) -> 
     if vae.device.type == "cuda":
         torch.cuda.synchronize(vae.device)
     seconds = time.perf_counter() - start
-    return evaluation.completion_scores(drawn, x, evaluation.pixel_mask(~S, vae)) | {"seconds": seconds}
+    return evaluation.completion_scores(drawn, x, vae.pixel_mask(~S)) | {"seconds": seconds}
 
 
 def _chains(vae: BigLearnVAE, x: Tensor, S: Tensor, plan: Plan, variance: float, seed: int) -> dict[str, list]:
     """The two samplers of a joint VAE, with the variance that training images have."""
-    hidden, result = evaluation.pixel_mask(~S, vae), {}
+    hidden, result = vae.pixel_mask(~S), {}
     samplers = {"pseudo-Gibbs": gibbs.pseudo_gibbs, "Metropolis-within-Gibbs": gibbs.metropolis_within_gibbs}
     for name, sampler in samplers.items():
         found = sampler(vae, x, S, plan.iterations, plan.draws, variance=variance, seed=seed)

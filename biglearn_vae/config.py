@@ -20,6 +20,7 @@ from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Splits
 from biglearn_vae.distributed import derive_seed, pick_device
 from biglearn_vae.losses import BigLearnELBO
+from biglearn_vae.models import count_parameters
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify
 
@@ -172,8 +173,7 @@ def tokenizer(cfg: "DictConfig", state: dict[str, Any] | None = None) -> Patchif
 def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
     """The PatchAE of the run that these settings name."""
     run = Path(cfg.tokens.run or Path(cfg.output_dir) / f"{data_name(cfg)}-{PATCH_AE}-seed0").expanduser()
-    root = f" data.root={cfg.data.root}" if cfg.data.name == "image_folder" else ""
-    command = f"python scripts/train.py --config-name={PATCH_AE} data={cfg.data.name}{root}"
+    command = f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}"
     if not (run / PATCH_AE_FILE).is_file():
         unfinished = " (the run there is not finished)" if (run / CONFIG_FILE).is_file() else ""
         raise ValueError(
@@ -219,7 +219,7 @@ def paper_parameters() -> dict[str, int]:
         token_dim = PatchAE(patch_size=cut.patch_size).token_dim if case == "celeba" else cut.token_dim
         with torch.device("meta"):
             net = build(cfg.model, "model", grid=cut.grid, token_dim=token_dim)
-        result[case] = sum(parameter.numel() for parameter in net.parameters())
+        result[case] = count_parameters(net)
     return result
 
 
@@ -291,10 +291,15 @@ def saved(run: str | Path) -> "DictConfig":
     return cfg
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless a setting is one of these."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+
+
 def check_which(which: str) -> None:
     """Raise a ValueError unless this is one of the two checkpoints that a run keeps."""
-    if which not in ("best", "latest"):
-        raise ValueError(f"checkpoint must be best or latest, got {which!r}")
+    check_choice("checkpoint", which, ("best", "latest"))
 
 
 def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any], Path]:
@@ -319,6 +324,11 @@ def run_name(cfg: "DictConfig", overrides: Sequence[str]) -> str:
         tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
     name = "-".join(filter(None, (data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)))
     return re.sub(r"[^\w.-]+", "-", name).strip("-")  # what a shell and Hydra take without quotes
+
+
+def data_words(cfg: "DictConfig") -> str:
+    """What names these data on a command line."""
+    return f"data={cfg.data.name}" + (f" data.root={cfg.data.root}" if cfg.data.name == "image_folder" else "")
 
 
 def data_name(cfg: "DictConfig") -> str:

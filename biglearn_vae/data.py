@@ -84,6 +84,30 @@ class ImageSet:
         ).hexdigest()
 
 
+Images = Tensor | ImageSet  # float images (N, C, H, W) in [0, 1], or a set of which only parts are ever made that
+CHUNK = 1024  # images at a time, at most
+NUMBERS = 2**26  # floats at a time, about, whatever the size of an image
+
+
+def rows_of(numbers: int, chunks: int = 1) -> int:
+    """How many rows of so many numbers are a part, of so many chunks at most."""
+    return max(1, min(chunks * CHUNK, NUMBERS // numbers))
+
+
+def take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
+    """Some images as floats on a device; bytes travel there as bytes, a quarter of the floats."""
+    if isinstance(images, ImageSet):
+        return images.select(index).to(device)[:]
+    return images[index].to(device)
+
+
+def parts(images: Images, device: torch.device, rows: int | None = None) -> Iterator[Tensor]:
+    """So many images at a time (n, C, H, W), by default as many as memory allows, as floats on a device."""
+    rows = rows or rows_of(images[:1].numel())
+    for start in range(0, len(images), rows):
+        yield take(images, slice(start, start + rows), device)
+
+
 def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
     if isinstance(index, slice):
         return values[index]
@@ -136,8 +160,7 @@ class Batches:
         self._orders: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
-        # They travel to the device as bytes, a quarter of the floats.
-        return self.transform(self.images.select(self.positions(step)).to(self.world.device)[:])
+        return self.transform(take(self.images, self.positions(step), self.world.device))
 
     def positions(self, step: int) -> Tensor:
         """Which images this step takes: (B / world size,), on the set's device."""

@@ -16,40 +16,18 @@ from torch import Tensor
 
 from biglearn_vae import annealing, masks
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import ImageSet
+from biglearn_vae.data import Images, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO
 from biglearn_vae.patches import Patchify
 
-Images = Tensor | ImageSet
-CHUNK = 1024  # images at a time, at most
 Task = float | str  # what is observed: a random share of the patches, or a shape
 SHAPES: dict[str, Callable[[tuple[int, int]], Tensor]] = {
     "centre": masks.centre,  # all but the middle
     "top": lambda grid: masks.half(grid, "top"),
     "left": lambda grid: masks.half(grid, "left"),
 }
-NUMBERS = 2**26  # floats at a time, about, whatever the size of an image
-
-
-def _rows(numbers: int) -> int:
-    """How many rows of so many numbers are a part."""
-    return max(1, NUMBERS // numbers)
-
-
-def _take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
-    """Some images as floats on a device; bytes travel there as bytes."""
-    if isinstance(images, ImageSet):
-        return images.select(index).to(device)[:]
-    return images[index].to(device)
-
-
-def parts(images: Images, device: torch.device, rows: int | None = None) -> Iterator[Tensor]:
-    """So many images at a time (n, C, H, W), by default as many as memory allows, as floats on a device."""
-    rows = rows or min(CHUNK, _rows(images[:1].numel()))
-    for start in range(0, len(images), rows):
-        yield _take(images, slice(start, start + rows), device)
 
 
 @torch.no_grad()
@@ -87,13 +65,8 @@ def inpainting_psnr(
     squared error. The masks are `hidden_masks` with the same seed. What was never recorded (NaN) is neither observed
     nor asked for.
     """
-    errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
-    rows = _rows(draws * math.prod(vae.image_shape))  # all draws of a part at a time
-    for k, (x, tasks) in enumerate(_tasks(vae, images, ratios, seed, rows)):
-        for ratio, (S, hidden) in tasks.items():
-            completed = vae.inpaint(x, S, draws, seed + k).mean(0)
-            errors[ratio].append(_squared_error(completed, x, hidden))
-    return {ratio: _decibels(parts) for ratio, parts in errors.items()}
+    rows = rows_of(draws * math.prod(vae.image_shape))  # all draws of a part at a time
+    return _psnr_by_task(vae, images, ratios, lambda x, S, k: vae.inpaint(x, S, draws, seed + k).mean(0), seed, rows)
 
 
 def nearest_psnr(
@@ -111,7 +84,7 @@ def nearest_psnr(
     patches = Patchify(tuple(size), size[0] // vae.grid[0], channels)
     known = _Patches(train, patches, vae.device)
     # Twice the same parts, since the masks come before the neighbours: a part of the images is cheap to read.
-    rows = min(CHUNK, _rows((1 + neighbours) * math.prod(vae.image_shape)))
+    rows = rows_of((1 + neighbours) * math.prod(vae.image_shape))
     S = torch.cat(
         [torch.stack([S for S, _ in tasks.values()], 1) for _, tasks in _tasks(vae, images, ratios, seed, rows)]
     )
@@ -142,7 +115,7 @@ class _Patches:
         return len(self.images)
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
-        return self.patches.encode(_take(self.images, index, self.device))
+        return self.patches.encode(take(self.images, index, self.device))
 
 
 def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10) -> Tensor:
@@ -152,7 +125,7 @@ def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10
     completion the mean of the neighbours that have them, or else of all training images.
     """
     nearest, everyone = _nearest(x, S.unsqueeze(1), train, neighbours)
-    rows = _rows(neighbours * train[0].numel())
+    rows = rows_of(neighbours * train[0].numel())
     return torch.cat([_mean_of(train, positions, everyone) for positions in nearest[:, 0].split(rows)])
 
 
@@ -168,8 +141,8 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
     The second result is the mean of all training tokens, (L, D). Training images are read once, a part at a time.
     """
     length, dim = x[:1].shape[1:]
-    many = min(8 * CHUNK, _rows(length * dim))  # training images
-    few = min(CHUNK, many, _rows(length * min(many, len(train))))  # others: L x few x many distances
+    many = rows_of(length * dim, chunks=8)  # training images
+    few = min(many, rows_of(length * min(many, len(train))))  # others: L x few x many distances
     empty = torch.empty(*S.shape[:2], 0, device=S.device)
     found = [(part, part.long()) for part in empty.split(few)]
     total, count = 0, 0
@@ -246,12 +219,7 @@ def _tasks(
     for k, x in enumerate(parts(images, vae.device, rows)):
         recorded = masks.from_pixels(~x.isnan().any(1), vae.grid)
         own = {ratio: S[k * rows : (k + 1) * rows].to(vae.device) for ratio, S in drawn.items()}
-        yield x, {ratio: (S & recorded, pixel_mask(~S & recorded, vae)) for ratio, S in own.items()}
-
-
-def pixel_mask(S: Tensor, vae: BigLearnVAE) -> Tensor:
-    """Patch masks (N, L) -> the same of pixels, (N, 1, H, W), on the model's device."""
-    return masks.to_pixels(S.to(vae.device), vae.grid, vae.image_shape[1:]).unsqueeze(1)
+        yield x, {ratio: (S & recorded, vae.pixel_mask(~S & recorded)) for ratio, S in own.items()}
 
 
 def psnr(completed: Tensor, images: Tensor, hidden: Tensor) -> float:
@@ -318,7 +286,7 @@ def _in_parts(
     seed: int,
 ) -> Tensor:
     """`BigLearnVAE.log_prob` (N,) or `log_weights` (K, N), a part of the images at a time."""
-    rows = _rows(images[:1].numel())
+    rows = rows_of(images[:1].numel())
     results = []
     for k, start in enumerate(range(0, len(images), rows)):
         own = slice(start, start + rows)
@@ -421,13 +389,26 @@ def completion_psnr(
     Args:
         vae: for its patches alone.
         complete: from images (n, C, H, W) and what is observed of them, (n, L), on the model's device, to completions
-            (n, C, H, W); n is at most CHUNK. Of a network trained without z (`losses.InpaintingRegression`):
+            (n, C, H, W); n is at most `data.CHUNK`. Of a network trained without z (`losses.InpaintingRegression`):
             `lambda x, S: vae.decode(torch.zeros(len(x), vae.z_dim), x, S)`.
     """
+    rows = rows_of(math.prod(vae.image_shape))
+    return _psnr_by_task(vae, images, ratios, lambda x, S, k: complete(x, S), seed, rows)
+
+
+def _psnr_by_task(
+    vae: BigLearnVAE,
+    images: Images,
+    ratios: Sequence[Task],
+    complete: Callable[[Tensor, Tensor, int], Tensor],
+    seed: int,
+    rows: int,
+) -> dict[Task, float]:
+    """PSNR by task of complete(x, S, k), completions of the k-th part of the images, so many rows each."""
     errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
-    for x, tasks in _tasks(vae, images, ratios, seed, min(CHUNK, _rows(math.prod(vae.image_shape)))):
+    for k, (x, tasks) in enumerate(_tasks(vae, images, ratios, seed, rows)):
         for ratio, (S, hidden) in tasks.items():
-            errors[ratio].append(_squared_error(complete(x, S), x, hidden))
+            errors[ratio].append(_squared_error(complete(x, S, k), x, hidden))
     return {ratio: _decibels(found) for ratio, found in errors.items()}
 
 

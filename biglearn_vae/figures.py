@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from biglearn_vae import evaluation, masks
+from biglearn_vae import masks
 from biglearn_vae.capabilities import BigLearnVAE
 
 HIDDEN = (0.80, 0.33, 0.27)  # the colour of what the model does not see
@@ -323,7 +323,7 @@ def encoding_sensitivity(
         patches = "a patch" if count == 1 else f"up to {count} patches"
         heading = f"{patches} made {name}; differences in full colour at {limit:.2g}"
         block = Block.of(columns, heading, [f"KL {kl:.3g} nats" for kl in part.kl.tolist()])
-        block.outlined[:, 2] = evaluation.pixel_mask(part.patches, vae)[:, 0].cpu().numpy()
+        block.outlined[:, 2] = vae.pixel_mask(part.patches)[:, 0].cpu().numpy()
         blocks.append(block)
     return sheet(*text("encoding_sensitivity", x), blocks)
 
@@ -353,7 +353,7 @@ def _changed(vae: BigLearnVAE, x: Tensor, S: Tensor, value: float, count: int) -
 
 def _change(vae: BigLearnVAE, x: Tensor, patches: Tensor, value: float) -> Tensor:
     """What must be added to x to make these patches (n, L) equal to a value."""
-    return torch.where(evaluation.pixel_mask(patches, vae), value - x, 0)
+    return torch.where(vae.pixel_mask(patches), value - x, 0)
 
 
 def capabilities(
@@ -559,7 +559,7 @@ def hide(images: Tensor, observed: Tensor) -> np.ndarray:
 
 def see(vae: BigLearnVAE, x: Tensor, S: Tensor) -> np.ndarray:
     """x (n, C, H, W) as the model sees it through S (n, L): float (n, H, W, 3)."""
-    return hide(x, evaluation.pixel_mask(S, vae))
+    return hide(x, vae.pixel_mask(S))
 
 
 def signed(change: Tensor, limit: float | None = None) -> tuple[np.ndarray, float]:

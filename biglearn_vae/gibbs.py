@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from biglearn_vae import masks
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.gaussian import DiagGaussian
 
@@ -288,7 +287,7 @@ def _record(
 
 def _images(vae: BigLearnVAE, mean: Tensor, observed: _Observed) -> Tensor:
     """Means (K, N, L, D) as images (K, N, C, H, W) in [0, 1], with what is observed in its place."""
-    kept = masks.to_pixels(observed.mask, vae.grid, vae.image_shape[1:]).unsqueeze(1)  # (N, 1, H, W)
+    kept = vae.pixel_mask(observed.mask)
     decoded = [vae.tokenizer.decode(part) for part in mean.flatten(0, 1).split(vae.chunk)]
     completed = torch.cat(decoded).view(*mean.shape[:2], *vae.image_shape).clamp(0, 1)
     return torch.where(kept, observed.images, completed)

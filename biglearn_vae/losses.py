@@ -235,8 +235,8 @@ class PatchAELoss:
             step: not used.
         """
         batch, count = patches.shape[:2]
-        (order,) = random.rows(
-            batch, lambda rows, generator: (torch.rand(rows, count, generator=generator, device=generator.device),)
+        order = random.rows(
+            batch, lambda rows, generator: torch.rand(rows, count, generator=generator, device=generator.device)
         )
         chosen = order.argsort(-1)[:, : math.ceil(self.share * count)]  # (B, n)
         rows = torch.arange(batch, device=chosen.device).unsqueeze(-1)

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from biglearn_vae import masks
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import Batches, ImageSet, shuffled
+from biglearn_vae.data import CHUNK, Batches, ImageSet, parts, shuffled
 from biglearn_vae.distributed import StepRandom, World, derive_seed
 from biglearn_vae.loggers import Logger
 from biglearn_vae.trainer import Optim, Trainer
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # S-ratios, shares of the patches observed
-CHUNK = 1024  # images at a time on GPUs
-CPU_CHUNK = 64  # on CPUs, where small parts stay in the cache: 1.3 to 2 times as fast
+CPU_CHUNK = 64  # images at a time on CPUs, where small parts stay in the cache: 1.3 to 2 times as fast
 # Logistic regression with the penalty |w|^2 / (2 C) is a prior N(0, C) on each weight, which gives a logit of F
 # standardised features the variance C F. So C = LOGIT_VARIANCE / F is the same prior for codes and for pixels, however
 # many there are. On validation images 32 was within 2 points of the best C for the pixels of digits and of MNIST and
@@ -57,11 +56,10 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
     Args:
         vae: for its patches alone. The others: see `features`.
     """
-    parts = []
+    found = []
     for x, _, S in _observed(vae, images, ratio, seed):
-        seen = masks.to_pixels(S, vae.grid, vae.image_shape[1:]).unsqueeze(1)
-        parts.append(x.masked_fill(~seen, 0).flatten(1).cpu())
-    return torch.cat(parts)
+        found.append(x.masked_fill(~vae.pixel_mask(S), 0).flatten(1).cpu())
+    return torch.cat(found)
 
 
 def _observed(
@@ -72,10 +70,9 @@ def _observed(
         raise ValueError("expected at least one image, got none")
     mask = masks.random(len(images), vae.num_tokens, ratio, seed=seed)  # whatever the parts are
     size = CPU_CHUNK if vae.device.type == "cpu" else CHUNK
-    for start in range(0, len(images), size):
-        x = images[start : start + size].to(vae.device)
+    for x, S in zip(parts(images, vae.device, size), mask.split(size), strict=True):
         tokens = vae.tokenizer.encode(x)
-        yield x, tokens, mask[start : start + size].to(vae.device) & masks.recorded(tokens)
+        yield x, tokens, S.to(vae.device) & masks.recorded(tokens)
 
 
 def mask_seeds(seed: int, ratio: float, draw: int) -> tuple[int, int]:
@@ -334,13 +331,13 @@ class LabelledBatches:
 
     def __init__(self, images: ImageSet, vae: BigLearnVAE, seed: int = 0):
         labels = labels_of(images)
-        self._batches, self._vae = Batches(images, self.batch_size, seed), vae
+        world = World(device=vae.device)
+        self._batches = Batches(images, self.batch_size, seed, world, transform=vae.tokenizer.encode)
         self._targets = labels.unique(return_inverse=True)[1] if labels.ndim == 1 else labels
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        positions = self._batches.positions(step)
-        x = self._vae.tokenizer.encode(self._batches.images[positions].to(self._vae.device))
-        return x, self._targets[positions.cpu()].to(self._vae.device)
+        x = self._batches(step)
+        return x, self._targets[self._batches.positions(step).cpu()].to(x.device)
 
 
 def train_ceiling(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from biglearn_vae import checkpoint, config, evaluation
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import Splits
+from biglearn_vae.data import Splits, parts
 from biglearn_vae.loggers import Pictures, write_text
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.patch_ae import PatchAE
@@ -121,7 +121,7 @@ class PatchAEStage:
         net = config.patch_ae(self.cfg)
         checkpoint.load_weights(net, state["net"], path)
         net = net.to(self.device).requires_grad_(False).eval()
-        net.fit_statistics(evaluation.parts(splits.train.select(slice(settings.statistics_images)), self.device))
+        net.fit_statistics(parts(splits.train.select(slice(settings.statistics_images)), self.device))
         checkpoint.save(run / config.PATCH_AE_FILE, net.state())
         scores = evaluation.reconstruction(net, splits.test.select(slice(settings.images)))
         page = run / FIGURES_PAGE
@@ -137,7 +137,6 @@ class PatchAEStage:
             config.PATCH_AE_FILE: "the auto-encoder with the statistics of its codes",
         }
         saved = config.saved(run)
-        root = f" data.root={saved.data.root}" if saved.data.name == "image_folder" else ""
         case = "case=celeba" if saved.data.name == "celeba" else "case=case1 tokens=patch_ae"
         return "\n".join(
             [
@@ -149,7 +148,7 @@ class PatchAEStage:
                 "",
                 *_files(files, run),
                 "",
-                f"next: python scripts/train.py {case} data={saved.data.name}{root} tokens.run={run}",
+                f"next: python scripts/train.py {case} {config.data_words(saved)} tokens.run={run}",
             ]
         )
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +13,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from programs import run_here
 from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms.functional import center_crop
 
-from biglearn_vae import commands, data
+from biglearn_vae import data
 
 TRAIN, VALID, TEST = range(1, 13), range(162_771, 162_775), range(182_638, 182_641)
 ATTRIBUTES = ("Bald", "Smiling", "Young")
@@ -303,27 +303,18 @@ SMALL += ["case.split=[1,1]", "trainer.batch_size=4", "trainer.report_every=2", 
 SMALL += ["evaluation.draws=2", "evaluation.valid_draws=2", "device=cpu", "name=run"]
 
 
-def run_here(monkeypatch, script: str, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
-    try:
-        commands.main(getattr(commands, script), config_name=script)
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
 def test_training_and_evaluating(root, tmp_path, monkeypatch, capsys):
     write_attributes(root, {n: (n % 2, 1, 0) for n in TRAIN})
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BIGLEARN_CACHE", raising=False)
-    assert run_here(monkeypatch, "train", *SMALL, f"data.root={root}", "trainer.steps=2") == 0
+    assert run_here(monkeypatch, *SMALL, f"data.root={root}", "trainer.steps=2") == 0
     assert len(list((tmp_path / "data" / "cache").iterdir())) == 1
     monkeypatch.setenv("BIGLEARN_CACHE", str(tmp_path / "elsewhere"))
-    assert run_here(monkeypatch, "train", *SMALL, f"data.root={root}", "trainer.steps=4") == 0
+    assert run_here(monkeypatch, *SMALL, f"data.root={root}", "trainer.steps=4") == 0
     assert "going on with outputs/run" in capsys.readouterr().out
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
     words = ["run=outputs/run", "images=2", "draws=2", "masks=2", "likelihood_images=2", "samples=2"]
-    assert run_here(monkeypatch, "evaluate", *words) == 0
+    assert run_here(monkeypatch, *words, script="evaluate") == 0
     run = tmp_path / "outputs" / "run"
     summary, evaluation = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
     assert summary["steps"] == 4 and summary["data_note"].startswith("202,580 of 202,599")
@@ -343,7 +334,7 @@ def test_training_and_evaluating(root, tmp_path, monkeypatch, capsys):
 def test_settings_that_cannot_be_used(made, tmp_path, monkeypatch, capsys, word, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    assert run_here(monkeypatch, "train", *SMALL, f"data.root={made}", "trainer.steps=2", word) == 2
+    assert run_here(monkeypatch, *SMALL, f"data.root={made}", "trainer.steps=2", word) == 2
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error
     assert not (tmp_path / "outputs").exists()

@@ -37,7 +37,7 @@ def test_every_number_is_that_of_its_own_function(prior):
     nearest = evaluation.nearest_psnr(vae, images, train, TASKS, seed=4)
     variance = evaluation.fit_variance(vae, train, 4)
     for task, S in evaluation.hidden_masks(N, vae.grid, TASKS, 4).items():
-        numbers, hidden = found[str(task)], evaluation.pixel_mask(~S, vae)
+        numbers, hidden = found[str(task)], vae.pixel_mask(~S)
         expected = evaluation.completion_scores(vae.inpaint(images, S, 3, seed=4), images, hidden)
         assert {k: v for k, v in numbers["one pass"].items() if k != "seconds"} == expected
         assert numbers["training mean"] == {"psnr": mean[task]} and numbers["10 nearest"] == {"psnr": nearest[task]}

@@ -9,7 +9,7 @@ from linear_gaussian import LinearGaussian
 from test_evaluation import N, make, pictures, slow_psnr, spoil
 from torch import Tensor
 
-from biglearn_vae import BigLearnVAE, evaluation, masks
+from biglearn_vae import BigLearnVAE, data, evaluation, masks
 
 
 @pytest.fixture(params=["grey", "colour"])
@@ -20,7 +20,7 @@ def vae(request) -> BigLearnVAE:
 def several(vae: BigLearnVAE, K: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Draws (K, N, C, H, W), the truth and hidden pixels."""
     draws = torch.stack([pictures(vae, seed=seed) for seed in range(1, K + 1)])
-    return draws, pictures(vae), evaluation.pixel_mask(masks.random(N, vae.num_tokens, 0.4, seed=1), vae)
+    return draws, pictures(vae), vae.pixel_mask(masks.random(N, vae.num_tokens, 0.4, seed=1))
 
 
 def test_scores_by_hand(vae):
@@ -76,7 +76,7 @@ def test_scores_refuse(vae):
 
 @pytest.mark.parametrize("chunk", [1024, 4])
 def test_psnr_of_a_completion(vae, monkeypatch, chunk):
-    monkeypatch.setattr(evaluation, "CHUNK", chunk)
+    monkeypatch.setattr(data, "CHUNK", chunk)
     x, recorded = pictures(vae), masks.random(N, vae.num_tokens, 0.8, seed=9)
 
     def complete(x: Tensor, S: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_psnr_of_a_completion(vae, monkeypatch, chunk):
     result = evaluation.completion_psnr(vae, spoil(vae, x, recorded), [0.25, 0.75], complete, seed=3)
     assert list(result) == [0.25, 0.75]
     for ratio, S in evaluation.hidden_masks(N, vae.grid, [0.25, 0.75], seed=3).items():
-        asked = evaluation.pixel_mask(~S & recorded, vae)
+        asked = vae.pixel_mask(~S & recorded)
         assert result[ratio] == pytest.approx(slow_psnr(complete(x, S & recorded), x, ~asked), rel=1e-5)
 
 
@@ -106,18 +106,18 @@ class Slices:
         return len(self.images)
 
     def __getitem__(self, index: slice) -> Tensor:
-        assert isinstance(index, slice) and len(range(*index.indices(len(self)))) <= evaluation.CHUNK
+        assert isinstance(index, slice) and len(range(*index.indices(len(self)))) <= data.CHUNK
         return self.images[index]
 
 
 def test_mean_training_image(vae, monkeypatch):
-    monkeypatch.setattr(evaluation, "CHUNK", 4)
+    monkeypatch.setattr(data, "CHUNK", 4)
     x, train = pictures(vae, seed=1), pictures(vae, 30, seed=2)
     mean = train.double().mean(0).expand_as(x)
     for known in (train, Slices(train)):
         result = evaluation.training_mean_psnr(vae, x, known, [0.25, 0.75], seed=5)
         for ratio, S in evaluation.hidden_masks(N, vae.grid, [0.25, 0.75], seed=5).items():
-            assert result[ratio] == pytest.approx(slow_psnr(mean, x, evaluation.pixel_mask(S, vae)), rel=1e-6)
+            assert result[ratio] == pytest.approx(slow_psnr(mean, x, vae.pixel_mask(S)), rel=1e-6)
 
 
 def test_mean_training_image_of_what_was_recorded(vae):

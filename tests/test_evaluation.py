@@ -7,7 +7,17 @@ from linear_gaussian import LinearGaussian
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from biglearn_vae import BigLearnELBO, BigLearnVAE, ImageSet, MaskSampler, Patchify, UniversalViT, evaluation, masks
+from biglearn_vae import (
+    BigLearnELBO,
+    BigLearnVAE,
+    ImageSet,
+    MaskSampler,
+    Patchify,
+    UniversalViT,
+    data,
+    evaluation,
+    masks,
+)
 from biglearn_vae.distributed import derive_seed
 
 N, Z = 6, 3
@@ -86,7 +96,7 @@ def test_elbo_repeats_for_a_seed(vae, joint):
 def test_elbo_is_a_mean_over_images_whatever_the_chunks(vae, monkeypatch):
     x, loss = pictures(vae, 7), BigLearnELBO(0.1)
     expected = evaluation.elbo(vae, x, loss)["kl"]  # the one part of the joint ELBO that depends on no noise
-    monkeypatch.setattr(evaluation, "CHUNK", 3)
+    monkeypatch.setattr(data, "CHUNK", 3)
     assert evaluation.elbo(vae, x, loss)["kl"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -120,7 +130,7 @@ def test_hidden_masks_depend_on_the_seed_alone():
 
 def test_pixel_masks_are_those_of_the_patches(vae):
     S = masks.random(N, vae.num_tokens, 0.5, seed=0)
-    pixels = evaluation.pixel_mask(S, vae)
+    pixels = vae.pixel_mask(S)
     assert pixels.dtype == torch.bool and pixels.shape == (N, 1, *vae.image_shape[1:])
     assert torch.equal(masks.from_pixels(pixels[:, 0], vae.grid), S)
     assert torch.equal(~masks.from_pixels(~pixels[:, 0], vae.grid), S)  # no patch is seen in part
@@ -192,7 +202,7 @@ def test_inpainting_psnr_is_that_of_the_mean_completion(vae, draws):
 def test_inpainting_psnr_of_one_draw_is_that_of_inpaint(vae):
     x = pictures(vae)
     S = evaluation.hidden_masks(N, vae.grid, [0.5], seed=3)[0.5]
-    expected = evaluation.psnr(vae.inpaint(x, S, seed=3), x, evaluation.pixel_mask(~S, vae))
+    expected = evaluation.psnr(vae.inpaint(x, S, seed=3), x, vae.pixel_mask(~S))
     assert evaluation.inpainting_psnr(vae, x, [0.5], draws=1, seed=3) == pytest.approx({0.5: expected})
 
 
@@ -234,7 +244,7 @@ def test_nearest_completion_by_brute_force(neighbours):
 def test_nearest_completion_in_chunks(monkeypatch):
     x, train, S = tokens(7, 0), tokens(12, 1), masks.random(7, 6, 0.5, seed=2)
     expected = evaluation.nearest_completion(x, S, train, 3)
-    monkeypatch.setattr(evaluation, "CHUNK", 2)
+    monkeypatch.setattr(data, "CHUNK", 2)
     torch.testing.assert_close(evaluation.nearest_completion(x, S, train, 3), expected, rtol=0, atol=1e-6)
 
 
@@ -261,7 +271,7 @@ def test_nearest_psnr_is_that_of_the_completion(vae):
     result = evaluation.nearest_psnr(vae, x, train, [0.25, 0.75], neighbours=4, seed=5)
     assert list(result) == [0.25, 0.75]
     for ratio, S in evaluation.hidden_masks(N, vae.grid, [0.25, 0.75], seed=5).items():
-        seen = evaluation.pixel_mask(S, vae)  # (N, 1, H, W)
+        seen = vae.pixel_mask(S)  # (N, 1, H, W)
         distances = ((x[:, None] - train[None]).double().square() * seen[:, None]).sum((2, 3, 4))  # (N, M)
         completed = train[distances.argsort(dim=1)[:, :4]].mean(1)
         assert result[ratio] == pytest.approx(slow_psnr(completed, x, seen), rel=1e-5)
@@ -339,7 +349,7 @@ class Asked:
 
 def test_nothing_larger_than_a_part_is_ever_made_floats(vae, sets, monkeypatch):
     whole = everything(vae, *sets)
-    monkeypatch.setattr(evaluation, "NUMBERS", 4 * math.prod(vae.image_shape))
+    monkeypatch.setattr(data, "NUMBERS", 4 * math.prod(vae.image_shape))
     x, train = map(Asked, sets)
     parts = everything(vae, x, train)
     assert max(x.counts) == max(train.counts) == 4
@@ -353,7 +363,7 @@ def test_likelihoods_and_consistency_in_parts(monkeypatch):
     net = LinearGaussian()  # whose bounds are exact, whatever is drawn
     x = net.model().tokenizer.decode(net.data(30))
     whole = [measure(net.model(), x, 5) for measure in (evaluation.likelihood, evaluation.consistency)]
-    monkeypatch.setattr(evaluation, "NUMBERS", 7 * x[0].numel())
+    monkeypatch.setattr(data, "NUMBERS", 7 * x[0].numel())
     parts = [measure(net.model(), x, 5) for measure in (evaluation.likelihood, evaluation.consistency)]
     for one, other in zip(whole, parts, strict=True):
         assert one == pytest.approx(other, rel=1e-9, abs=1e-9)
@@ -361,7 +371,7 @@ def test_likelihoods_and_consistency_in_parts(monkeypatch):
 
 def test_the_training_images_are_read_once_for_all_ratios(vae, monkeypatch):
     x, train = pictures(vae, seed=1), Asked(pictures(vae, 20, seed=2))
-    monkeypatch.setattr(evaluation, "NUMBERS", 8 * x[0].numel())
+    monkeypatch.setattr(data, "NUMBERS", 8 * x[0].numel())
     evaluation.nearest_psnr(vae, x, train, [0.25, 0.5, 0.75])
     assert [k for part in train.slices for k in range(20)[part]] == list(range(20))
 
@@ -394,7 +404,7 @@ def test_unrecorded_patches_are_neither_observed_nor_asked_for(vae):
     result = evaluation.inpainting_psnr(recorder, spoil(vae, x, recorded), [0.5], draws=2, seed=3)
     (S, answer), expected = recorder.kept[0], evaluation.hidden_masks(N, vae.grid, [0.5], seed=3)[0.5] & recorded
     assert torch.equal(S, expected)
-    asked = evaluation.pixel_mask(recorded & ~S, vae)
+    asked = vae.pixel_mask(recorded & ~S)
     assert result[0.5] == pytest.approx(slow_psnr(answer.double().mean(0), x, ~asked), rel=1e-5)
 
 

@@ -12,7 +12,7 @@ import torch
 from test_program import SMALL, finish, run_here, start
 from torch import Tensor
 
-from biglearn_vae import BigLearnVAE, Patchify, UniversalViT, config, evaluation, figures, masks
+from biglearn_vae import BigLearnVAE, Patchify, UniversalViT, config, figures, masks
 
 N = 5
 LABELS = torch.tensor([1, 0, 1, 2, 0])
@@ -35,7 +35,7 @@ def pictures(vae: BigLearnVAE, count: int = N, missing: float = 0.0) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(count, *vae.image_shape, generator=generator)
     lost = torch.rand(count, vae.num_tokens, generator=generator) < missing
-    return x.masked_fill(evaluation.pixel_mask(lost, vae), torch.nan)
+    return x.masked_fill(vae.pixel_mask(lost), torch.nan)
 
 
 def is_colour(cells: np.ndarray, colour: tuple) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_rgb_is_the_image_clamped_with_channels_last(channels):
 def test_hide_colours_exactly_what_is_hidden_and_what_is_missing(channels, missing):
     vae = make(channels=channels)
     x = pictures(vae, missing=missing)
-    observed = evaluation.pixel_mask(masks.random(N, 16, 0.5, seed=1), vae)
+    observed = vae.pixel_mask(masks.random(N, 16, 0.5, seed=1))
     lost, seen = x.isnan()[:, 0].numpy(), observed[:, 0].numpy()
     result = figures.hide(x, observed)
     assert np.array_equal(is_colour(result, figures.MISSING), lost)
@@ -412,7 +412,7 @@ def test_the_patches_that_are_changed_move_the_code_furthest(draw):
     S = masks.from_pixels(torch.from_numpy(~is_colour(drawn.column("observed"), figures.HIDDEN)), vae.grid)
     moved = {}
     for patch in S[0].nonzero().flatten().tolist():
-        one = evaluation.pixel_mask(torch.arange(16)[None] == patch, vae)
+        one = vae.pixel_mask(torch.arange(16)[None] == patch)
         moved[patch] = vae.encode(x.masked_fill(one, 0), S).kl(vae.encode(x, S)).item()
     chosen = masks.from_pixels(torch.from_numpy(drawn.blocks[0].outlined[:, 2]), vae.grid)
     assert chosen[0].nonzero().flatten().tolist() == [max(moved, key=moved.get)]
@@ -421,10 +421,10 @@ def test_the_patches_that_are_changed_move_the_code_furthest(draw):
 def test_patches_that_are_black_already_do_not_count_as_changed(draw):
     vae = make()
     inked = masks.random(4, 16, 0.3, seed=2)
-    x = pictures(vae, 4).masked_fill(evaluation.pixel_mask(~inked, vae), 0)
+    x = pictures(vae, 4).masked_fill(vae.pixel_mask(~inked), 0)
     drawn = draw(figures.encoding_sensitivity, vae, x, share=0.5)
     seen = ~is_colour(drawn.column("observed"), figures.HIDDEN)
-    expected = seen & evaluation.pixel_mask(inked, vae)[:, 0].numpy()
+    expected = seen & vae.pixel_mask(inked)[:, 0].numpy()
     assert expected.any() and np.array_equal(drawn.blocks[0].outlined[:, 2], expected)
 
 
@@ -447,7 +447,7 @@ def test_capabilities(draw):
 def test_strokes_are_a_part_of_the_inked_patches(background):
     vae = make()
     inked = masks.random(6, 16, 0.3, seed=7)
-    x = torch.where(evaluation.pixel_mask(inked, vae), 1 - background, background)
+    x = torch.where(vae.pixel_mask(inked), 1 - background, background)
     for share in (0.2, 1.0):
         S = figures.strokes(vae, x, seed=0, share=share)
         assert (inked | ~S).all() and S.sum(1).tolist() == [-int(-share * 5 // 1)] * 6

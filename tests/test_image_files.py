@@ -444,9 +444,9 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
 
 def measure_memory(folder: Path) -> None:
     """Print the most anonymous memory in kB at any time, with the few images and then with the many."""
-    from biglearn_vae import Batches, BigLearnELBO, BigLearnVAE, ImageSet, Patchify, UniversalViT, evaluation
+    from biglearn_vae import Batches, BigLearnELBO, BigLearnVAE, ImageSet, Patchify, UniversalViT, data, evaluation
 
-    evaluation.NUMBERS, image_files.CHUNK_BYTES = 2**20, 2**22
+    data.NUMBERS, image_files.CHUNK_BYTES = 2**20, 2**22
     tokens = Patchify(64, 32, 3)
     net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=16, depth=1, z_dim=3, heads=2)
     vae, most = BigLearnVAE(net, tokens), [0]

@@ -162,13 +162,13 @@ def half(vae):
 def test_observed_pixels_come_back_to_the_bit(vae):
     x, S = images(), half(vae)
     completed = vae.inpaint(x, S, seed=0)
-    seen = evaluation.pixel_mask(S.unsqueeze(0), vae).expand_as(x)
+    seen = vae.pixel_mask(S.unsqueeze(0)).expand_as(x)
     assert completed[seen].equal(x[seen]) and completed.min() >= 0 and completed.max() <= 1
 
 
 def test_hidden_pixels_have_no_influence(vae):
     x, S = images(), half(vae)
-    hidden = ~evaluation.pixel_mask(S.unsqueeze(0), vae).expand_as(x)
+    hidden = ~vae.pixel_mask(S.unsqueeze(0)).expand_as(x)
     torch.testing.assert_close(vae.encode(x.masked_fill(hidden, torch.nan), S).mean, vae.encode(x, S).mean)
     assert vae.inpaint(x.masked_fill(hidden, torch.nan), S, seed=0).equal(vae.inpaint(x, S, seed=0))
 
@@ -177,14 +177,14 @@ def test_tokens_stand_for_images(vae):
     x, S = images(), half(vae)
     tokens = vae.tokenizer.encode(x)
     assert vae.encode(tokens, S).mean.equal(vae.encode(x, S).mean)
-    hidden = ~evaluation.pixel_mask(S.unsqueeze(0), vae).expand_as(x)
+    hidden = ~vae.pixel_mask(S.unsqueeze(0)).expand_as(x)
     assert vae.inpaint(tokens, S, seed=0)[hidden].equal(vae.inpaint(x, S, seed=0)[hidden])
 
 
 def test_combined_observations_are_pixels(vae):
     a, b, S = images(seed=1), images(seed=2), half(vae)
     x, both = vae.combine((a, S), (b, ~S))
-    seen = evaluation.pixel_mask(S.unsqueeze(0), vae)
+    seen = vae.pixel_mask(S.unsqueeze(0))
     assert both.all() and x.equal(torch.where(seen, a, b))
 
 
