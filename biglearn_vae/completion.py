@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import evaluation, gibbs
+from biglearn_vae import evaluation, gibbs, masks
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Images, ImageSet
 from biglearn_vae.distributed import World, derive_seed
@@ -75,7 +75,7 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     by annealed importance sampling: in expectation a lower bound for a BigLearn-VAE, for a joint VAE an estimate.
 
     Args:
-        images: N of them; all are made floats at once.
+        images: N of them; all are made floats at once. Only what was recorded of them is given and scored.
         train: training images.
     """
     floors = {
@@ -84,30 +84,33 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     }
     variance = evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)
     x, result = images[:].to(vae.device), {}
+    recorded = masks.recorded(vae.tokenizer.encode(x))
     for task, S in evaluation.hidden_masks(len(images), vae.grid, plan.tasks, seed).items():
-        S = S.to(vae.device)
-        found: dict[str, Any] = {"one pass": _one_pass(vae, x, S, plan.draws, seed)}
+        S = S.to(vae.device) & recorded
+        T = recorded & ~S
+        found: dict[str, Any] = {"one pass": _one_pass(vae, x, S, T, plan.draws, seed)}
         if vae.prior == "standard" and plan.iterations and task in plan.chain_tasks:
-            found |= _chains(vae, x, S, plan, variance, seed)
+            found |= _chains(vae, x, S, T, plan, variance, seed)
         if plan.likelihood_images:
-            some = slice(plan.likelihood_images)
-            found["nats"] = _nats(vae, x[some], S[some], plan, variance, seed)
+            found |= _nats(vae, x, S, T, plan, variance, seed)
         result[str(task)] = found | {name: {"psnr": psnr[task]} for name, psnr in floors.items()}
     return result
 
 
-def _one_pass(vae: BigLearnVAE, x: Tensor, S: Tensor, draws: int, seed: int) -> dict[str, float]:
+def _one_pass(vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, draws: int, seed: int) -> dict[str, float]:
     start = time.perf_counter()
     drawn = vae.inpaint(x, S, draws, seed)
     if vae.device.type == "cuda":
         torch.cuda.synchronize(vae.device)
     seconds = time.perf_counter() - start
-    return evaluation.completion_scores(drawn, x, vae.pixel_mask(~S)) | {"seconds": seconds}
+    return evaluation.completion_scores(drawn, x, vae.pixel_mask(T)) | {"seconds": seconds}
 
 
-def _chains(vae: BigLearnVAE, x: Tensor, S: Tensor, plan: Plan, variance: float, seed: int) -> dict[str, list]:
+def _chains(
+    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, variance: float, seed: int
+) -> dict[str, list]:
     """The two samplers of a joint VAE, with the variance that training images have."""
-    hidden, result = vae.pixel_mask(~S), {}
+    hidden, result = vae.pixel_mask(T), {}
     samplers = {"pseudo-Gibbs": gibbs.pseudo_gibbs, "Metropolis-within-Gibbs": gibbs.metropolis_within_gibbs}
     for name, sampler in samplers.items():
         found = sampler(vae, x, S, plan.iterations, plan.draws, variance=variance, seed=seed)
@@ -119,15 +122,22 @@ def _chains(vae: BigLearnVAE, x: Tensor, S: Tensor, plan: Plan, variance: float,
     return result
 
 
-def _nats(vae: BigLearnVAE, x: Tensor, S: Tensor, plan: Plan, variance: float, seed: int) -> dict[str, float]:
-    """Mean log p(hidden | observed) per image."""
+def _nats(vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, variance: float, seed: int) -> dict[str, Any]:
+    """Mean log p(hidden | observed) per image, of the first images that have it; nothing if there are none."""
     options = dict(samples=plan.samples, variance=variance, seed=seed, steps=plan.annealing_steps)
+    able = T.any(-1)
+    if vae.prior == "standard":
+        able &= (S | T).all(-1)  # the difference of log p(x) and log p(x_S) is that of whole images
+    rows = able.nonzero()[: plan.likelihood_images, 0]
+    if not len(rows):
+        return {}
+    x, S, T = x[rows], S[rows], T[rows]
     if vae.prior == "learned":
-        found = evaluation.annealed_log_prob(vae, x, ~S, S, **options)
+        found = evaluation.annealed_log_prob(vae, x, T, S, **options)
     else:
         found = evaluation.conditional_log_prob_joint(vae, x, S, **options)
     error = found.error.square().mean().sqrt().item()
-    return {"mean": found.nats.mean().item(), "error": error, "variance": variance, "images": len(x)}
+    return {"nats": {"mean": found.nats.mean().item(), "error": error, "variance": variance, "images": len(x)}}
 
 
 def regressor_psnr(

@@ -17,6 +17,7 @@ from biglearn_vae import (
     completion,
     evaluation,
     gibbs,
+    masks,
 )
 
 TASKS = [0.5, "centre", "top"]
@@ -64,6 +65,35 @@ def test_log_likelihoods_are_annealed_ones(prior):
     else:
         expected = evaluation.conditional_log_prob_joint(vae, images[:3], S, **options)
     assert nats["images"] == 3 and nats["mean"] == pytest.approx(expected.nats.mean().item())
+
+
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+def test_only_what_was_recorded_is_given_and_scored(prior):
+    vae = make()
+    vae.prior = prior
+    whole, train = pictures(vae), pictures(vae, seed=9)
+    recorded = masks.random(N, vae.num_tokens, 0.7, seed=5)
+    recorded[1] = True
+    images = whole.masked_fill(~vae.pixel_mask(recorded), float("nan"))
+    settings = plan(tasks=[0.5], likelihood_images=N, samples=2, annealing_steps=3, iterations=[2])
+    numbers = completion.measure(vae, images, train, settings, seed=4)["0.5"]
+    S = evaluation.hidden_masks(N, vae.grid, [0.5], 4)[0.5] & recorded
+    T = recorded & ~S
+    drawn = vae.inpaint(whole, S, 3, seed=4)
+    scores = evaluation.completion_scores(drawn, whole, vae.pixel_mask(T))
+    assert scores.items() <= numbers["one pass"].items()
+    variance = evaluation.fit_variance(vae, train, 4)
+    options = dict(samples=2, variance=variance, seed=4, steps=3)
+    if prior == "learned":
+        expected = evaluation.annealed_log_prob(vae, whole, T, S, **options)
+    else:
+        whole_ones = recorded.all(-1)
+        expected = evaluation.conditional_log_prob_joint(vae, whole[whole_ones], S[whole_ones], **options)
+        drawn = gibbs.metropolis_within_gibbs(vae, whole, S, [2], 3, variance=variance, seed=4).images[2]
+        scores = evaluation.completion_scores(drawn, whole, vae.pixel_mask(T))
+        assert scores.items() <= numbers["Metropolis-within-Gibbs"][0].items()
+    assert numbers["nats"]["images"] == len(expected.nats)
+    assert numbers["nats"]["mean"] == pytest.approx(expected.nats.mean().item())
 
 
 def test_shapes_observe_what_they_say():
