@@ -267,15 +267,17 @@ def _commit() -> str | None:
 def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) -> dict[str, Any]:
     """Let the stage measure the best checkpoint and draw it, and write the summary."""
     best_step, measured = stage.finish(run, splits)
+    seen = trainer.step * trainer.batches.batch_size
     summary = {
         "name": run.name,
         "parameters": count_parameters(trainer.net),
         "steps": trainer.step,
+        "epochs": round(seen / len(splits.train), 2),
         "best_step": best_step,
         "seconds": round(trainer.seconds, 3),
         "precision": trainer.precision,
         "data_note": splits.note,
-        "images_per_second": round(trainer.step * trainer.batches.batch_size / trainer.seconds, 1),
+        "images_per_second": round(seen / trainer.seconds, 1),
     } | measured
     write_json(run / SUMMARY_FILE, summary)
     return summary

@@ -82,7 +82,9 @@ def test_train_then_evaluate(here, monkeypatch, capsys, method):
     run = here / "outputs" / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert f"{summary['parameters']:,} parameters ({summary['parameters'] / 2**20:.4f} x 2^20)" in printed
-    assert summary["steps"] == 24 and summary["seconds"] > 0 and summary["images_per_second"] > 0
+    assert (
+        summary["steps"] == 24 and summary["epochs"] > 0 and summary["seconds"] > 0 and summary["images_per_second"] > 0
+    )
     elbo = summary["test_reconstruction"] - 0.01 * summary["test_kl"]
     assert summary["test_joint_elbo"] == pytest.approx(elbo, rel=1e-5)
     assert list(summary["inpainting_psnr"]) == list(summary["nearest_psnr"]) == ["0.1", "0.3", "0.5", "0.7"]

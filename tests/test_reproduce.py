@@ -26,12 +26,15 @@ def preset(**settings) -> Preset:
 
 def run_numbers(method="biglearn_u", seed=0, elbo=-1.0) -> dict:
     """The numbers of a run, as `Campaign` writes them."""
-    tasks = {"0.5": {"one pass": {"psnr_draw": 12.0, "psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}}}
+    nats = {"mean": 20.0, "error": 0.5}
+    tasks = {
+        "0.5": {"nats": nats, "one pass": {"psnr_draw": 12.0, "psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}}
+    }
     return {
         **{"data": "digits", "case": "tiny", "method": method, "seed": seed},
         "train": {
             **{"test_joint_elbo": elbo, "test_reconstruction": elbo / 2, "test_kl": 7.0},
-            **{"images_per_second": 100.0, "seconds": 9.0},
+            **{"images_per_second": 100.0, "seconds": 9.0, "steps": 3, "epochs": 4.5},
         },
         "probe": {"codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}}},
         "complete": {"tasks": tasks},
@@ -57,14 +60,19 @@ def test_a_page_holds_its_numbers():
     assert "| digits | tiny | biglearn_u | 2 | -2.000 ± 1.414 | -1.000 ± 0.707 | 7.0 ± 0.0 |" in text
     assert "| digits | tiny | vae | 1 | -5.000 | -2.500 | 7.0 |" in text
     assert "(iv) 60 % or more by a probe at S = 0.1, digits tiny: yes, 65.0 ± 0.0 %" in text
-    assert "(i) JointELBO of `biglearn_u` against `vae`, digits tiny: +3.000, one seed: no verdict" in text
+    assert "(i) JointELBO of `biglearn_u` against `vae`, digits tiny: +4.000, one seed: no verdict" in text
     assert "| digits | tiny | biglearn_u, one pass, a draw | 12.00 ± 0.00 |" in text
+    assert "| digits | tiny | biglearn_u | 100 ± 0 | 2.00 ± 0.00 | 4.5 ± 0.0 | 2.500 |" in text
+    assert "| digits | tiny | vae | 20.0 | 0.5 |" in text
+    assert "(v) an epoch of `biglearn_u` against one of `vae`, digits tiny: 1.00 times as long" in text
 
 
 def test_verdicts_are_within_a_standard_error_or_not():
-    error = math.sqrt(2 / 3)  # of the difference of two means of three values of variance 1
+    error = math.sqrt(1 / 3)  # of the mean of three differences of variance 1
     for gap, word in ((0.9 * error, "comparable"), (1.1 * error, "better"), (-1.1 * error, "worse")):
-        assert results_page.verdict([gap - 1, gap, gap + 1], [-1, 0, 1]).startswith(f"{word} ({gap:+.3f}")
+        ours, other = {0: gap - 1, 1: gap + 5, 2: gap + 1, 3: 100}, {0: 0, 1: 5, 2: 0}  # the fourth seed has no pair
+        assert results_page.verdict(ours, other).startswith(f"{word} ({gap:+.3f}")
+    assert results_page.verdict({0: 1.0}, {1: 1.0}) == "no seed in common: no verdict"
 
 
 def test_runs_come_seed_by_seed():
