@@ -45,9 +45,9 @@ class Optim:
         clip_norm: largest gradient norm; None does not clip.
         ema_decay: decay of the exponential moving average of the weights that is evaluated and kept as the result;
             0 evaluates the weights themselves.
-        muon_lr: peak learning rate of Muon (Jordan et al. 2024, `torch.optim.Muon`), which then takes the matrices
-            between hidden layers, those of the members of a `ModuleList` such as the blocks of a transformer, and
-            leaves the rest to AdamW. Its updates are orthogonalised and scaled to the size of AdamW's (Liu et al.
+        muon_lr: peak learning rate of Muon (Jordan et al. 2024), which then takes the matrices between hidden layers,
+            those of the members of a `ModuleList` such as the blocks of a transformer, and the kernels of convolutions,
+            and leaves the rest to AdamW. Its updates are orthogonalised and scaled to the size of AdamW's (Liu et al.
             2025). None leaves everything to AdamW.
 
     Raises:
@@ -88,7 +88,7 @@ class Optim:
         Args:
             fused: whether AdamW updates many parameters at once; by default where it can.
         """
-        hidden = _hidden_matrices(net) if self.muon_lr else {}
+        hidden = _hidden_weights(net) if self.muon_lr else {}
         others = [p for p in net.parameters() if p not in hidden]
         if fused is None:
             fused = others[0].device.type in ("cpu", "cuda")
@@ -99,9 +99,9 @@ class Optim:
         adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused, foreach=False)
         result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
         if hidden:
-            group = {"params": list(hidden), "peak": self.muon_lr}
             options = dict(lr=self.muon_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
-            result.append(torch.optim.Muon([group], **options))
+            result.append(Muon(hidden, **options))
+            result[-1].param_groups[0]["peak"] = self.muon_lr
         return result
 
     def share_at(self, step: int, steps: int) -> float:
@@ -121,10 +121,26 @@ class Optim:
         return min(self.ema_decay, (1 + step) / (10 + step))
 
 
-def _hidden_matrices(net: nn.Module) -> dict[nn.Parameter, None]:
-    """The matrices of the members of a network's `ModuleList`s, in order and each once."""
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon`, which takes matrices alone, also of kernels (M, N, P, P): as matrices (M, N P P)."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], **options: Any):
+        self._weights = list(weights)
+        # Views, so that an update of the matrix is one of the kernel; `view` fails where it would be a copy.
+        super().__init__([p if p.ndim == 2 else p.detach().view(len(p), -1) for p in self._weights], **options)
+
+    def step(self, closure: Any = None) -> Any:
+        for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
+            if matrix is not weight:
+                matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        return super().step(closure)
+
+
+def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
+    """The matrices of the members of a network's `ModuleList`s and the kernels of its convolutions, each once."""
     lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
-    return dict.fromkeys(p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
+    matrices = (p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
+    return dict.fromkeys([*matrices, *(p for p in net.parameters() if p.ndim == 4)])
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
