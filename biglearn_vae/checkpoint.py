@@ -1,13 +1,14 @@
 """Checkpoints: tensors and readable settings in one file, written atomically, loaded without running code."""
 
 import hashlib
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from biglearn_vae.files import replacing
 
 LATEST, PREVIOUS, BEST = "latest.pt", "previous.pt", "best.pt"
 DIGEST_SIZE = 32  # bytes behind the archive of each file
@@ -16,18 +17,13 @@ DIGEST_SIZE = 32  # bytes behind the archive of each file
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint so that at every moment `path` is either the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             torch.save(state, file)
             file.flush()
             file.write(_digest(partial))
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # on a full disk torch raises the second
-        partial.unlink(missing_ok=True)
         raise OSError(f"could not write {path}, is the disk full? ({str(error).splitlines()[0]})") from error
-    partial.replace(path)
 
 
 def _digest(path: Path, without: int = 0) -> bytes:

@@ -21,7 +21,8 @@ from biglearn_vae import probe as probing
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
-from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard, write_json, write_text
+from biglearn_vae.files import write_json, write_text
+from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
 from biglearn_vae.models import count_parameters
 from biglearn_vae.stages import draw, measure, report, size_text
 from biglearn_vae.trainer import Trainer, TrainingError, choose_precision

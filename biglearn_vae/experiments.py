@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from biglearn_vae.loggers import write_json
+from biglearn_vae.files import write_json
 from biglearn_vae.trainer import Interruption
 
 # What each target needs, a script and the file that it leaves in the run's folder.

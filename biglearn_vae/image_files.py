@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from biglearn_vae.files import to_disk, write_json
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -295,14 +297,6 @@ class _State:
             raise ValueError("it holds something else")
         return state
 
-    def save(self, path: Path) -> None:
-        """Into a file, which at every moment is the old one or the new one, whole."""
-        partial = path.with_suffix(".partial")
-        with partial.open("w") as file:
-            json.dump(asdict(self), file, indent=1)
-            _to_disk(file)
-        partial.replace(path)
-
 
 def _from_cache(files: Files, recipe: Recipe, cache: Path, kind: str) -> tuple[Tensor, dict[str, str], Path]:
     """The mapped pixels, why each of the others cannot be read, and the folder."""
@@ -388,10 +382,10 @@ def _build(folder: Path, files: Files, recipe: Recipe, wanted: _State, outdated:
             if len(broken) < len(results):
                 images = torch.stack([image for name, image in results.items() if name not in broken])
                 out.write(images.numpy().data)
-                _to_disk(out)
+                to_disk(out)
             state = replace(state, done=state.done + len(results), broken=state.broken | broken)
-            state.save(folder / PROGRESS)
-    state.save(folder / INDEX)
+            write_json(folder / PROGRESS, asdict(state))
+    write_json(folder / INDEX, asdict(state))
     (folder / PROGRESS).unlink()
     return state
 
@@ -446,12 +440,6 @@ def _written(folder: Path) -> Iterator[None]:
             f"the cache {folder} cannot be written ({error.strerror or error}): make room or give data.cache=FOLDER "
             "for another place. The same command then goes on from what is there."
         ) from None
-
-
-def _to_disk(file: Any) -> None:
-    """Wait until a file is on the disk, so that what is written later never tells of what a crash has lost."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _size_text(size: int) -> str:

@@ -6,12 +6,12 @@ A logger has `scalars(step, values)`, `picture(step, name, pixels)` and `close()
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
+
+from biglearn_vae.files import replacing
 
 
 class Logger:
@@ -130,25 +130,6 @@ class Progress(Logger):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what then takes the place of `path`, which at every moment is the old file or the new, whole."""
-    partial = path.with_suffix(".partial")
-    yield partial
-    partial.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole at every moment."""
-    with replacing(path) as partial:
-        partial.write_text(text)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The same of what JSON can hold."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _short(value: float) -> str:

@@ -11,7 +11,8 @@ from biglearn_vae import checkpoint, config, evaluation
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Splits, parts
-from biglearn_vae.loggers import Pictures, write_text
+from biglearn_vae.files import write_text
+from biglearn_vae.loggers import Pictures
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.patch_ae import PatchAE
 

@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
+    {"files"},
     {"patches", "gaussian", "layers", "distributed", "masks", "image_files"},
     {"data", "patch_ae", "annealing"},
     {"models", "losses"},
