@@ -504,6 +504,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         "settings": values | {"logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER},
         "train_images": len(train),
         "test_images": len(test),
+        "attributes": list(splits.label_names),
     } | {
         name: value if name == "metric" else {str(ratio): numbers for ratio, numbers in value.items()}
         for name, value in scores.items()
