@@ -10,6 +10,8 @@ from biglearn_vae.experiments import select
 
 Runs = list[dict[str, Any]]
 METHODS = ("vae", "biglearn_t", "biglearn_u")
+COLOURS = dict(zip(METHODS, ("C0", "C1", "C2"), strict=True))  # the same in all plots; cases differ by their lines
+LINES = {"tiny": "-", "case1": "-", "case2": "--", "case3": "-.", "case4": ":"}
 PAPER = {  # Tables 3 and 4: parameters over 2^20, as printed
     "case1": "1.2103",
     "case2": "4.7330",
@@ -287,29 +289,34 @@ def _plot_joint(axes, runs: Runs) -> None:
             for run in select(runs, case=case, method=method)
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", label=method)
+            axes.plot(*zip(*points, strict=True), "o", color=COLOURS[method], label=method)
     axes.set_xticks(range(len(cases)), cases)
+    axes.set_xlim(-0.5, len(cases) - 0.5)
     axes.set_ylabel("test JointELBO, a point a seed")
 
 
 def _plot_probe(axes, runs: Runs) -> None:
     for _, case, method, own in groups([run for run in runs if run.get("probe")]):
-        labels = {"codes": f"{case} {method}", "pixels": "raw pixels", "ceiling": "trained with labels"}
-        for name, label in labels.items():
+        looks = {"codes": (f"{case} {method}", COLOURS[method]), "pixels": ("raw pixels", "0.5")}
+        looks["ceiling"] = (f"{case} trained with labels", "k")
+        for name, (label, colour) in looks.items():
             scores = [run["probe"][name] for run in own if name in run["probe"]]
             if scores and (name == "codes" or method == METHODS[-1]):
                 mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
-                axes.plot([float(ratio) for ratio in scores[0]], mean, "o-" if name == "codes" else "--", label=label)
+                shares, marker = [float(ratio) for ratio in scores[0]], "o" if name == "codes" else None
+                axes.plot(shares, mean, LINES.get(case, "-"), marker=marker, color=colour, label=label)
     axes.set_xlabel("share of patches observed")
     axes.set_ylabel("accuracy in %")
 
 
 def _plot_course(axes, runs: Runs, name: str) -> None:
     """Half of Figure 13, of the first seed."""
-    for run in select(runs, seed=min(run["seed"] for run in runs)):
+    seed = min(run["seed"] for run in runs)
+    for run in (run for *_, own in groups(runs) for run in select(own, seed=seed)):
         pace = run["train"]["epochs"] / run["train"]["steps"]
         points = [(point["step"] * pace, point[name]) for point in run["course"]]
-        axes.plot(*zip(*points, strict=True), label=f"{run['case']} {run['method']}")
+        look = dict(color=COLOURS[run["method"]], linestyle=LINES.get(run["case"], "-"))
+        axes.plot(*zip(*points, strict=True), **look, label=f"{run['case']} {run['method']}")
     axes.set_xlabel("epochs")
 
 
