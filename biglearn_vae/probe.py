@@ -345,7 +345,7 @@ def train_ceiling(
 ) -> LabelledViT:
     """Train a network with labels on masked images: what its architecture can reach, for `linear_probe`.
 
-    AdamW with learning rate 1e-3, cosine to 0, batches of 128, float32.
+    Muon and AdamW as `optim=muon` has them, cosine to 0, batches of 128.
 
     Args:
         net: a network with fresh weights, which are trained.
@@ -361,11 +361,11 @@ def train_ceiling(
         LabelledViT(net, labels).to(vae.device),
         LabelLoss(labels),
         LabelledBatches(train, vae, seed),
-        Optim(lr=1e-3, schedule="cosine"),
+        Optim(lr=2e-3, muon_lr=0.012, warmup_steps=min(300, steps // 5), schedule="cosine", clip_norm=1.0),
         steps=steps,
         seed=seed,
         world=World(device=vae.device),
-        precision="float32",
+        precision="auto",
         compile=False,
     )
     if not trainer.fit(loggers):
