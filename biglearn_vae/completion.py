@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import evaluation, gibbs, masks
+from biglearn_vae import evaluation, gibbs
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Images, ImageSet
 from biglearn_vae.distributed import World, derive_seed
@@ -83,11 +83,9 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
         "10 nearest": evaluation.nearest_psnr(vae, images, train, plan.tasks, seed=seed),
     }
     variance = evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)
-    x, result = images[:].to(vae.device), {}
-    recorded = masks.recorded(vae.tokenizer.encode(x))
-    for task, S in evaluation.hidden_masks(len(images), vae.grid, plan.tasks, seed).items():
-        S = S.to(vae.device) & recorded
-        T = recorded & ~S
+    ((x, tasks),) = evaluation.tasks_in_parts(vae, images, plan.tasks, seed, rows=len(images))
+    result = {}
+    for task, (S, T) in tasks.items():
         found: dict[str, Any] = {"one pass": _one_pass(vae, x, S, T, plan.draws, seed)}
         if vae.prior == "standard" and plan.iterations and task in plan.chain_tasks:
             found |= _chains(vae, x, S, T, plan, variance, seed)

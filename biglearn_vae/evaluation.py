@@ -86,14 +86,14 @@ def nearest_psnr(
     # Twice the same parts, since the masks come before the neighbours: a part of the images is cheap to read.
     rows = rows_of((1 + neighbours) * math.prod(vae.image_shape))
     S = torch.cat(
-        [torch.stack([S for S, _ in tasks.values()], 1) for _, tasks in _tasks(vae, images, ratios, seed, rows)]
+        [torch.stack([S for S, _ in tasks.values()], 1) for _, tasks in tasks_in_parts(vae, images, ratios, seed, rows)]
     )
     nearest, everyone = _nearest(_Patches(images, patches, vae.device), S, known, neighbours)
     errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
-    for (x, tasks), positions in zip(_tasks(vae, images, ratios, seed, rows), nearest.split(rows), strict=True):
-        for number, (ratio, (_, hidden)) in enumerate(tasks.items()):
+    for (x, tasks), positions in zip(tasks_in_parts(vae, images, ratios, seed, rows), nearest.split(rows), strict=True):
+        for number, (ratio, (_, T)) in enumerate(tasks.items()):
             completed = patches.decode(_mean_of(known, positions[:, number], everyone))
-            errors[ratio].append(_squared_error(completed, x, hidden))
+            errors[ratio].append(_squared_error(completed, x, vae.pixel_mask(T)))
     return {ratio: _decibels(parts) for ratio, parts in errors.items()}
 
 
@@ -208,18 +208,18 @@ def check_tasks(tasks: Sequence[Task]) -> None:
         raise ValueError(f"expected shares in [0, 1] or some of {', '.join(SHAPES)}, at least one, got {list(tasks)}")
 
 
-def _tasks(
+def tasks_in_parts(
     vae: BigLearnVAE, images: Images, ratios: Sequence[Task], seed: int, rows: int
 ) -> Iterator[tuple[Tensor, dict[Task, tuple[Tensor, Tensor]]]]:
-    """So many images (n, C, H, W) at a time, and by ratio what is observed and what is asked for of them.
+    """So many images (n, C, H, W) at a time, and by ratio S and T, what is observed and what is hidden of them.
 
-    That are the observed patches (n, L) and the hidden pixels (n, 1, H, W) of what was recorded.
+    Both are patches (n, L), and together what was recorded. The masks are `hidden_masks` with the same seed.
     """
     drawn = hidden_masks(len(images), vae.grid, ratios, seed)
     for k, x in enumerate(parts(images, vae.device, rows)):
         recorded = masks.from_pixels(~x.isnan().any(1), vae.grid)
         own = {ratio: S[k * rows : (k + 1) * rows].to(vae.device) for ratio, S in drawn.items()}
-        yield x, {ratio: (S & recorded, vae.pixel_mask(~S & recorded)) for ratio, S in own.items()}
+        yield x, {ratio: (S & recorded, ~S & recorded) for ratio, S in own.items()}
 
 
 def psnr(completed: Tensor, images: Tensor, hidden: Tensor) -> float:
@@ -406,9 +406,9 @@ def _psnr_by_task(
 ) -> dict[Task, float]:
     """PSNR by task of complete(x, S, k), completions of the k-th part of the images, so many rows each."""
     errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
-    for k, (x, tasks) in enumerate(_tasks(vae, images, ratios, seed, rows)):
-        for ratio, (S, hidden) in tasks.items():
-            errors[ratio].append(_squared_error(complete(x, S, k), x, hidden))
+    for k, (x, tasks) in enumerate(tasks_in_parts(vae, images, ratios, seed, rows)):
+        for ratio, (S, T) in tasks.items():
+            errors[ratio].append(_squared_error(complete(x, S, k), x, vae.pixel_mask(T)))
     return {ratio: _decibels(found) for ratio, found in errors.items()}
 
 

@@ -86,9 +86,7 @@ def _joint(runs: Runs) -> str:
 
 
 def _plots(preset: str) -> str:
-    alts = {"joint_elbo": "JointELBO by method", "probe": "Probe by share observed", "loss": "Loss by epoch"}
-    alts["time"] = "Seconds of training by epoch"
-    return "".join(f"![{alt}]({preset}-{name}.png)\n" for name, alt in alts.items())
+    return "".join(f"![{alt}]({preset}-{name}.png)\n" for name, (alt, _) in PLOTS.items())
 
 
 def _probe(runs: Runs) -> str:
@@ -109,18 +107,23 @@ def _probe(runs: Runs) -> str:
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
 
 
+def _tasks(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `complete.py` found, by task; nothing if it was not called."""
+    return run.get("complete", {}).get("tasks", {})
+
+
 def _inpainting(runs: Runs) -> str:
     own = [run for run in runs if run.get("complete")]
     if not own:
         return ""
-    tasks = list(own[0]["complete"]["tasks"])
+    tasks = list(_tasks(own[0]))
     rows = []
     for data, case, method, of_method in groups(own):
         entries = {"one pass, a draw": ("one pass", "psnr_draw"), "one pass, mean": ("one pass", "psnr_mean")}
         if method == METHODS[-1]:
             entries |= {name: (name, "psnr") for name in ("regressor", "10 nearest", "training mean")}
         for label, (name, key) in entries.items():
-            values = [[run["complete"]["tasks"][task].get(name, {}).get(key) for run in of_method] for task in tasks]
+            values = [[_tasks(run)[task].get(name, {}).get(key) for run in of_method] for task in tasks]
             if all(value is not None for of_task in values for value in of_task):
                 who = label if name != "one pass" else f"{method}, {label}"
                 rows.append([data, case, who, *(spread(of_task, 2) for of_task in values)])
@@ -130,13 +133,13 @@ def _inpainting(runs: Runs) -> str:
 
 def _nats(runs: Runs) -> str:
     """Log-likelihoods of what is hidden."""
-    own = [run for run in runs if any("nats" in found for found in run.get("complete", {}).get("tasks", {}).values())]
+    own = [run for run in runs if any("nats" in found for found in _tasks(run).values())]
     if not own:
         return ""
-    tasks = list(own[0]["complete"]["tasks"])
+    tasks = list(_tasks(own[0]))
     rows = []
     for data, case, method, of in groups(own):
-        found = [[run["complete"]["tasks"][task].get("nats") for run in of] for task in tasks]
+        found = [[_tasks(run)[task].get("nats") for run in of] for task in tasks]
         cells = [spread([nats["mean"] for nats in of_task if nats] or [math.nan], 1) for of_task in found]
         errors = [nats["error"] for of_task in found for nats in of_task if nats]
         rows.append([data, case, method, *cells, f"{max(errors):.1f}"])
@@ -153,7 +156,7 @@ def _chains(runs: Runs) -> str:
     """The alternatives: chains of the joint VAE against one pass."""
     rows = []
     for run in runs:
-        for task, found in run.get("complete", {}).get("tasks", {}).items():
+        for task, found in _tasks(run).items():
             if not (run["method"] == "biglearn_u" and task in _chain_tasks(runs)) and "pseudo-Gibbs" not in found:
                 continue
             for name in ("one pass", "pseudo-Gibbs", "Metropolis-within-Gibbs"):
@@ -172,8 +175,7 @@ def _entries(found: Any) -> list[dict[str, Any]]:
 
 
 def _chain_tasks(runs: Runs) -> set[str]:
-    tasks = [task for run in runs for task in run.get("complete", {}).get("tasks", {}).items()]
-    return {name for name, found in tasks if "pseudo-Gibbs" in found}
+    return {task for run in runs for task, found in _tasks(run).items() if "pseudo-Gibbs" in found}
 
 
 def _consistency(runs: Runs) -> str:
@@ -259,7 +261,7 @@ def plots(found: dict[str, Runs]) -> dict[str, Callable[[Path], None]]:
     """By file name, what draws it into a file."""
     result: dict[str, Callable[[Path], None]] = {}
     for preset, runs in found.items():
-        for name, draw in PLOTS.items():
+        for name, (_, draw) in PLOTS.items():
             result[f"{preset}-{name}.png"] = lambda path, draw=draw, runs=runs: _plot(path, runs, draw)
     return result
 
@@ -331,4 +333,9 @@ def _plot_time(axes, runs: Runs) -> None:
     axes.set_ylabel("seconds of training")
 
 
-PLOTS = {"joint_elbo": _plot_joint, "probe": _plot_probe, "loss": _plot_loss, "time": _plot_time}
+PLOTS: dict[str, tuple[str, Callable]] = {  # what it shows, and what draws it
+    "joint_elbo": ("JointELBO by method", _plot_joint),
+    "probe": ("Probe by share observed", _plot_probe),
+    "loss": ("Loss by epoch", _plot_loss),
+    "time": ("Seconds of training by epoch", _plot_time),
+}

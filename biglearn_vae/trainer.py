@@ -99,9 +99,9 @@ class Optim:
         adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused, foreach=False)
         result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
         if hidden:
+            group = {"params": list(hidden), "peak": self.muon_lr}
             options = dict(lr=self.muon_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
-            result.append(Muon(hidden, **options))
-            result[-1].param_groups[0]["peak"] = self.muon_lr
+            result.append(Muon(group, **options))
         return result
 
     def share_at(self, step: int, steps: int) -> float:
@@ -124,10 +124,11 @@ class Optim:
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon`, which takes matrices alone, also of kernels (M, N, P, P): as matrices (M, N P P)."""
 
-    def __init__(self, weights: Iterable[nn.Parameter], **options: Any):
-        self._weights = list(weights)
+    def __init__(self, group: dict[str, Any], **options: Any):
+        self._weights = group["params"]
         # Views, so that an update of the matrix is one of the kernel; `view` fails where it would be a copy.
-        super().__init__([p if p.ndim == 2 else p.detach().view(len(p), -1) for p in self._weights], **options)
+        matrices = [p if p.ndim == 2 else p.detach().view(len(p), -1) for p in self._weights]
+        super().__init__([group | {"params": matrices}], **options)
 
     def step(self, closure: Any = None) -> Any:
         for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
