@@ -490,7 +490,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     if cfg.ceiling_steps:
         net, progress = config.network(settings, vae.tokenizer), Progress(cfg.ceiling_steps)
         try:
-            ceiling = probing.train_ceiling(net, vae, train, cfg.ceiling_steps, cfg.seed, [progress])
+            ceiling = probing.train_ceiling(net, vae, splits.train, cfg.ceiling_steps, cfg.seed, [progress])
         finally:
             progress.close()
     scores = probing.linear_probe(

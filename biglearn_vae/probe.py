@@ -445,7 +445,7 @@ def table(result: dict[str, Any]) -> str:
     words = {
         "codes": "codes, the mean of p(z | x_S)",
         "pixels": "raw pixels, zero where hidden",
-        "ceiling": "the same network, trained with labels",
+        "ceiling": "the same network, trained with all labels",
     }
     draws = result["settings"]["draws"]
     lines = [

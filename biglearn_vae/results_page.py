@@ -104,6 +104,8 @@ def _probe(runs: Runs) -> str:
             cells = [spread([100 * score[ratio]["mean"] for score in scores], 1) for ratio in ratios]
             rows.append([data, case, label, *cells])
     text = "Accuracy in % of a linear classifier on the mean of p(z | x_S), by share of patches observed."
+    if steps := sorted({run["probe"]["settings"]["ceiling_steps"] for run in own} - {0}):
+        text += f" Trained with labels: the same network, {steps[-1]:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
 
 
