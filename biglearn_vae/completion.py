@@ -6,7 +6,7 @@ N images, K draws.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +84,14 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     }
     variance = evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)
     ((x, tasks),) = evaluation.tasks_in_parts(vae, images, plan.tasks, seed, rows=len(images))
+    nats = _nats(vae, x, tasks, plan, variance, seed) if plan.likelihood_images else {}
     result = {}
     for task, (S, T) in tasks.items():
         found: dict[str, Any] = {"one pass": _one_pass(vae, x, S, T, plan.draws, seed)}
         if vae.prior == "standard" and plan.iterations and task in plan.chain_tasks:
             found |= _chains(vae, x, S, T, plan, variance, seed)
-        if plan.likelihood_images:
-            found |= _nats(vae, x, S, T, plan, variance, seed)
+        if task in nats:
+            found["nats"] = nats[task]
         result[str(task)] = found | {name: {"psnr": psnr[task]} for name, psnr in floors.items()}
     return result
 
@@ -120,22 +121,28 @@ def _chains(
     return result
 
 
-def _nats(vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, variance: float, seed: int) -> dict[str, Any]:
-    """Mean log p(hidden | observed) per image, of the first images that have it; nothing if there are none."""
+def _nats(
+    vae: BigLearnVAE, x: Tensor, tasks: Mapping[Task, tuple[Tensor, Tensor]], plan: Plan, variance: float, seed: int
+) -> dict[Task, dict[str, Any]]:
+    """Mean log p(hidden | observed) of an image by task, over the first images that have it in all; {} without any."""
     options = dict(samples=plan.samples, variance=variance, seed=seed, steps=plan.annealing_steps)
-    able = T.any(-1)
-    if vae.prior == "standard":
-        able &= (S | T).all(-1)  # the difference of log p(x) and log p(x_S) is that of whole images
+    able = torch.stack([T.any(-1) for _, T in tasks.values()]).all(0)
+    if vae.prior == "standard":  # the difference of log p(x) and log p(x_S) is that of whole images
+        able &= torch.stack([(S | T).all(-1) for S, T in tasks.values()]).all(0)
     rows = able.nonzero()[: plan.likelihood_images, 0]
     if not len(rows):
         return {}
-    x, S, T = x[rows], S[rows], T[rows]
-    if vae.prior == "learned":
-        found = evaluation.annealed_log_prob(vae, x, T, S, **options)
-    else:
-        found = evaluation.conditional_log_prob_joint(vae, x, S, **options)
-    error = found.error.square().mean().sqrt().item()
-    return {"nats": {"mean": found.nats.mean().item(), "error": error, "variance": variance, "images": len(x)}}
+    found: dict[Task, dict[str, Any]] = {}
+    known, x = None, x[rows]
+    for task, (S, T) in tasks.items():
+        if vae.prior == "learned":
+            nats = evaluation.annealed_log_prob(vae, x, T[rows], S[rows], **options)
+        else:
+            nats = evaluation.conditional_log_prob_joint(vae, x, S[rows], joint=known, **options)
+            known = nats.joint  # log p(x) is that of every task
+        error = nats.error.square().mean().sqrt().item()
+        found[task] = {"mean": nats.nats.mean().item(), "error": error, "variance": variance, "images": len(x)}
+    return found
 
 
 def regressor_psnr(

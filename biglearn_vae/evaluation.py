@@ -548,6 +548,7 @@ def conditional_log_prob_joint(
     variance: float | None = None,
     seed: int = 0,
     steps: int = 200,
+    joint: LogProb | None = None,
 ) -> JointConditional:
     """log p(x_hid | x_S) = log p(x) - log p(x_S) of a jointly trained VAE, p(z) N(x; mu(z), variance I), estimated.
 
@@ -565,17 +566,22 @@ def conditional_log_prob_joint(
         images: (N, C, H, W) in [0, 1], whole.
         S: what is observed, a mask as for every method of `vae`.
         samples, variance, seed, steps: see `annealed_log_prob`, which this takes twice.
+        joint: log p(x) of these images, if it is known from a call with another S: `joint` of its result.
 
     Raises:
-        ValueError: if the variance is not positive, an image is not whole or nothing of it is hidden.
+        ValueError: if the variance is not positive, an image is not whole or nothing of it is hidden, or `joint` is of
+            another number of images.
     """
     S = _mask(vae, images, S)
     nothing, everything = torch.zeros_like(S), _mask(vae, images, torch.ones_like(S))
     if S.all(-1).any():
         raise ValueError("expected at least one hidden patch in each image, S holds all")
+    if joint is not None and len(joint.nats) != len(images):
+        raise ValueError(f"joint must be of these {len(images)} images, got {len(joint.nats)} numbers")
+    if joint is None:
+        joint = _annealed(vae, images, nothing, everything, False, samples, variance, derive_seed("joint", seed), steps)
     return JointConditional(
-        _annealed(vae, images, nothing, everything, False, samples, variance, derive_seed("joint", seed), steps),
-        _annealed(vae, images, nothing, S, True, samples, variance, derive_seed("marginal", seed), steps),
+        joint, _annealed(vae, images, nothing, S, True, samples, variance, derive_seed("marginal", seed), steps)
     )
 
 

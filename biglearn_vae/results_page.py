@@ -104,8 +104,8 @@ def _probe(runs: Runs) -> str:
             cells = [spread([100 * score[ratio]["mean"] for score in scores], 1) for ratio in ratios]
             rows.append([data, case, label, *cells])
     text = "Accuracy in % of a linear classifier on the mean of p(z | x_S), by share of patches observed."
-    if steps := sorted({run["probe"]["settings"]["ceiling_steps"] for run in own} - {0}):
-        text += f" Trained with labels: the same network, {steps[-1]:,} steps on all training images under random masks."
+    if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
+        text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
 
 
@@ -156,28 +156,30 @@ def _nats(runs: Runs) -> str:
 
 def _chains(runs: Runs) -> str:
     """The alternatives: chains of the joint VAE against one pass."""
-    rows = []
-    for run in runs:
-        for task, found in _tasks(run).items():
-            if not (run["method"] == "biglearn_u" and task in _chain_tasks(runs)) and "pseudo-Gibbs" not in found:
-                continue
+    asked, rows = _chain_tasks(runs), []
+    for data, case, method, own in groups(runs):
+        for task in asked if method in ("vae", METHODS[-1]) else []:
             for name in ("one pass", "pseudo-Gibbs", "Metropolis-within-Gibbs"):
-                for entry in _entries(found.get(name)):
-                    cells = [f"{entry[key]:.2f}" for key in ("psnr_draw", "psnr_mean")]
-                    cells += [f"{entry['diversity']:.3f}", f"{entry['seconds']:.2f}"]
-                    where = [run["data"], run["case"], f"{run['method']}, seed {run['seed']}", task]
-                    rows.append([*where, name, str(entry.get("iterations", "")), *cells])
+                for count, same in _by_iterations([_tasks(run).get(task, {}).get(name) for run in own]).items():
+                    numbers = {"psnr_draw": 2, "psnr_mean": 2, "diversity": 3, "seconds": 2}
+                    cells = [spread([entry[key] for entry in same], digits) for key, digits in numbers.items()]
+                    rows.append([data, case, method, task, name, count, *cells])
     head = ["data", "case", "model", "observed", "sampler", "iterations", "a draw", "mean", "diversity", "seconds"]
-    text = "PSNR in dB; diversity is the standard deviation between draws."
+    text = "PSNR in dB; diversity is the standard deviation between draws, seconds are of all images and draws."
     return f"### One pass against chains of the joint VAE\n\n{text}\n\n" + table(head, rows) if rows else ""
 
 
-def _entries(found: Any) -> list[dict[str, Any]]:
-    return [] if found is None else found if isinstance(found, list) else [found]
+def _by_iterations(seeds: Sequence[Any]) -> dict[str, Runs]:
+    """What a sampler gave for each seed, by number of iterations; one pass has none."""
+    result: dict[str, Runs] = {}
+    for found in seeds:
+        for entry in found if isinstance(found, list) else [] if found is None else [found]:
+            result.setdefault(str(entry.get("iterations", "")), []).append(entry)
+    return result
 
 
-def _chain_tasks(runs: Runs) -> set[str]:
-    return {task for run in runs for task, found in _tasks(run).items() if "pseudo-Gibbs" in found}
+def _chain_tasks(runs: Runs) -> list[str]:
+    return sorted({task for run in runs for task, found in _tasks(run).items() if "pseudo-Gibbs" in found})
 
 
 def _consistency(runs: Runs) -> str:
@@ -188,7 +190,11 @@ def _consistency(runs: Runs) -> str:
         for data, case, method, of in groups(own)
     ]
     head = ["data", "case", "method", "order gap", "of it by estimation", "from Bayes' posterior"]
-    return "### Consistency, in nats\n\n" + table(head, rows) if rows else ""
+    text = (
+        "How far log p(x_A) + log p(x_B given x_A) is from log p(x_B) + log p(x_A given x_B), how much of that is the\n"
+        "noise of estimation, and how far p(z given x_S) is from the posterior of Bayes' rule; over random A, B and S.\n"
+    )
+    return f"### Consistency, in nats\n\n{text}\n" + table(head, rows) if rows else ""
 
 
 def _costs(runs: Runs) -> str:

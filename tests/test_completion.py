@@ -217,6 +217,8 @@ def test_its_two_parts():
     assert result.joint.error.max() < 1e-9
     assert torch.equal(result.nats, result.joint.nats - result.marginal.nats)
     torch.testing.assert_close(result.error, result.marginal.error, rtol=1e-9, atol=1e-9)
+    again = evaluation.conditional_log_prob_joint(vae, x, S, samples=4, steps=20, seed=0, joint=result.joint)
+    assert again.joint is result.joint and torch.equal(again.nats, result.nats)
     # Of nothing the probability is 1, from the prior all weights.
     result = evaluation.conditional_log_prob_joint(vae, x, nothing, samples=4, steps=20, seed=0)
     torch.testing.assert_close(result.marginal.nats, torch.zeros(COUNT).double(), rtol=0, atol=1e-9)
@@ -248,3 +250,6 @@ def test_the_conditional_refuses():
         evaluation.conditional_log_prob_joint(vae, x, S, variance=0.0)
     with pytest.raises(ValueError, match="finite"):
         evaluation.conditional_log_prob_joint(vae, spoil(vae, x, torch.eye(COUNT, 6) == 0), S)
+    joint = evaluation.conditional_log_prob_joint(vae, x[:2], S[:2], samples=2, steps=2).joint
+    with pytest.raises(ValueError, match=f"joint must be of these {COUNT} images, got 2 numbers"):
+        evaluation.conditional_log_prob_joint(vae, x, S, joint=joint)

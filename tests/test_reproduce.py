@@ -36,7 +36,7 @@ def run_numbers(method="biglearn_u", seed=0, elbo=-1.0) -> dict:
             **{"test_joint_elbo": elbo, "test_reconstruction": elbo / 2, "test_kl": 7.0},
             **{"images_per_second": 100.0, "seconds": 9.0, "steps": 3, "epochs": 4.5},
         },
-        "probe": {"codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}}},
+        "probe": {"codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}}, "settings": {"ceiling_steps": 0}},
         "complete": {"tasks": tasks},
         "course": [{"step": 3, "seconds": 1.0, "loss": 2.5}],
         "environment": {"commit": "abcdefghij", "date": "now", "device": "cpu", "torch": "2"},
@@ -65,6 +65,19 @@ def test_a_page_holds_its_numbers():
     assert "| digits | tiny | biglearn_u | 100 ± 0 | 2.00 ± 0.00 | 4.5 ± 0.0 | 2.500 |" in text
     assert "| digits | tiny | vae | 20.0 | 0.5 |" in text
     assert "(v) an epoch of `biglearn_u` against one of `vae`, digits tiny: 1.00 times as long" in text
+
+
+def test_chains_are_averaged_over_seeds_that_ran_as_long():
+    runs = [run_numbers(seed=seed) for seed in (0, 1)] + [run_numbers("vae", seed) for seed in (0, 1)]
+    for run, counts in zip(runs[2:], ((1, 10), (10,)), strict=True):
+        scores = {"psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}
+        run["complete"]["tasks"]["0.5"]["pseudo-Gibbs"] = [
+            {"iterations": count, "psnr_draw": 10.0 + run["seed"]} | scores for count in counts
+        ]
+    text = results_page.page({"p": runs}, {"case1": 1_269_104})
+    assert "| digits | tiny | biglearn_u | 0.5 | one pass |  | 12.00 ± 0.00 | 13.00 ± 0.00 |" in text
+    assert "| digits | tiny | vae | 0.5 | pseudo-Gibbs | 1 | 10.00 | 13.00 | 0.100 | 0.50 |" in text
+    assert "| digits | tiny | vae | 0.5 | pseudo-Gibbs | 10 | 10.50 ± 0.71 | 13.00 ± 0.00 | 0.100 ± 0.000 |" in text
 
 
 def test_verdicts_are_within_a_standard_error_or_not():
