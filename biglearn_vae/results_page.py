@@ -103,9 +103,13 @@ def _probe(runs: Runs) -> str:
             scores = [run["probe"][name] for run in of_method if name in run["probe"]]
             cells = [spread([100 * score[ratio]["mean"] for score in scores], 1) for ratio in ratios]
             rows.append([data, case, label, *cells])
-    text = "Accuracy in % of a linear classifier on the mean of p(z | x_S), by share of patches observed."
+    images = max(run["probe"]["train_images"] for run in own)
+    text = (
+        f"Accuracy in % of a linear classifier on the mean of p(z | x_S), trained on {images:,} images, by share of\n"
+        "patches observed."
+    )
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
-        text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
+        text += f" Trained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
 
 
@@ -192,7 +196,7 @@ def _consistency(runs: Runs) -> str:
     head = ["data", "case", "method", "order gap", "of it by estimation", "from Bayes' posterior"]
     text = (
         "How far log p(x_A) + log p(x_B given x_A) is from log p(x_B) + log p(x_A given x_B), how much of that is the\n"
-        "noise of estimation, and how far p(z given x_S) is from the posterior of Bayes' rule; over random A, B and S.\n"
+        "noise of estimation, and how far p(z given x_S) is from Bayes' posterior; over random A, B and S.\n"
     )
     return f"### Consistency, in nats\n\n{text}\n" + table(head, rows) if rows else ""
 

@@ -36,7 +36,10 @@ def run_numbers(method="biglearn_u", seed=0, elbo=-1.0) -> dict:
             **{"test_joint_elbo": elbo, "test_reconstruction": elbo / 2, "test_kl": 7.0},
             **{"images_per_second": 100.0, "seconds": 9.0, "steps": 3, "epochs": 4.5},
         },
-        "probe": {"codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}}, "settings": {"ceiling_steps": 0}},
+        "probe": {
+            "codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}},
+            **{"train_images": 5000, "settings": {"ceiling_steps": 200}},
+        },
         "complete": {"tasks": tasks},
         "course": [{"step": 3, "seconds": 1.0, "loss": 2.5}],
         "environment": {"commit": "abcdefghij", "date": "now", "device": "cpu", "torch": "2"},
@@ -64,6 +67,7 @@ def test_a_page_holds_its_numbers():
     assert "| digits | tiny | biglearn_u, one pass, a draw | 12.00 ± 0.00 |" in text
     assert "| digits | tiny | biglearn_u | 100 ± 0 | 2.00 ± 0.00 | 4.5 ± 0.0 | 2.500 |" in text
     assert "| digits | tiny | vae | 20.0 | 0.5 |" in text
+    assert "trained on 5,000 images" in text and "the same network, 200 steps on all training images" in text
     assert "(v) an epoch of `biglearn_u` against one of `vae`, digits tiny: 1.00 times as long" in text
 
 
