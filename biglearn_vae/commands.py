@@ -319,8 +319,9 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
         "parameters": count_parameters(vae.net),
     }
     result |= measure(vae, config.objective(settings), splits, cfg, cfg.split, cfg.seed)
-    print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
-    result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
+    if cfg.likelihood_images:
+        print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
+        result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
     write_json(run / "evaluation.json", result)
     print(report(result, run, cfg.split))
     return result

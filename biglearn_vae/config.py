@@ -135,8 +135,9 @@ def check_evaluation(settings: "DictConfig", where: str = "") -> None:
     for name, value in values.items():
         if name == "ratios" and (not value or not all(0 <= ratio <= 1 for ratio in value)):
             raise ValueError(f"{where}ratios must be shares in [0, 1], at least one, got {value}")
-        if name != "ratios" and value < 1:
-            raise ValueError(f"{where}{name} must be at least 1, got {value}")
+        least = 0 if name == "likelihood_images" else 1
+        if name != "ratios" and value < least:
+            raise ValueError(f"{where}{name} must be at least {least}, got {value}")
 
 
 def patches(cfg: "DictConfig") -> Patchify:

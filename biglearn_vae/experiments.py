@@ -4,8 +4,10 @@ Every run is trained and measured by the scripts themselves, each in a process o
 machine, and one that is stopped goes on when it is called again.
 """
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +46,9 @@ class Preset:
         seeds: seeds by case.
         settings: command-line settings of each script, for all runs.
         more: more of them for the runs of a method.
+        scripts: which of them are called, of those that a target needs.
+        grid: what is compared, by name; of each, its levels and what they are on the command line of scripts/train.py.
+            Every combination is trained, as by Hydra's multirun.
 
     Raises:
         ValueError: for scripts that there are not.
@@ -55,9 +60,11 @@ class Preset:
     seeds: dict[str, list[int]]
     settings: dict[str, list[str]]
     more: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    scripts: list[str] = field(default_factory=lambda: list(FILES))
+    grid: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def __post_init__(self):
-        for scripts in (self.settings, *self.more.values()):
+        for scripts in (self.settings, self.scripts, *self.more.values()):
             if unknown := set(scripts) - set(FILES):
                 raise ValueError(f"settings must be of {', '.join(FILES)}, got {', '.join(sorted(unknown))}")
 
@@ -65,25 +72,35 @@ class Preset:
         """All of them, seed by seed, so that every method is there before any is there twice."""
         of_case = [(seed, case) for case, seeds in self.seeds.items() for seed in seeds]
         ordered = sorted(of_case, key=lambda pair: pair[0])
-        return [Run(data, case, m, seed) for seed, case in ordered for data in self.data for m in self.methods]
+        cells = [tuple(zip(self.grid, levels, strict=True)) for levels in itertools.product(*self.grid.values())]
+        return [
+            Run(data, case, method, seed, cell)
+            for seed, case in ordered
+            for data in self.data
+            for cell in cells
+            for method in self.methods
+        ]
 
     def words(self, run: "Run", script: str) -> list[str]:
         """The command-line settings of a script for a run."""
-        return [*self.settings.get(script, []), *self.more.get(run.method, {}).get(script, [])]
+        own = [word for axis, level in run.levels for word in self.grid[axis][level]] if script == "train" else []
+        return [*self.settings.get(script, []), *self.more.get(run.method, {}).get(script, []), *own]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the matrix."""
+    """One run of the matrix; `levels` is its place in the grid, what is compared and how it is here."""
 
     data: str
     case: str
     method: str
     seed: int
+    levels: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.case}-{self.method}-seed{self.seed}"
+        words = (re.sub(r"[^\w.]+", "-", f"{axis}-{level}").strip("-") for axis, level in self.levels)
+        return "-".join((self.data, self.case, self.method, f"seed{self.seed}", *words))
 
     def words(self) -> list[str]:
         """What makes it this run on the command line of scripts/train.py."""
@@ -162,7 +179,8 @@ class Campaign:
         return [
             script
             for script in TARGETS[self.target]
-            if known.get(script) is None or known["settings"].get(script) != self.preset.words(run, script)
+            if script in self.preset.scripts
+            and (known.get(script) is None or known["settings"].get(script) != self.preset.words(run, script))
         ]
 
     def _make(self, run: Run) -> None:
@@ -219,6 +237,8 @@ class Campaign:
         """Put what a script left into the run's numbers."""
         folder, known = self._folder(run), _read(self.path(run))
         known |= {"data": run.data, "case": run.case, "method": run.method, "seed": run.seed}
+        if run.levels:
+            known["levels"] = dict(run.levels)
         known[script] = _read(folder / FILES[script])
         known["settings"] = known.get("settings", {}) | {script: self.preset.words(run, script)}
         if script == "train":

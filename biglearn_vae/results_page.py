@@ -36,7 +36,11 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
     parts = [HEAD, _parameters(parameters)]
     for preset, runs in found.items():
         if runs:
-            parts += [f"## `preset={preset}`\n", _runs(runs), _joint(runs), _plots(preset), _probe(runs)]
+            parts += [f"## `preset={preset}`\n", _runs(runs)]
+        if _of_grid(runs):
+            parts += [_grid(runs), _levels(runs)]
+        elif runs:
+            parts += [_joint(runs), _plots(preset), _probe(runs)]
             parts += [_inpainting(runs), _nats(runs), _chains(runs), _consistency(runs), _costs(runs), _claims(runs)]
     return "\n".join(part for part in parts if part)
 
@@ -60,6 +64,61 @@ def groups(runs: Runs) -> list[tuple[str, str, str, Runs]]:
     return [group for group in found if group[3]]
 
 
+# --- A grid of settings ---
+
+
+def _of_grid(runs: Runs) -> bool:
+    """Whether these runs compare settings with each other; what the paper compares is left out of them."""
+    return any("levels" in run for run in runs)
+
+
+def _grid(runs: Runs) -> str:
+    """Every combination, with mean and spread over its seeds."""
+    own = [run for run in runs if run.get("evaluate")]
+    if not own:
+        return ""
+    cells: dict[tuple[str, ...], Runs] = {}
+    for run in sorted(own, key=lambda run: METHODS.index(run["method"])):
+        cells.setdefault((run["data"], run["case"], *run["levels"].values(), run["method"]), []).append(run)
+    rows = [[*cell, str(len(of)), *_scores(of)] for cell, of in cells.items()]
+    split = own[0]["evaluate"]["split"]
+    text = f"Of the {split} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n\n"
+    return text + table(["data", "case", *own[0]["levels"], "method", "seeds", *_score_names(own)], rows)
+
+
+def _levels(runs: Runs) -> str:
+    """Every level, averaged over all that is combined with it; nothing if one thing alone is compared."""
+    own = [run for run in runs if run.get("evaluate")]
+    axes = list(own[0]["levels"]) if own else []
+    if len(axes) < 2:
+        return ""
+    rows = []
+    for axis in axes:
+        for level in dict.fromkeys(run["levels"][axis] for run in own):
+            of = [run for run in own if run["levels"][axis] == level]
+            rows.append([axis, level, str(len(of)), *_scores(of)])
+    text = "Each setting averaged over all others, with the standard deviation over the runs.\n\n"
+    return text + table(["what", "setting", "runs", *_score_names(own)], rows)
+
+
+def _score_names(runs: Runs) -> list[str]:
+    return ["JointELBO", "reconstruction", "KL in nats", *runs[0]["evaluate"]["inpainting_psnr"], "mean"]
+
+
+def _scores(runs: Runs) -> list[str]:
+    """What an evaluation says of these runs, in the order of `_score_names`."""
+    found = [run["evaluate"] for run in runs]
+    split = found[0]["split"]
+    names = {"joint_elbo": 3, "reconstruction": 3, "kl": 1}
+    cells = [spread([one[f"{split}_{name}"] for one in found], digits) for name, digits in names.items()]
+    psnr = [list(one["inpainting_psnr"].values()) for one in found]
+    means = [statistics.fmean(values) for values in psnr]
+    return [*cells, *(spread(values, 2) for values in zip(*psnr, strict=True)), spread(means, 2)]
+
+
+# --- The paper's tables ---
+
+
 def _parameters(parameters: dict[str, int]) -> str:
     rows = [[case, f"{count:,}", f"{count / 2**20:.4f}", PAPER[case]] for case, count in parameters.items()]
     return "## Parameters (Tables 3 and 4)\n\n" + table(["case", "parameters", "/ 2^20", "in the paper"], rows)
@@ -69,8 +128,12 @@ def _runs(runs: Runs) -> str:
     machines = sorted({f"{run['environment']['device']}, torch {run['environment']['torch']}" for run in runs})
     commits = sorted({str(run["environment"]["commit"])[:7] for run in runs})
     words = sorted({" ".join(run["settings"]["train"]) for run in runs})
+    if _of_grid(runs):  # what is compared is said there
+        lists = [run["settings"]["train"] for run in runs]
+        words = [" ".join(word for word in lists[0] if all(word in other for other in lists))]
+    settings = f"settings `{'`, `'.join(words)}`" if any(words) else "the settings of the default"
     count = f"{len(runs)} runs" if len(runs) > 1 else "One run"
-    return f"{count} on {'; '.join(machines)}, at {', '.join(commits)}; settings `{'`, `'.join(words)}`.\n"
+    return f"{count} on {'; '.join(machines)}, at {', '.join(commits)}; {settings}.\n"
 
 
 def _joint(runs: Runs) -> str:
@@ -273,6 +336,8 @@ def plots(found: dict[str, Runs]) -> dict[str, Callable[[Path], None]]:
     """By file name, what draws it into a file."""
     result: dict[str, Callable[[Path], None]] = {}
     for preset, runs in found.items():
+        if _of_grid(runs):
+            continue
         for name, (_, draw) in PLOTS.items():
             result[f"{preset}-{name}.png"] = lambda path, draw=draw, runs=runs: _plot(path, runs, draw)
     return result

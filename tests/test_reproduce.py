@@ -99,6 +99,43 @@ def test_runs_come_seed_by_seed():
     assert names[4:] == ["digits-tiny-vae-seed1", "digits-tiny-biglearn_u-seed1"]
 
 
+GRID = {"S-ratio": {"even": [], "Beta(1, 2)": ["masks.s_ratio=[1,2]"]}, "joint": {"0": [], "0.3": ["masks.joint=0.3"]}}
+
+
+def test_a_grid_is_every_combination(tmp_path):
+    own = preset(methods=["biglearn_u"], seeds={"tiny": [0]}, grid=GRID, scripts=["train"])
+    runs = own.runs()
+    assert [run.name.removeprefix("digits-tiny-biglearn_u-seed0-") for run in runs] == [
+        "S-ratio-even-joint-0",
+        "S-ratio-even-joint-0.3",
+        "S-ratio-Beta-1-2-joint-0",
+        "S-ratio-Beta-1-2-joint-0.3",
+    ]
+    assert own.words(runs[0], "train") == ["trainer.steps=3"]
+    assert own.words(runs[3], "train") == ["trainer.steps=3", "masks.s_ratio=[1,2]", "masks.joint=0.3"]
+    assert own.words(runs[3], "probe") == ["draws=1"]
+    assert len(Campaign(own, "params", tmp_path, tmp_path).missing()) == 0  # needs no script
+    assert len(Campaign(own, "all", tmp_path, tmp_path).missing()) == 4
+
+
+def test_the_page_compares_the_settings_of_a_grid():
+    own = preset(methods=["biglearn_u"], grid=GRID)
+    runs = []
+    for run in own.runs():
+        numbers = run_numbers(seed=run.seed) | {"levels": dict(run.levels)}
+        joint = run.levels[1][1] == "0.3"
+        elbo = {"valid_joint_elbo": -1.0 + 0.5 * joint, "valid_reconstruction": -0.5, "valid_kl": 9.0 + run.seed}
+        psnr = {"inpainting_psnr": {"0.3": 12.0, "0.5": 15.0 - joint}}
+        numbers["evaluate"] = {"split": "valid"} | elbo | psnr
+        numbers["settings"] = {"train": own.words(run, "train")}
+        runs.append(numbers)
+    text = results_page.page({"p": runs}, {"case1": 1_269_104})
+    row = "| digits | tiny | Beta(1, 2) | 0.3 | biglearn_u | 2 | -0.500 ± 0.000 | -0.500 ± 0.000 | 9.5 ± 0.7 | 12.00"
+    assert row in text and "settings `trainer.steps=3`." in text
+    assert "| joint | 0.3 | 4 | -0.500 ± 0.000 |" in text and "| S-ratio | even | 4 | -0.750 ± 0.289 |" in text
+    assert "Figure 2" not in text and not results_page.plots({"p": runs})  # these are no experiments of the paper
+
+
 def test_what_is_there_with_these_settings_is_not_missing(tmp_path):
     campaign = Campaign(preset(), "joint_elbo", tmp_path / "out", tmp_path / "results")
     assert len(campaign.missing()) == 4
