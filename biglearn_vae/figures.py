@@ -72,8 +72,8 @@ TEXTS = {  # name: title, caption
     "latent_map": (
         "Codes of incomplete images",
         "Each point is the code of one image, the mean of p(z | observed patches), at one scale in all panels; the "
-        "S-ratio is the share of the patches observed. The further to the right points of a class stay together, the "
-        "fewer patches the code needs to hold the class.",
+        "S-ratio is the share of the patches observed. The further to the right points of one colour stay together, "
+        "the fewer patches the code needs to hold what the colour says.",
     ),
     "reconstruction": (
         "Patches and their codes",
@@ -402,7 +402,7 @@ def latent_map(
 
     Args:
         images: (N, C, H, W); `count` of them are drawn.
-        labels: classes (N,).
+        labels: classes (N,); without them a point has the colour of its place in the first panel.
         ratios: shares of the patches observed, a panel each.
     """
     order = choose(len(images), labels, count)
@@ -416,6 +416,8 @@ def latent_map(
         heading += "; colours are classes"
         if len(np.unique(classes)) <= MOST_NAMED:
             heading += ", numbers stand at the middle of each class in the first panel"
+    else:
+        heading += "; a point has the colour of its place in the first panel, from left to right"
     names = [f"S-ratio {ratio:g}" for ratio in ratios]
     block = Block(_panels(places, classes)[None], heading, names)
     return sheet(*text("latent_map", x), [block])
@@ -437,13 +439,18 @@ def _plane(points: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _panels(places: np.ndarray, classes: np.ndarray | None, size: int = 300) -> np.ndarray:
-    """Points (R, n, 2) of classes (n,) as scatter plots with equal limits: (R, size, size, 3)."""
+    """Points (R, n, 2) as scatter plots with equal limits: (R, size, size, 3).
+
+    Colours are classes (n,), or else places from left to right in the first.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
-    classes = np.full(places.shape[1], "") if classes is None else classes
+    named = classes is not None
+    classes = places[0, :, 0].argsort().argsort() if classes is None else classes
     names, index = np.unique(classes, return_inverse=True)
+    named = named and len(names) <= MOST_NAMED
     palette = colormaps["tab10" if len(names) <= 10 else "turbo"]
     colours = palette(np.arange(len(names)) if len(names) <= 10 else np.linspace(0, 1, len(names)))
     low, high = places.min((0, 1)), places.max((0, 1))
@@ -454,7 +461,7 @@ def _panels(places: np.ndarray, classes: np.ndarray | None, size: int = 300) -> 
         axes = figure.add_axes((0.005, 0.005, 0.99, 0.99), xticks=[], yticks=[], facecolor="white")
         axes.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
         axes.scatter(*points.T, s=10, color=colours[index], linewidths=0)
-        for k, name in enumerate(names if len(names) <= MOST_NAMED else []):
+        for k, name in enumerate(names if named else []):
             style = dict(size=13, weight="bold", ha="center", va="center", color=colours[k])
             effects = [withStroke(linewidth=3, foreground="white")]
             axes.text(*np.median(places[0][index == k], axis=0), str(name), **style, path_effects=effects)

@@ -465,8 +465,19 @@ def test_the_map_of_codes_shows_classes_in_one_frame(draw, monkeypatch):
     np.testing.assert_allclose(seen[0][12:], np.broadcast_to(seen[0][12], (12, 3)), atol=1e-5)  # nothing is observed
     assert block.cells.shape == (1, 2, 300, 300, 3) and "classes" in block.heading
     (plain,) = draw(figures.latent_map, vae, x, ratios=(1, 0)).blocks
-    colours = [len(np.unique(b.cells[0, 0].reshape(-1, 3).round(2), axis=0)) for b in (block, plain)]
-    assert colours[0] > colours[1] and "classes" not in plain.heading
+    assert "classes" not in plain.heading and "place in the first panel" in plain.heading
+
+
+def test_without_classes_a_point_keeps_the_colour_of_its_place():
+    places = np.zeros((2, 3, 2))
+    places[:, :, 0] = [[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]]  # the second panel is the first one reversed
+    first, second = (panel[5:-5, 5:-5] for panel in figures._panels(places, None))  # without the frame
+    inked = (first.min(-1) < 0.8).any(0).nonzero()[0]
+    left, right = first[:, inked[0] : inked[0] + 4], first[:, inked[-1] - 3 : inked[-1] + 1]
+    assert np.abs(left.min((0, 1)) - right.min((0, 1))).max() > 0.3  # two colours
+    np.testing.assert_allclose(first.min(0).min(0), second.min(0).min(0))
+    moved = second[:, inked[0] : inked[0] + 4]
+    np.testing.assert_allclose(moved.min((0, 1)), right.min((0, 1)), atol=0.25)
 
 
 def test_codes_that_all_coincide_can_be_drawn():
