@@ -32,6 +32,7 @@ CPU_CHUNK = 64  # images at a time on CPUs, where small parts stay in the cache:
 # for codes.
 LOGIT_VARIANCE = 32.0
 MAX_ITER = 500  # of the solver
+MOST_KEPT = 2**29  # tokens are kept for all masks if they are at most so many floats, 2 GiB
 BATCH_SIZE = 128  # of the ceiling's training
 
 
@@ -39,8 +40,8 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
     """The means of p(z | x_S), (N, Z) on the CPU, each image under a random mask of its own.
 
     Args:
-        images: (N, C, H, W) in [0, 1], a tensor or a set, which is read in parts. What was never recorded (NaN) is not
-            observed.
+        images: (N, C, H, W) in [0, 1], a tensor or a set, which is read in parts, or their tokens (N, L, D). What was
+            never recorded (NaN) is not observed.
         ratio: share of the patches in S, in [0, 1].
         seed: of the masks.
     """
@@ -54,7 +55,7 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
     `fit` counts features.
 
     Args:
-        vae: for its patches alone. The others: see `features`.
+        vae: for its patches alone. The others: see `features`, but no tokens.
     """
     found = []
     for x, _, S in _observed(vae, images, ratio, seed):
@@ -65,14 +66,25 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
 def _observed(
     vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images (n, C, H, W), their tokens (n, L, D) and what is observed of them (n, L), a part at a time."""
+    """Images (n, C, H, W), or what else is given, their tokens (n, L, D) and what is observed (n, L), part by part."""
     if not len(images):
         raise ValueError("expected at least one image, got none")
     mask = masks.random(len(images), vae.num_tokens, ratio, seed=seed)  # whatever the parts are
     size = CPU_CHUNK if vae.device.type == "cpu" else CHUNK
     for x, S in zip(parts(images, vae.device, size), mask.split(size), strict=True):
-        tokens = vae.tokenizer.encode(x)
+        tokens = x if x.ndim == 3 else vae.tokenizer.encode(x)
         yield x, tokens, S.to(vae.device) & masks.recorded(tokens)
+
+
+def tokens_of(vae: BigLearnVAE, images: Tensor | ImageSet, most: int = MOST_KEPT) -> Tensor | ImageSet:
+    """The tokens (N, L, D) of images on the CPU, made once for all masks; the images if they are over `most` floats.
+
+    A PatchAE takes longer over an image than the encoder of `case=celeba_small`.
+    """
+    if len(images) * vae.num_tokens * vae.net.token_dim > most:
+        return images
+    size = CPU_CHUNK if vae.device.type == "cpu" else CHUNK
+    return torch.cat([vae.tokenizer.encode(x).cpu() for x in parts(images, vae.device, size)])
 
 
 def mask_seeds(seed: int, ratio: float, draw: int) -> tuple[int, int]:
@@ -410,16 +422,17 @@ def linear_probe(
     _check_labels(train_y, test_y)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    inputs = {"codes": features} | ({"pixels": pixels} if raw else {})
+    coded = tuple(tokens_of(vae, images) for images in (train, test))
+    inputs: dict[str, tuple] = {"codes": (features, coded)} | ({"pixels": (pixels, (train, test))} if raw else {})
     result: dict[str, Any] = {name: {} for name in (*inputs, *(() if ceiling is None else ("ceiling",)))}
     for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
         scores: dict[str, list[Score]] = {name: [] for name in result}
         for seeds in (mask_seeds(seed, ratio, draw) for draw in range(draws)):
-            for name, of in inputs.items():
-                train_x, test_x = (of(vae, images, ratio, s) for images, s in zip((train, test), seeds, strict=True))
+            for name, (of, both) in inputs.items():
+                train_x, test_x = (of(vae, images, ratio, s) for images, s in zip(both, seeds, strict=True))
                 scores[name].append(fit_and_score(train_x, train_y, test_x, test_y))
             if ceiling is not None:
-                predicted = [ceiling.predict(x, S).cpu() for _, x, S in _observed(vae, test, ratio, seeds[1])]
+                predicted = [ceiling.predict(x, S).cpu() for _, x, S in _observed(vae, coded[1], ratio, seeds[1])]
                 scores["ceiling"].append(_score(torch.cat(predicted), train_y, test_y))
         for name, draws_of in scores.items():
             result[name][ratio] = _over_draws(draws_of)

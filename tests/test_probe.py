@@ -122,6 +122,17 @@ def test_what_was_never_recorded_is_not_observed(vae):
     assert torch.equal(probe.pixels(vae, holes, 0.7, seed=3), x.masked_fill(~seen, 0).flatten(1))
 
 
+def test_features_of_tokens_are_those_of_their_images(vae, monkeypatch):
+    monkeypatch.setattr(probe, "CPU_CHUNK", 3)
+    recorded = masks.random(N, vae.num_tokens, 0.5, seed=9)
+    x = pictures(vae).masked_fill(~masks.to_pixels(recorded, vae.grid, (4, 6)).unsqueeze(1), math.nan)
+    tokens = probe.tokens_of(vae, x)
+    assert tokens.shape == (N, vae.num_tokens, vae.net.token_dim)
+    assert torch.equal(probe.features(vae, tokens, 0.7, seed=3), probe.features(vae, x, 0.7, seed=3))
+    assert probe.tokens_of(vae, x, most=tokens.numel()) is not x
+    assert probe.tokens_of(vae, x, most=tokens.numel() - 1) is x
+
+
 class InParts(ImageSet):
     """A set of which only small parts may be read."""
 
