@@ -103,6 +103,16 @@ def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], source: Path 
     """Load weights into a network of the same architecture.
 
     Raises:
+        ValueError: see `check_weights`.
+    """
+    check_weights(net, weights, source)
+    net.load_state_dict(weights)
+
+
+def check_weights(net: nn.Module, weights: dict[str, torch.Tensor], source: Path | str = "the checkpoint") -> None:
+    """See that these weights are those of a network of the same architecture, be it split over processes or not.
+
+    Raises:
         ValueError: if names or shapes differ, with the first difference.
     """
     own = net.state_dict()
@@ -114,7 +124,5 @@ def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], source: Path 
         if name in weights and weights[name].shape != own[name].shape
     ]
     if differences:
-        raise ValueError(
-            f"{source} holds another architecture than {type(net).__name__} of these settings: {differences[0]}"
-        )
-    net.load_state_dict(weights)
+        kind = type(net).__name__.removeprefix("FSDP")  # of which torch makes a class of its own
+        raise ValueError(f"{source} holds another architecture than {kind} of these settings: {differences[0]}")

@@ -132,17 +132,31 @@ def shard(net: nn.Module, world: World) -> None:
     fully_shard(net, mesh=mesh)
 
 
-def whole(state):
-    """The same with the whole of each tensor that is split over the processes; every process must call it.
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is split over the processes; every process must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gathered(state, world: World):
+    """On the main process the same with the whole of each split tensor, on the CPU; nothing in their place elsewhere.
+
+    One tensor after the other, so that a device never holds more than one of them whole. Every process must call it.
 
     Args:
         state: a tensor, or dictionaries and lists of them and of anything else.
     """
-    return _mapped(lambda value, _: value.full_tensor() if hasattr(value, "full_tensor") else value, state, state)
+
+    def one(value, _):
+        if not hasattr(value, "full_tensor"):
+            return value
+        value = whole(value)
+        return value.cpu() if world.is_main else None
+
+    return _mapped(one, state, state)
 
 
 def split(state, like):
-    """The contrary of `whole`: tensors split as those at the same places of `like` are."""
+    """The contrary of `gathered`: tensors split as those at the same places of `like` are."""
     from torch.distributed.tensor import distribute_tensor
 
     return _mapped(

@@ -283,9 +283,11 @@ class Trainer:
         self.loggers: list[Logger] = []
         self.interrupted = False
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
-        self._whole: nn.Module | None = None  # where split weights are put together
-        if shard and self.world.size > 1:
-            self._whole = copy.deepcopy(net).requires_grad_(False).eval()
+        self._sharded = shard and self.world.size > 1
+        self._whole: nn.Module | None = None  # where the main process puts split weights together
+        if self._sharded:
+            if self.world.is_main:
+                self._whole = copy.deepcopy(net).requires_grad_(False).eval()
             for module in filter(None, (net, self.average)):
                 distributed.shard(module, self.world)
         self.optimizers = optim.optimizers(net)
@@ -298,7 +300,7 @@ class Trainer:
     def _wrap(self) -> nn.Module:
         """The network as the steps call it."""
         net = torch.compile(self.net, dynamic=False) if self.compiled else self.net
-        if self.world.size == 1 or self._whole is not None:
+        if self.world.size == 1 or self._sharded:
             return net
         ids = [self.world.device.index] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
@@ -333,10 +335,8 @@ class Trainer:
 
     def _load_weights(self, net: nn.Module, weights: dict[str, Tensor]) -> None:
         source = self.folder / checkpoint.LATEST
-        if self._whole is not None:
-            checkpoint.load_weights(self._whole, weights, source)  # which says what is wrong with them, if anything
-            weights = distributed.split(weights, net.state_dict())
-        checkpoint.load_weights(net, weights, source)
+        checkpoint.check_weights(net, weights, source)
+        net.load_state_dict(distributed.split(weights, net.state_dict()))
 
     def _load_optimizers(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self.optimizers, states, strict=True):
@@ -413,7 +413,7 @@ class Trainer:
     @contextmanager
     def _synchronized(self, last: bool) -> Iterator[None]:
         """Gradients are summed over the processes after the last part of a step alone."""
-        if self._whole is not None:
+        if self._sharded:
             self.net.set_requires_gradient_sync(last)
         wait = isinstance(self._wrapped, DistributedDataParallel) and not last
         with self._wrapped.no_sync() if wait else nullcontext():
@@ -485,12 +485,12 @@ class Trainer:
                 checkpoint.save(self.folder / checkpoint.BEST, state)
         self.world.barrier()
 
-    def _whole_result(self) -> nn.Module:
+    def _whole_result(self) -> nn.Module | None:
         """`result`, put together if it is split; every process must call it, and the main one gets it."""
-        if self._whole is None:
+        if not self._sharded:
             return self.result
-        weights = distributed.whole(self.result.state_dict())
-        if self.world.is_main:
+        weights = distributed.gathered(self.result.state_dict(), self.world)
+        if self._whole is not None:
             self._whole.load_state_dict(weights)
         return self._whole
 
@@ -500,7 +500,7 @@ class Trainer:
         if self._pending:
             # A network that a bad step has spoilt must not replace a good checkpoint.
             self._pending = list(self._pending_values().to(self.world.device))
-        state = distributed.whole(self._state())
+        state = distributed.gathered(self._state(), self.world)
         if self.world.is_main:
             checkpoint.save_latest(self.folder, state)
         self.world.barrier()
