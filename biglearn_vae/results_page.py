@@ -74,21 +74,21 @@ def _of_grid(runs: Runs) -> bool:
 
 def _grid(runs: Runs) -> str:
     """Every combination, with mean and spread over its seeds."""
-    own = [run for run in runs if run.get("evaluate")]
+    own = _measured(runs)
     if not own:
         return ""
     cells: dict[tuple[str, ...], Runs] = {}
-    for run in sorted(own, key=lambda run: METHODS.index(run["method"])):
+    for run in own:
         cells.setdefault((run["data"], run["case"], *run["levels"].values(), run["method"]), []).append(run)
     rows = [[*cell, str(len(of)), *_scores(of)] for cell, of in cells.items()]
-    split = own[0]["evaluate"]["split"]
+    split = {"valid": "validation"}.get(own[0]["evaluate"]["split"], own[0]["evaluate"]["split"])
     text = f"Of the {split} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n\n"
     return text + table(["data", "case", *own[0]["levels"], "method", "seeds", *_score_names(own)], rows)
 
 
 def _levels(runs: Runs) -> str:
     """Every level, averaged over all that is combined with it; nothing if one thing alone is compared."""
-    own = [run for run in runs if run.get("evaluate")]
+    own = _measured(runs)
     axes = list(own[0]["levels"]) if own else []
     if len(axes) < 2:
         return ""
@@ -101,8 +101,15 @@ def _levels(runs: Runs) -> str:
     return text + table(["what", "setting", "runs", *_score_names(own)], rows)
 
 
+def _measured(runs: Runs) -> Runs:
+    """Those that were evaluated, level by level."""
+    own = [run for run in runs if run.get("evaluate")]
+    return sorted(own, key=lambda run: (*run["levels"].values(), METHODS.index(run["method"]), run["seed"]))
+
+
 def _score_names(runs: Runs) -> list[str]:
-    return ["JointELBO", "reconstruction", "KL in nats", *runs[0]["evaluate"]["inpainting_psnr"], "mean"]
+    shares = [f"PSNR at {share}" for share in runs[0]["evaluate"]["inpainting_psnr"]]
+    return ["JointELBO", "reconstruction", "KL in nats", *shares, "mean PSNR"]
 
 
 def _scores(runs: Runs) -> list[str]:
