@@ -51,7 +51,7 @@ class Preset:
             Every combination is trained, as by Hydra's multirun.
 
     Raises:
-        ValueError: for scripts that there are not.
+        ValueError: for scripts that there are not, and for a grid that is not made so or whose runs share a name.
     """
 
     name: str
@@ -67,6 +67,12 @@ class Preset:
         for scripts in (self.settings, self.scripts, *self.more.values()):
             if unknown := set(scripts) - set(FILES):
                 raise ValueError(f"settings must be of {', '.join(FILES)}, got {', '.join(sorted(unknown))}")
+        for axis, levels in self.grid.items():
+            if not levels or not all(isinstance(words, list) for words in levels.values()):
+                raise ValueError(f"grid.{axis} must be levels, each a list of settings, at least one, got {levels}")
+        names = [run.name for run in self.runs()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"levels of a grid must differ in letters or digits: several runs are {sorted(twice)[0]}")
 
     def runs(self) -> list["Run"]:
         """All of them, seed by seed, so that every method is there before any is there twice."""

@@ -166,6 +166,11 @@ def test_campaigns_that_make_no_sense(tmp_path, settings, message):
         Campaign(**dict(preset=preset(), target="all", output=tmp_path, results=tmp_path) | settings)
     with pytest.raises(ValueError, match="settings must be of"):
         preset(settings={"draw": []})
+    for levels in ({}, {"0.1": "masks.joint=0.1"}):
+        with pytest.raises(ValueError, match=r"grid.joint must be levels, each a list of settings"):
+            preset(grid={"joint": levels})
+    with pytest.raises(ValueError, match="several runs are digits-tiny-biglearn_u-seed0-S-1-2"):
+        preset(grid={"S": {"[1, 2]": [], "(1, 2)": []}})
 
 
 WORDS = ["target=joint_elbo", "workers=1", "device=cpu", "preset.seeds={tiny:[0]}", "preset.methods=[biglearn_u]"]
