@@ -64,15 +64,25 @@ class Preset:
     grid: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def __post_init__(self):
-        for scripts in (self.settings, self.scripts, *self.more.values()):
+        for scripts in (self.settings, *self.more.values()):
             if unknown := set(scripts) - set(FILES):
                 raise ValueError(f"settings must be of {', '.join(FILES)}, got {', '.join(sorted(unknown))}")
-        for axis, levels in self.grid.items():
-            if not levels or not all(isinstance(words, list) for words in levels.values()):
-                raise ValueError(f"grid.{axis} must be levels, each a list of settings, at least one, got {levels}")
+        if not isinstance(self.scripts, list) or "train" not in self.scripts or set(self.scripts) - set(FILES):
+            raise ValueError(f"scripts must be a list of {', '.join(FILES)}, with train, got {self.scripts}")
+        self._check_grid()
         names = [run.name for run in self.runs()]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"levels of a grid must differ in letters or digits: several runs are {sorted(twice)[0]}")
+            raise ValueError(f"runs must differ in letters or digits of their names, several are {sorted(twice)[0]}")
+
+    def _check_grid(self) -> None:
+        if not isinstance(self.grid, dict):
+            raise ValueError(f"grid must be names and their levels, got {self.grid}")
+        for axis, levels in self.grid.items():
+            fits = isinstance(levels, dict) and all(isinstance(words, list) for words in levels.values())
+            if not fits or not levels:
+                raise ValueError(f"grid.{axis} must be levels, each a list of settings, at least one, got {levels}")
+            if other := [name for name in (axis, *levels) if not isinstance(name, str)]:
+                raise ValueError(f'names in a grid must be text: write "{other[0]}", in quotes, for {other[0]}')
 
     def runs(self) -> list["Run"]:
         """All of them, seed by seed, so that every method is there before any is there twice."""
@@ -105,7 +115,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        words = (re.sub(r"[^\w.]+", "-", f"{axis}-{level}").strip("-") for axis, level in self.levels)
+        words = (re.sub(r"[^A-Za-z0-9_.]+", "-", f"{axis}-{level}").strip("-") for axis, level in self.levels)
         return "-".join((self.data, self.case, self.method, f"seed{self.seed}", *words))
 
     def words(self) -> list[str]:
@@ -182,12 +192,13 @@ class Campaign:
     def _lacking(self, run: Run) -> list[str]:
         """Scripts whose numbers of a run are not there, or were made with other settings."""
         known = _read(self.path(run))
-        return [
+        asked = [script for script in TARGETS[self.target] if script in self.preset.scripts]
+        lacking = [
             script
-            for script in TARGETS[self.target]
-            if script in self.preset.scripts
-            and (known.get(script) is None or known["settings"].get(script) != self.preset.words(run, script))
+            for script in asked
+            if known.get(script) is None or known["settings"].get(script) != self.preset.words(run, script)
         ]
+        return asked if "train" in lacking else lacking  # all else was measured of the run that is made anew
 
     def _make(self, run: Run) -> None:
         for script in self._lacking(run):
@@ -245,6 +256,8 @@ class Campaign:
         known |= {"data": run.data, "case": run.case, "method": run.method, "seed": run.seed}
         if run.levels:
             known["levels"] = dict(run.levels)
+        if script == "train":  # what is there was measured of another network
+            known = {key: value for key, value in known.items() if key not in FILES} | {"settings": {}}
         known[script] = _read(folder / FILES[script])
         known["settings"] = known.get("settings", {}) | {script: self.preset.words(run, script)}
         if script == "train":

@@ -32,7 +32,7 @@ CPU_CHUNK = 64  # images at a time on CPUs, where small parts stay in the cache:
 # for codes.
 LOGIT_VARIANCE = 32.0
 MAX_ITER = 500  # of the solver
-MOST_KEPT = 2**29  # tokens are kept for all masks if they are at most so many floats, 2 GiB
+MOST_KEPT = 2**29  # tokens of a set are kept for all masks if they are at most so many floats, 2 GiB
 BATCH_SIZE = 128  # of the ceiling's training
 
 
@@ -66,7 +66,7 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
 def _observed(
     vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images (n, C, H, W), or what else is given, their tokens (n, L, D) and what is observed (n, L), part by part."""
+    """What is given (n, ...), its tokens (n, L, D) and which of them are observed (n, L), part by part."""
     if not len(images):
         raise ValueError("expected at least one image, got none")
     mask = masks.random(len(images), vae.num_tokens, ratio, seed=seed)  # whatever the parts are

@@ -38,7 +38,7 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
         if runs:
             parts += [f"## `preset={preset}`\n", _runs(runs)]
         if _of_grid(runs):
-            parts += [_grid(runs), _levels(runs)]
+            parts += [part for alike in _measured(runs) for part in (_grid(alike), _levels(alike))]
         elif runs:
             parts += [_joint(runs), _plots(preset), _probe(runs)]
             parts += [_inpainting(runs), _nats(runs), _chains(runs), _consistency(runs), _costs(runs), _claims(runs)]
@@ -72,39 +72,45 @@ def _of_grid(runs: Runs) -> bool:
     return any("levels" in run for run in runs)
 
 
+def _measured(runs: Runs) -> list[Runs]:
+    """Those that were evaluated, level by level, in groups of which the same was compared and measured."""
+    alike: dict[tuple, Runs] = {}
+    for run in sorted((run for run in runs if run.get("evaluate") and run.get("levels")), key=_place):
+        found = run["evaluate"]
+        alike.setdefault((*run["levels"], found["split"], *found["inpainting_psnr"]), []).append(run)
+    return list(alike.values())
+
+
+def _place(run: dict[str, Any]) -> tuple:
+    order = METHODS.index(run["method"]) if run["method"] in METHODS else len(METHODS)
+    return *map(str, run["levels"].values()), order, run["seed"]
+
+
 def _grid(runs: Runs) -> str:
     """Every combination, with mean and spread over its seeds."""
-    own = _measured(runs)
-    if not own:
-        return ""
     cells: dict[tuple[str, ...], Runs] = {}
-    for run in own:
+    for run in runs:
         cells.setdefault((run["data"], run["case"], *run["levels"].values(), run["method"]), []).append(run)
     rows = [[*cell, str(len(of)), *_scores(of)] for cell, of in cells.items()]
-    split = {"valid": "validation"}.get(own[0]["evaluate"]["split"], own[0]["evaluate"]["split"])
+    split = {"valid": "validation"}.get(runs[0]["evaluate"]["split"], runs[0]["evaluate"]["split"])
     text = f"Of the {split} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n\n"
-    return text + table(["data", "case", *own[0]["levels"], "method", "seeds", *_score_names(own)], rows)
+    return text + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
 
 
 def _levels(runs: Runs) -> str:
-    """Every level, averaged over all that is combined with it; nothing if one thing alone is compared."""
-    own = _measured(runs)
-    axes = list(own[0]["levels"]) if own else []
-    if len(axes) < 2:
+    """Every level, averaged over all that is combined with it; nothing if one thing alone is compared, or in part."""
+    axes, rows, whole = list(runs[0]["levels"]), [], True
+    for data, case, method, own in groups(runs):
+        for axis in axes:
+            levels = {run["levels"][axis]: [] for run in own}
+            for run in own:
+                levels[run["levels"][axis]].append(run)
+            whole &= len({len(of) for of in levels.values()}) == 1
+            rows += [[data, case, method, axis, level, str(len(of)), *_scores(of)] for level, of in levels.items()]
+    if len(axes) < 2 or not whole:
         return ""
-    rows = []
-    for axis in axes:
-        for level in dict.fromkeys(run["levels"][axis] for run in own):
-            of = [run for run in own if run["levels"][axis] == level]
-            rows.append([axis, level, str(len(of)), *_scores(of)])
     text = "Each setting averaged over all others, with the standard deviation over the runs.\n\n"
-    return text + table(["what", "setting", "runs", *_score_names(own)], rows)
-
-
-def _measured(runs: Runs) -> Runs:
-    """Those that were evaluated, level by level."""
-    own = [run for run in runs if run.get("evaluate")]
-    return sorted(own, key=lambda run: (*run["levels"].values(), METHODS.index(run["method"]), run["seed"]))
+    return text + table(["data", "case", "method", "what", "setting", "runs", *_score_names(runs)], rows)
 
 
 def _score_names(runs: Runs) -> list[str]:
@@ -136,11 +142,18 @@ def _runs(runs: Runs) -> str:
     commits = sorted({str(run["environment"]["commit"])[:7] for run in runs})
     words = sorted({" ".join(run["settings"]["train"]) for run in runs})
     if _of_grid(runs):  # what is compared is said there
-        lists = [run["settings"]["train"] for run in runs]
-        words = [" ".join(word for word in lists[0] if all(word in other for other in lists))]
+        words = [_common(runs, "train")]
     settings = f"settings `{'`, `'.join(words)}`" if any(words) else "the settings of the default"
+    if _of_grid(runs) and (measured := _common(runs, "evaluate")):
+        settings += f", measured with `{measured}`"
     count = f"{len(runs)} runs" if len(runs) > 1 else "One run"
     return f"{count} on {'; '.join(machines)}, at {', '.join(commits)}; {settings}.\n"
+
+
+def _common(runs: Runs, script: str) -> str:
+    """The command-line settings of a script that all runs share."""
+    lists = [run["settings"].get(script, []) for run in runs]
+    return " ".join(word for word in lists[0] if all(word in other for other in lists))
 
 
 def _joint(runs: Runs) -> str:

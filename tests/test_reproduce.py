@@ -132,7 +132,16 @@ def test_the_page_compares_the_settings_of_a_grid():
     text = results_page.page({"p": runs}, {"case1": 1_269_104})
     row = "| digits | tiny | Beta(1, 2) | 0.3 | biglearn_u | 2 | -0.500 ± 0.000 | -0.500 ± 0.000 | 9.5 ± 0.7 | 12.00"
     assert row in text and "settings `trainer.steps=3`." in text
-    assert "| joint | 0.3 | 4 | -0.500 ± 0.000 |" in text and "| S-ratio | even | 4 | -0.750 ± 0.289 |" in text
+    assert (
+        "| biglearn_u | joint | 0.3 | 4 | -0.500 ± 0.000 |" in text
+        and "| S-ratio | even | 4 | -0.750 ± 0.289 |" in text
+    )
+    part = results_page.page({"p": runs[:-1]}, {"case1": 1_269_104})
+    assert "averaged over all others" in text and "averaged over all others" not in part
+    runs[0]["evaluate"] = {"split": "test", "test_joint_elbo": -9.0, "test_reconstruction": -0.5, "test_kl": 9.0} | psnr
+    del runs[1]["levels"]  # made before there was a grid
+    mixed = results_page.page({"p": runs}, {"case1": 1_269_104})
+    assert "Of the test images" in mixed and "Of the validation images" in mixed and "| 1 | -9.000 |" in mixed
     assert "Figure 2" not in text and not results_page.plots({"p": runs})  # these are no experiments of the paper
 
 
@@ -149,6 +158,13 @@ def test_what_is_there_with_these_settings_is_not_missing(tmp_path):
     assert known in other.missing()
     probing = Campaign(preset(), "probe", tmp_path / "out", tmp_path / "results")
     assert known in probing.missing()  # its probe was made with other settings
+    numbers = run_numbers("vae")
+    numbers["settings"]["probe"] = ["draws=1"]
+    campaign.path(known).write_text(json.dumps(numbers))
+    assert known not in probing.missing()
+    longer = preset(settings=SETTINGS | {"train": ["trainer.steps=4"]})
+    again = Campaign(longer, "probe", tmp_path / "out", tmp_path / "results")
+    assert again._lacking(known) == ["train", "probe"]  # a probe of the shorter run says nothing of the longer one
     campaign.path(known).write_text("{ damaged")
     assert known in campaign.missing()
 
@@ -169,7 +185,11 @@ def test_campaigns_that_make_no_sense(tmp_path, settings, message):
     for levels in ({}, {"0.1": "masks.joint=0.1"}):
         with pytest.raises(ValueError, match=r"grid.joint must be levels, each a list of settings"):
             preset(grid={"joint": levels})
-    with pytest.raises(ValueError, match="several runs are digits-tiny-biglearn_u-seed0-S-1-2"):
+    with pytest.raises(ValueError, match="in quotes, for 0.1"):
+        preset(grid={"joint": {0.1: []}})
+    with pytest.raises(ValueError, match="scripts must be a list"):
+        preset(scripts=["evaluate"])
+    with pytest.raises(ValueError, match="several are digits-tiny-biglearn_u-seed0-S-1-2"):
         preset(grid={"S": {"[1, 2]": [], "(1, 2)": []}})
 
 
