@@ -185,7 +185,7 @@ def test_campaigns_that_make_no_sense(tmp_path, settings, message):
     for levels in ({}, {"0.1": "masks.joint=0.1"}):
         with pytest.raises(ValueError, match=r"grid.joint must be levels, each a list of settings"):
             preset(grid={"joint": levels})
-    with pytest.raises(ValueError, match="in quotes, for 0.1"):
+    with pytest.raises(ValueError, match=r"in quotes, for 0\.1"):
         preset(grid={"joint": {0.1: []}})
     with pytest.raises(ValueError, match="scripts must be a list"):
         preset(scripts=["evaluate"])
