@@ -543,8 +543,7 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     config.check_types(hints, {name: values[name] for name in hints}, "")
     if under_torchrun():
         raise ValueError("reproduce starts processes of its own: start it without torchrun")
-    if unknown := set(values["preset"]) - set(typing.get_type_hints(experiments.Preset)):
-        raise ValueError(f"preset.{sorted(unknown)[0]}: there is no such setting of a preset")
+    config.check_types(typing.get_type_hints(experiments.Preset), values["preset"], "preset")
     campaign = experiments.Campaign(
         preset=experiments.Preset(**values["preset"]),
         target=cfg.target,

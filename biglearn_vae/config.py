@@ -108,6 +108,8 @@ def _matches(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, argument) for argument in arguments)
+    if origin is dict:  # of any names
+        return isinstance(value, dict) and all(_matches(part, arguments[1]) for part in value.values())
     if origin in (tuple, list, Sequence):
         return isinstance(value, list | tuple) and all(_matches(part, arguments[0]) for part in value)
     if hint in (int, float):
@@ -121,6 +123,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if origin in (tuple, list, Sequence):
         return f"a list, each {_describe(arguments[0])}"
+    if origin is dict:
+        return f"names, each with {_describe(arguments[1])}"
     names = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", types.NoneType: "null"}
     return names.get(hint, str(hint))
 

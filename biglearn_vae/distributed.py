@@ -134,7 +134,11 @@ def shard(net: nn.Module, world: World) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is split over the processes; every process must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if _is_split(tensor) else tensor
+
+
+def _is_split(value) -> bool:
+    return hasattr(value, "full_tensor")  # a DTensor, whose module is not worth importing for this
 
 
 def gathered(state, world: World):
@@ -147,9 +151,9 @@ def gathered(state, world: World):
     """
 
     def one(value, _):
-        if not hasattr(value, "full_tensor"):
+        if not _is_split(value):
             return value
-        value = whole(value)
+        value = value.full_tensor()
         return value.cpu() if world.is_main else None
 
     return _mapped(one, state, state)
@@ -161,9 +165,7 @@ def split(state, like):
 
     return _mapped(
         lambda value, own: (
-            distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
-            if hasattr(own, "full_tensor")
-            else value
+            distribute_tensor(value.to(own.device), own.device_mesh, own.placements) if _is_split(own) else value
         ),
         state,
         like,

@@ -217,7 +217,7 @@ def tasks_in_parts(
     """
     drawn = hidden_masks(len(images), vae.grid, ratios, seed)
     for k, x in enumerate(parts(images, vae.device, rows)):
-        recorded = masks.from_pixels(~x.isnan().any(1), vae.grid)
+        recorded = masks.recorded_patches(x, vae.grid)
         own = {ratio: S[k * rows : (k + 1) * rows].to(vae.device) for ratio, S in drawn.items()}
         yield x, {ratio: (S & recorded, ~S & recorded) for ratio, S in own.items()}
 

@@ -167,6 +167,11 @@ def to_pixels(S: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor
     return cells.repeat_interleave(size[0] // grid[0], dim=-2).repeat_interleave(size[1] // grid[1], dim=-1)
 
 
+def recorded_patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which patches of images (B, C, H, W) were recorded, (B, L): those without a NaN."""
+    return from_pixels(~images.isnan().any(dim=1), grid)
+
+
 def recorded(tokens: Tensor) -> Tensor:
     """Which tokens of (B, L, D) were recorded, (B, L): those without a NaN."""
     return ~tokens.isnan().any(dim=-1)

@@ -22,6 +22,7 @@ from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import CHUNK, Batches, ImageSet, parts, shuffled
 from biglearn_vae.distributed import StepRandom, World, derive_seed
 from biglearn_vae.loggers import Logger
+from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.trainer import Optim, Trainer
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # S-ratios, shares of the patches observed
@@ -45,7 +46,7 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
         ratio: share of the patches in S, in [0, 1].
         seed: of the masks.
     """
-    return torch.cat([vae.encode(tokens, S).mean.cpu() for _, tokens, S in _observed(vae, images, ratio, seed)])
+    return torch.cat([vae.encode(_tokens(vae, x), S).mean.cpu() for x, S in _observed(vae, images, ratio, seed)])
 
 
 def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int = 0) -> Tensor:
@@ -58,22 +59,30 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
         vae: for its patches alone. The others: see `features`, but no tokens.
     """
     found = []
-    for x, _, S in _observed(vae, images, ratio, seed):
+    for x, S in _observed(vae, images, ratio, seed):
         found.append(x.masked_fill(~vae.pixel_mask(S), 0).flatten(1).cpu())
     return torch.cat(found)
 
 
-def _observed(
-    vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What is given (n, ...), its tokens (n, L, D) and which of them are observed (n, L), part by part."""
+def _observed(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (n, C, H, W), or tokens (n, L, D), and which patches of them are observed (n, L), part by part."""
     if not len(images):
         raise ValueError("expected at least one image, got none")
     mask = masks.random(len(images), vae.num_tokens, ratio, seed=seed)  # whatever the parts are
-    size = CPU_CHUNK if vae.device.type == "cpu" else CHUNK
+    size = _part_size(vae)
     for x, S in zip(parts(images, vae.device, size), mask.split(size), strict=True):
-        tokens = x if x.ndim == 3 else vae.tokenizer.encode(x)
-        yield x, tokens, S.to(vae.device) & masks.recorded(tokens)
+        recorded = masks.recorded(x) if x.ndim == 3 else masks.recorded_patches(x, vae.grid)
+        yield x, S.to(vae.device) & recorded
+
+
+def _tokens(vae: BigLearnVAE, x: Tensor) -> Tensor:
+    """The tokens (n, L, D) of images (n, C, H, W); tokens as they are."""
+    return x if x.ndim == 3 else vae.tokenizer.encode(x)
+
+
+def _part_size(vae: BigLearnVAE) -> int:
+    """Images at a time."""
+    return CPU_CHUNK if vae.device.type == "cpu" else CHUNK
 
 
 def tokens_of(vae: BigLearnVAE, images: Tensor | ImageSet, most: int = MOST_KEPT) -> Tensor | ImageSet:
@@ -83,8 +92,7 @@ def tokens_of(vae: BigLearnVAE, images: Tensor | ImageSet, most: int = MOST_KEPT
     """
     if len(images) * vae.num_tokens * vae.net.token_dim > most:
         return images
-    size = CPU_CHUNK if vae.device.type == "cpu" else CHUNK
-    return torch.cat([vae.tokenizer.encode(x).cpu() for x in parts(images, vae.device, size)])
+    return torch.cat([vae.tokenizer.encode(x).cpu() for x in parts(images, vae.device, _part_size(vae))])
 
 
 def mask_seeds(seed: int, ratio: float, draw: int) -> tuple[int, int]:
@@ -422,7 +430,9 @@ def linear_probe(
     _check_labels(train_y, test_y)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    coded = tuple(tokens_of(vae, images) for images in (train, test))
+    # Plain patches are cut in no time, and travel to a GPU as bytes.
+    costly = isinstance(vae.tokenizer, PatchAE)
+    coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
     inputs: dict[str, tuple] = {"codes": (features, coded)} | ({"pixels": (pixels, (train, test))} if raw else {})
     result: dict[str, Any] = {name: {} for name in (*inputs, *(() if ceiling is None else ("ceiling",)))}
     for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
@@ -432,7 +442,9 @@ def linear_probe(
                 train_x, test_x = (of(vae, images, ratio, s) for images, s in zip(both, seeds, strict=True))
                 scores[name].append(fit_and_score(train_x, train_y, test_x, test_y))
             if ceiling is not None:
-                predicted = [ceiling.predict(x, S).cpu() for _, x, S in _observed(vae, coded[1], ratio, seeds[1])]
+                predicted = [
+                    ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, coded[1], ratio, seeds[1])
+                ]
                 scores["ceiling"].append(_score(torch.cat(predicted), train_y, test_y))
         for name, draws_of in scores.items():
             result[name][ratio] = _over_draws(draws_of)

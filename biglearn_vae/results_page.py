@@ -57,6 +57,12 @@ def spread(values: Sequence[float], digits: int) -> str:
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
+def _elbo_cells(found: Sequence[dict[str, Any]], split: str) -> list[str]:
+    """JointELBO, reconstruction and KL on a split, over the summaries or evaluations of several seeds."""
+    names = {"joint_elbo": 3, "reconstruction": 3, "kl": 1}
+    return [spread([one[f"{split}_{name}"] for one in found], digits) for name, digits in names.items()]
+
+
 def groups(runs: Runs) -> list[tuple[str, str, str, Runs]]:
     """Data, case, method and the runs of all seeds, in the order of the paper."""
     keys = sorted({(run["data"], run["case"]) for run in runs})
@@ -92,22 +98,25 @@ def _grid(runs: Runs) -> str:
     for run in runs:
         cells.setdefault((run["data"], run["case"], *run["levels"].values(), run["method"]), []).append(run)
     rows = [[*cell, str(len(of)), *_scores(of)] for cell, of in cells.items()]
-    split = {"valid": "validation"}.get(runs[0]["evaluate"]["split"], runs[0]["evaluate"]["split"])
-    text = f"Of the {split} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n\n"
+    split = runs[0]["evaluate"]["split"]
+    name = "validation" if split == "valid" else split
+    text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n\n"
     return text + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
 
 
 def _levels(runs: Runs) -> str:
     """Every level, averaged over all that is combined with it; nothing if one thing alone is compared, or in part."""
     axes, rows, whole = list(runs[0]["levels"]), [], True
+    if len(axes) < 2:
+        return ""
     for data, case, method, own in groups(runs):
         for axis in axes:
-            levels = {run["levels"][axis]: [] for run in own}
+            levels: dict[str, Runs] = {}
             for run in own:
-                levels[run["levels"][axis]].append(run)
+                levels.setdefault(run["levels"][axis], []).append(run)
             whole &= len({len(of) for of in levels.values()}) == 1
             rows += [[data, case, method, axis, level, str(len(of)), *_scores(of)] for level, of in levels.items()]
-    if len(axes) < 2 or not whole:
+    if not whole:
         return ""
     text = "Each setting averaged over all others, with the standard deviation over the runs.\n\n"
     return text + table(["data", "case", "method", "what", "setting", "runs", *_score_names(runs)], rows)
@@ -121,9 +130,7 @@ def _score_names(runs: Runs) -> list[str]:
 def _scores(runs: Runs) -> list[str]:
     """What an evaluation says of these runs, in the order of `_score_names`."""
     found = [run["evaluate"] for run in runs]
-    split = found[0]["split"]
-    names = {"joint_elbo": 3, "reconstruction": 3, "kl": 1}
-    cells = [spread([one[f"{split}_{name}"] for one in found], digits) for name, digits in names.items()]
+    cells = _elbo_cells(found, found[0]["split"])
     psnr = [list(one["inpainting_psnr"].values()) for one in found]
     means = [statistics.fmean(values) for values in psnr]
     return [*cells, *(spread(values, 2) for values in zip(*psnr, strict=True)), spread(means, 2)]
@@ -161,8 +168,7 @@ def _joint(runs: Runs) -> str:
     head = ["data", "case", "method", "seeds", "test JointELBO", "reconstruction", "KL in nats"]
     rows = []
     for data, case, method, own in groups(runs):
-        names = {"joint_elbo": 3, "reconstruction": 3, "kl": 1}
-        cells = [spread([run["train"][f"test_{name}"] for run in own], digits) for name, digits in names.items()]
+        cells = _elbo_cells([run["train"] for run in own], "test")
         rows.append([data, case, method, str(len(own)), *cells])
     text = "JointELBO per image, summed over pixels, without the constant, beta as trained, and its parts;\n"
     return f"### Test JointELBO (Figure 2)\n\n{text}mean and standard deviation over seeds.\n\n" + table(head, rows)
