@@ -198,7 +198,9 @@ class Campaign:
             for script in asked
             if known.get(script) is None or known["settings"].get(script) != self.preset.words(run, script)
         ]
-        return asked if "train" in lacking else lacking  # all else was measured of the run that is made anew
+        # All is measured of one network: if that is made anew, or isn't the one in the folder, so is the rest.
+        elsewhere = _read(self._folder(run) / FILES["train"]) != known.get("train")
+        return asked if lacking and (elsewhere or "train" in lacking) else lacking
 
     def _make(self, run: Run) -> None:
         for script in self._lacking(run):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from programs import run_here
 
 from biglearn_vae import checkpoint, config, experiments, results_page
@@ -145,10 +146,18 @@ def test_the_page_compares_the_settings_of_a_grid():
     assert "Figure 2" not in text and not results_page.plots({"p": runs})  # these are no experiments of the paper
 
 
+def keep_network(campaign: Campaign, run: Run) -> None:
+    """The folder of the run whose numbers are `run_numbers`."""
+    summary = campaign.output / campaign.preset.name / run.name / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text(json.dumps(run_numbers(run.method)["train"]))
+
+
 def test_what_is_there_with_these_settings_is_not_missing(tmp_path):
     campaign = Campaign(preset(), "joint_elbo", tmp_path / "out", tmp_path / "results")
     assert len(campaign.missing()) == 4
     known = Run("digits", "tiny", "vae", 0)
+    keep_network(campaign, known)
     campaign.path(known).parent.mkdir(parents=True)
     campaign.path(known).write_text(json.dumps(run_numbers("vae")))
     assert known not in campaign.missing() and len(campaign.missing()) == 3
@@ -167,6 +176,32 @@ def test_what_is_there_with_these_settings_is_not_missing(tmp_path):
     assert again._lacking(known) == ["train", "probe"]  # a probe of the shorter run says nothing of the longer one
     campaign.path(known).write_text("{ damaged")
     assert known in campaign.missing()
+
+
+def test_a_network_that_is_not_here_is_trained_before_it_is_measured(tmp_path):
+    """As in a fresh clone, which has the numbers of runs and not their weights."""
+    campaign = Campaign(preset(), "probe", tmp_path / "out", tmp_path / "results")
+    run = Run("digits", "tiny", "vae", 0)
+    campaign.path(run).parent.mkdir(parents=True)
+    campaign.path(run).write_text(json.dumps(run_numbers("vae")))
+    assert campaign._lacking(run) == ["train", "probe"]
+    keep_network(campaign, run)
+    assert campaign._lacking(run) == ["probe"]
+    summary = tmp_path / "out/p" / run.name / "summary.json"
+    summary.write_text(json.dumps(run_numbers("vae", elbo=-7.0)["train"]))  # another network of the same name
+    assert campaign._lacking(run) == ["train", "probe"]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "results/runs").iterdir()))
+def test_the_committed_numbers_were_made_as_their_preset_says(name):
+    preset = Preset(**OmegaConf.to_container(config.compose([f"preset={name}"], "reproduce").preset))
+    known = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results/runs" / name).iterdir()}
+    assert set(known) <= {run.name for run in preset.runs()}
+    for run in preset.runs():
+        for script, words in known.get(run.name, {"settings": {}})["settings"].items():
+            assert words == preset.words(run, script), (
+                f"{run.name}, {script}: python scripts/reproduce.py preset={name}"
+            )
 
 
 @pytest.mark.parametrize(
