@@ -63,9 +63,11 @@ class Plan:
     compile: bool | None = None
     workers: int = 0
     json: str | None = None
+    course: int | None = None
+    test_images: int = 1000
 
     def __post_init__(self):
-        for name in ("repeats", "steps", "warmup"):
+        for name in ("repeats", "steps", "warmup", "course", "test_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -92,11 +94,13 @@ class Plan:
 
         Without names these are all that training in this precision on this kind of device ("cpu", "cuda") goes through.
         A precision that it does not use is no measure of any stage, unless its stage is asked for; nor is what it does
-        not do with hidden tokens.
+        not do with hidden tokens. A course is of the first and the last of them, unless others are named.
         """
         compiled = self.compile if self.compile is not None else device == "cuda" and hidden == "mask"
         used = {"bfloat16": precision == "bfloat16", "drop": hidden == "drop", "compile": compiled}
         names = self.asked or [name for name in STAGES if used.get(name, True)]
+        if self.course is not None and not self.asked:
+            names = [names[0], names[-1]]
         in_force = [name for name in MEASURES if used.get(name, True) or name in names]
         return {
             name: frozenset(m for m in in_force if STAGES.index(m) <= STAGES.index(name))
@@ -253,9 +257,13 @@ def three_passes(
     p = net(x, S) if loss.prior == "learned" else None
     mean = net(x, S, q.mean + q.std * noise, T)  # (B, L, D)
     reconstruction = (-0.5 * (x - mean).square().sum(-1) * T).sum(-1).mean()
-    kl = q.kl(p).mean()
-    elbo = reconstruction - loss.weight(step) * kl
-    return {"loss": -elbo, "elbo": elbo, "reconstruction": reconstruction, "kl": kl}
+    kl, beta = q.kl(p).mean(), loss.weight(step)
+    elbo = reconstruction - beta * kl
+    minimised = -elbo
+    if p is not None and loss.prior_weight is not None:  # the same number, with another gradient of p
+        kl_of_p = q.detach().kl(p).mean()
+        minimised = minimised + (loss.prior_weight - beta) * (kl_of_p - kl_of_p.detach())
+    return {"loss": minimised, "elbo": elbo, "reconstruction": reconstruction, "kl": kl}
 
 
 # ---- The stages ------------------------------------------------------------------------------------------------------
@@ -317,6 +325,11 @@ class LoopStep:
             return self.work.loss(self.net, x, S, T, noise, step=self.step).scalars()
         return three_passes(self.net, self.work.loss, x, S, T, noise, self.step)
 
+    @property
+    def result(self) -> MaskedViT:
+        """The network to evaluate, as `Trainer.result`."""
+        return self.net if self.average is None else self.average
+
     @torch.no_grad()
     def update_average(self) -> None:
         if self.average is None:
@@ -347,6 +360,11 @@ class TrainerStep:
     def __init__(self, work: Work, measures: frozenset[str]):
         self.trainer = trainer_of(work, measures)
         self.net = self.trainer.net
+
+    @property
+    def result(self) -> MaskedViT:
+        """The network to evaluate."""
+        return self.trainer.result
 
     def __call__(self) -> None:
         self.trainer._train_step()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from biglearn_vae import benchmark as timing
-from biglearn_vae import checkpoint, completion, config, evaluation, experiments, results_page, stages
+from biglearn_vae import checkpoint, completion, config, evaluation, experiments, results_page, stages, time_to_quality
 from biglearn_vae import figures as pictures
 from biglearn_vae import probe as probing
 from biglearn_vae.capabilities import BigLearnVAE
@@ -429,7 +429,7 @@ def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
 
 
 def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure the training step of these settings in stages, print a table, and write it all into the file `json`."""
+    """Measure the training step of these settings in stages, or how soon they reach a quality; returns what is kept."""
     from omegaconf import OmegaConf
 
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
@@ -442,12 +442,33 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     work, machine = _work(cfg, plan.workers), environment(cfg.device)
     print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)
     print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
-    result = timing.measure(work, plan, say=lambda line: print(line, file=sys.stderr, flush=True))
-    print(timing.table(result))
-    everything = result.as_dict() | {"data": work.note, "settings": values, "environment": machine}
+    measured = _courses(cfg, plan, work) if plan.course else _stages(plan, work)
+    everything = measured | {"data": work.note, "settings": values, "environment": machine}
     if plan.file:
         write_json(plan.file, everything)
     return everything
+
+
+def _stages(plan: timing.Plan, work: timing.Work) -> dict[str, Any]:
+    """How fast each stage is."""
+    result = timing.measure(work, plan, say=_progress)
+    print(timing.table(result))
+    return result.as_dict()
+
+
+def _courses(cfg: "DictConfig", plan: timing.Plan, work: timing.Work) -> dict[str, Any]:
+    """The test JointELBO of each stage by seconds, with a plot beside the file."""
+    test = config.dataset(cfg).test
+    found = time_to_quality.measure(work, plan, test, config.tokenizer(cfg), say=_progress)
+    print(time_to_quality.table(found))
+    if plan.file:
+        title = f"{network_text(work.net)}, {work.note}, {work.batch_size} a step, {work.precision}"
+        time_to_quality.plot(plan.file.with_suffix(".png"), found, title)
+    return {"courses": time_to_quality.as_dict(found)}
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _work(cfg: "DictConfig", workers: int) -> timing.Work:

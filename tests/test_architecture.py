@@ -16,7 +16,7 @@ FLOORS = [
     {"capabilities", "checkpoint", "loggers"},
     {"trainer", "evaluation", "figures", "gibbs", "probe"},
     {"config", "benchmark", "completion"},
-    {"stages", "experiments"},
+    {"stages", "experiments", "time_to_quality"},
     {"results_page"},
     {"commands"},
     {"__main__"},
