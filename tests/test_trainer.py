@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from biglearn_vae import BigLearnELBO, Optim, Trainer, TrainingError, UniversalViT, checkpoint
+from biglearn_vae import BigLearnELBO, Optim, Patchify, Trainer, TrainingError, UniversalViT, World, checkpoint, data
+from biglearn_vae.data import Batches
 from biglearn_vae.loggers import Logger
 from biglearn_vae.trainer import choose_compile, choose_precision
 
@@ -323,6 +324,22 @@ def test_automatic_compilation():
     assert choose_compile(True, nn.Linear(1, 1)) and not choose_compile(False, nn.Linear(1, 1))
     with pytest.raises(ValueError, match="compile must be true, false or auto, got 'fast'"):
         make(compile="fast")
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing_on_a_gpu():
+    world, tokens = World(device=torch.device("cuda", 0)), Patchify(8, 2, 1)
+    net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=16, z_dim=3, heads=2, depth=2).to(world.device)
+    batches = Batches(data.load("digits").train.to(world.device), 8, 0, world, transform=tokens.encode)
+    trainer = Trainer(net, BigLearnELBO(0.3), batches, OPTIM, steps=9, world=world, compile=False)
+    for _ in range(3):
+        trainer._train_step()  # the first ones make moments and workspaces
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            trainer._train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_compiled_network_trains_the_same_and_is_compiled_once(monkeypatch):
