@@ -257,13 +257,9 @@ def three_passes(
     p = net(x, S) if loss.prior == "learned" else None
     mean = net(x, S, q.mean + q.std * noise, T)  # (B, L, D)
     reconstruction = (-0.5 * (x - mean).square().sum(-1) * T).sum(-1).mean()
-    kl, beta = q.kl(p).mean(), loss.weight(step)
-    elbo = reconstruction - beta * kl
-    minimised = -elbo
-    if p is not None and loss.prior_weight is not None:  # the same number, with another gradient of p
-        kl_of_p = q.detach().kl(p).mean()
-        minimised = minimised + (loss.prior_weight - beta) * (kl_of_p - kl_of_p.detach())
-    return {"loss": minimised, "elbo": elbo, "reconstruction": reconstruction, "kl": kl}
+    kl = q.kl(p).mean()
+    elbo = reconstruction - loss.weight(step) * kl
+    return {"loss": -elbo, "elbo": elbo, "reconstruction": reconstruction, "kl": kl}
 
 
 # ---- The stages ------------------------------------------------------------------------------------------------------

@@ -38,10 +38,6 @@ class DiagGaussian:
         """The distributions at these batch positions."""
         return DiagGaussian(self.mean[index], self.logvar[index])
 
-    def detach(self) -> "DiagGaussian":
-        """The same without its gradient."""
-        return DiagGaussian(self.mean.detach(), self.logvar.detach())
-
     def double(self) -> "DiagGaussian":
         """The same in float64."""
         return DiagGaussian(self.mean.double(), self.logvar.double())

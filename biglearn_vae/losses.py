@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import masks
 from biglearn_vae.distributed import StepRandom
-from biglearn_vae.gaussian import LOG_2PI, DiagGaussian
+from biglearn_vae.gaussian import LOG_2PI
 from biglearn_vae.masks import MaskSampler
 
 
@@ -22,7 +22,6 @@ class ELBO:
         beta: weight of the KL.
         num_targets: |T|, how many tokens the reconstruction sums over.
         token_dim: D.
-        prior_fit: 0, or numbers that are 0 and have a gradient: what p(z | x_S) gets besides that of beta kl.
     """
 
     reconstruction: Tensor
@@ -30,7 +29,6 @@ class ELBO:
     beta: float
     num_targets: Tensor
     token_dim: int
-    prior_fit: Tensor | float = 0.0
 
     @property
     def elbo(self) -> Tensor:
@@ -46,7 +44,7 @@ class ELBO:
     @property
     def loss(self) -> Tensor:
         """What training minimises: the negative mean over the batch."""
-        return (self.prior_fit - self.elbo).mean()
+        return -self.elbo.mean()
 
     def scalars(self) -> dict[str, Tensor]:
         """Batch means by name."""
@@ -72,11 +70,6 @@ class BigLearnELBO:
         beta_warmup_steps: steps over which training raises beta linearly (see `weight`).
         beta_warmup_start: share of beta at which the warm-up starts, in [0, 1]. At 0 nothing ties the prior to the
             posterior at first; they part by thousands of nats, and when beta rises the latent is given up.
-        prior_weight: weight of the KL in the gradient of p(z | x_S), positive, the same at every step; None takes
-            beta, the objective as it stands. Whatever beta is, the best p(z | x_S) for given posteriors is the same,
-            their mixture's mean and variance; but where a small beta leaves the KL a small part of the gradient, p
-            lags far behind. The value of the objective and the gradient of p(z | x_{S u T}) do not change (KL
-            balancing, Hafner et al. 2021, Sec. 2.2). Without effect on the standard normal.
 
     Raises:
         ValueError: on values outside these.
@@ -89,7 +82,6 @@ class BigLearnELBO:
         prior: str = "learned",
         beta_warmup_steps: int = 0,
         beta_warmup_start: float = 0.0,
-        prior_weight: float | None = None,
     ):
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a number not below 0, got {beta}")
@@ -99,9 +91,7 @@ class BigLearnELBO:
             raise ValueError(f"beta_warmup_steps must not be negative, got {beta_warmup_steps}")
         if not 0 <= beta_warmup_start <= 1:
             raise ValueError(f"beta_warmup_start must be a share of beta in [0, 1], got {beta_warmup_start}")
-        if prior_weight is not None and not 0 < prior_weight < float("inf"):
-            raise ValueError(f"prior_weight must be a positive number or null, got {prior_weight}")
-        self.beta, self.prior, self.prior_weight = beta, prior, prior_weight
+        self.beta, self.prior = beta, prior
         self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
         self.masks = masks or MaskSampler()
 
@@ -144,22 +134,13 @@ class BigLearnELBO:
         if noise is None:
             noise = random.normal(tuple(q.mean.shape), q.mean.dtype)
         mean = net(x, S, q.sample(noise), T)  # (B, L, D)
-        beta = self.weight(step)
         return ELBO(
             reconstruction=_log_likelihood(x, mean, T),
             kl=q.kl(p),
-            beta=beta,
+            beta=self.weight(step),
             num_targets=T.sum(-1),
             token_dim=x.shape[-1],
-            prior_fit=self._prior_fit(q, p, beta),
         )
-
-    def _prior_fit(self, q: DiagGaussian, p: DiagGaussian | None, beta: float) -> Tensor | float:
-        """0 in value, (B,); with beta KL[q || p] it gives p the gradient of prior_weight KL[q || p]."""
-        if p is None or self.prior_weight is None or not torch.is_grad_enabled():
-            return 0.0
-        kl = q.detach().kl(p)
-        return (self.prior_weight - beta) * (kl - kl.detach())
 
     def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""

@@ -56,20 +56,12 @@ def stages(*names: str) -> dict[str, frozenset[str]]:
     return timing.Plan(stages=list(names) or None, compile=True).chosen("bfloat16", "cuda", "drop")
 
 
-@pytest.mark.parametrize(
-    ("kind", "prior", "prior_weight"),
-    [
-        ("universal", "learned", None),
-        ("universal", "learned", 3.0),
-        ("universal", "standard", None),
-        ("two-stack", "learned", None),
-        ("two-stack", "standard", 3.0),
-    ],
-)
-def test_all_stages_take_the_same_step(kind, prior, prior_weight, monkeypatch):
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+@pytest.mark.parametrize("kind", ["universal", "two-stack"])
+def test_all_stages_take_the_same_step(kind, prior, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda net, **_: compiled.append(net) or net)  # which would take minutes
-    job = work(network(kind), double=True, loss=BigLearnELBO(beta=0.5, prior=prior, prior_weight=prior_weight))
+    job = work(network(kind), double=True, loss=BigLearnELBO(beta=0.5, prior=prior))
     plain = timing.step_of(job, stages()["plain"])
     x, S, T, noise = next(timing.resident_draws(job))
     parts = plain.objective(x, S, T, noise)

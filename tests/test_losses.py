@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from biglearn_vae import BigLearnELBO, DiagGaussian, MaskSampler, Optim, StepRandom, Trainer, UniversalViT, World
+from biglearn_vae import BigLearnELBO, MaskSampler, Optim, StepRandom, Trainer, UniversalViT, World
 from biglearn_vae.losses import InpaintingRegression
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)
@@ -192,30 +192,6 @@ def test_step_weighs_the_kl_and_nothing_else(tiny_net):
         assert_close(parts.elbo, final.reconstruction - beta * final.kl, **CLOSE)
 
 
-@pytest.mark.parametrize("step", [None, 1])
-def test_prior_weight_weighs_the_kl_in_the_gradient_of_the_prior_alone(step):
-    (x, noise), (S, T) = data(), tasks()
-    torch.manual_seed(0)
-    q, p = (torch.randn(2, 6, 3, dtype=torch.float64).requires_grad_() for _ in range(2))
-
-    def net(x, S, z=None, T=None):  # whose posteriors and priors have parameters of their own
-        if z is not None:
-            return z.sum(-1, keepdim=True).unsqueeze(-1).expand(x.shape)
-        return DiagGaussian(*torch.cat([q, p], dim=1))
-
-    def gradients(**settings):
-        parts = BigLearnELBO(BETA, beta_warmup_steps=2, **settings)(net, x, S, T, noise, step=step)
-        return parts, torch.autograd.grad(parts.loss, [q, p])
-
-    paper, (of_q, of_p) = gradients()
-    parts, (same, weighed) = gradients(prior_weight=2.0)
-    assert torch.equal(parts.loss, paper.loss) and torch.equal(parts.elbo, paper.elbo)
-    assert_close(same, of_q, **CLOSE)
-    beta = BETA if step is None else BETA / 2
-    assert_close(weighed, 2.0 / beta * of_p, **CLOSE)
-    assert of_p.abs().sum() > 0
-
-
 def test_random_repeats_by_seed_and_step(tiny_net):
     x, _ = data()
     objective = BigLearnELBO(BETA, MaskSampler(joint=0.2))
@@ -277,7 +253,6 @@ def test_missing_random_is_named(tiny_net, missing):
         (dict(beta=1, beta_warmup_steps=-1), "beta_warmup_steps .*-1"),
         (dict(beta=1, beta_warmup_start=-0.5), r"beta_warmup_start .*-0\.5"),
         (dict(beta=1, beta_warmup_start=1.5), r"beta_warmup_start .*1\.5"),
-        (dict(beta=1, prior_weight=0.0), r"prior_weight must be a positive number or null, got 0\.0"),
     ],
 )
 def test_objective_refuses(settings, message):
