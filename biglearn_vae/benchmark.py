@@ -63,11 +63,11 @@ class Plan:
     compile: bool | None = None
     workers: int = 0
     json: str | None = None
-    course: int | None = None
+    evaluations: int | None = None
     test_images: int = 1000
 
     def __post_init__(self):
-        for name in ("repeats", "steps", "warmup", "course", "test_images"):
+        for name in ("repeats", "steps", "warmup", "evaluations", "test_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -78,11 +78,20 @@ class Plan:
             raise ValueError(f"stages must be some of {', '.join(STAGES)}, got {', '.join(self.asked) or 'none'}")
         if self.file and (self.file.is_dir() or not self.file.parent.is_dir()):
             raise ValueError(f"json must be a file in a folder that exists, got {self.json}")
+        if self.evaluations is not None and self.steps is not None:
+            raise ValueError("steps counts those of single measurements: with evaluations give trainer.steps")
+        if self.evaluations is not None and self.file and (self.file.suffix != ".json" or self.picture.is_dir()):
+            raise ValueError(f"json must end in .json, for the plot to be a .png beside it, got {self.json}")
 
     @property
     def file(self) -> Path | None:
         """Where to write what was measured."""
         return None if self.json is None else Path(self.json).expanduser()
+
+    @property
+    def picture(self) -> Path | None:
+        """Where to draw what was measured."""
+        return self.file and self.file.with_suffix(".png")
 
     @property
     def asked(self) -> list[str]:
@@ -94,12 +103,12 @@ class Plan:
 
         Without names these are all that training in this precision on this kind of device ("cpu", "cuda") goes through.
         A precision that it does not use is no measure of any stage, unless its stage is asked for; nor is what it does
-        not do with hidden tokens. A course is of the first and the last of them, unless others are named.
+        not do with hidden tokens. Whole trainings are of the first and the last of them, unless others are named.
         """
         compiled = self.compile if self.compile is not None else device == "cuda" and hidden == "mask"
         used = {"bfloat16": precision == "bfloat16", "drop": hidden == "drop", "compile": compiled}
         names = self.asked or [name for name in STAGES if used.get(name, True)]
-        if self.course is not None and not self.asked:
+        if self.evaluations is not None and not self.asked:
             names = [names[0], names[-1]]
         in_force = [name for name in MEASURES if used.get(name, True) or name in names]
         return {
@@ -162,10 +171,10 @@ class Work:
         return self.loss.masks(self.batch_size, self.net.num_tokens, generator)
 
 
-def load_images(settings: dict[str, Any], batch_size: int) -> tuple[ImageSet, Tensor, str]:
+def load_images(settings: dict[str, Any], batch_size: int, stand_ins: bool = True) -> tuple[ImageSet, Tensor, str]:
     """The training images of these settings of `data.load`, the same before they were resized, and what they are.
 
-    Random images of the same shapes stand for MNIST and FashionMNIST where these are not and cannot be had.
+    Random images of the same shapes stand for MNIST and FashionMNIST, if they may, where these cannot be had.
     """
     name = settings["name"]
     try:
@@ -176,7 +185,7 @@ def load_images(settings: dict[str, Any], batch_size: int) -> tuple[ImageSet, Te
             sources = images.pixels
         return images, sources, f"{len(images):,} images of {name}"
     except ValueError:
-        if name not in ("mnist", "fashion_mnist"):
+        if name not in ("mnist", "fashion_mnist") or not stand_ins:
             raise
     count, size = max(10_000, batch_size), settings["image_size"]
     noise = torch.randint(256, (count, 1, size, size), dtype=torch.uint8)
@@ -297,13 +306,14 @@ class LoopStep:
 
     def __init__(self, work: Work, measures: frozenset[str] = frozenset()):
         self.work, self.measures, self.step = work, measures, 0
-        self.net = network_of(work, measures).train()
+        self.net = network_of(work, measures)
         self.average = copy.deepcopy(self.net).requires_grad_(False) if work.optim.ema_decay else None
         self.optimizers = work.optim.optimizers(self.net, fused=False)
         self.draws = resident_draws(work) if "resident" in measures else loader_draws(work)
         self.logged: dict[str, float] = {}
 
     def __call__(self) -> None:
+        self.net.train()
         self.work.optim.schedule_at(self.optimizers, self.step, self.work.total)
         parts = self.objective(*next(self.draws))
         self.net.zero_grad()
@@ -364,6 +374,8 @@ class TrainerStep:
 
     def __call__(self) -> None:
         self.trainer._train_step()
+        if self.trainer.step % self.trainer.every["report"] == 0:
+            self.trainer._report()  # which is part of training, and sees whether the loss is finite
 
 
 def step_of(work: Work, measures: frozenset[str]) -> LoopStep | TrainerStep:
@@ -586,12 +598,17 @@ def seconds_per_step(step: Callable[[], Any], steps: int, warmup: int, device: t
     """Mean over `steps` steps, after some that are not counted."""
     for _ in range(warmup):
         step()
+    return seconds_of(step, steps, device) / steps
+
+
+def seconds_of(step: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """Seconds that so many steps take together."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
         step()
     synchronize(device)
-    return (time.perf_counter() - start) / steps
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -439,14 +439,17 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     plan = timing.Plan(**asked)
     if under_torchrun():
         raise ValueError("the benchmark measures a single process: start it without torchrun")
-    work, machine = _work(cfg, plan.workers), environment(cfg.device)
+    work, machine = _work(cfg, plan), environment(cfg.device)
     print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)
     print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
-    measured = _courses(cfg, plan, work) if plan.course else _stages(plan, work)
-    everything = measured | {"data": work.note, "settings": values, "environment": machine}
-    if plan.file:
-        write_json(plan.file, everything)
-    return everything
+    context = {"data": work.note, "settings": values, "environment": machine}
+
+    def keep(measured: dict[str, Any]) -> dict[str, Any]:
+        if plan.file:
+            write_json(plan.file, measured | context)
+        return measured | context
+
+    return _courses(cfg, plan, work, keep) if plan.evaluations else keep(_stages(plan, work))
 
 
 def _stages(plan: timing.Plan, work: timing.Work) -> dict[str, Any]:
@@ -456,29 +459,31 @@ def _stages(plan: timing.Plan, work: timing.Work) -> dict[str, Any]:
     return result.as_dict()
 
 
-def _courses(cfg: "DictConfig", plan: timing.Plan, work: timing.Work) -> dict[str, Any]:
-    """The test JointELBO of each stage by seconds, with a plot beside the file."""
-    test = config.dataset(cfg).test
-    found = time_to_quality.measure(work, plan, test, config.tokenizer(cfg), say=_progress)
+def _courses(cfg: "DictConfig", plan: timing.Plan, work: timing.Work, keep: Callable) -> dict[str, Any]:
+    """The test JointELBO of each stage by seconds, kept at each evaluation, with a plot at the end."""
+    tokens, test = config.tokenizer(cfg), config.dataset(cfg).test
+    for found in time_to_quality.measure(work, plan, test, tokens, say=_progress):
+        everything = keep({"courses": time_to_quality.as_dict(found)})
     print(time_to_quality.table(found))
-    if plan.file:
+    if plan.picture:
         title = f"{network_text(work.net)}, {work.note}, {work.batch_size} a step, {work.precision}"
-        time_to_quality.plot(plan.file.with_suffix(".png"), found, title)
-    return {"courses": time_to_quality.as_dict(found)}
+        time_to_quality.plot(plan.picture, found, title)
+    return everything
 
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _work(cfg: "DictConfig", workers: int) -> timing.Work:
+def _work(cfg: "DictConfig", plan: timing.Plan) -> timing.Work:
     """The training whose step is measured."""
     trainer = _trainer_settings(cfg)
     tokens, loss, optim = config.tokenizer(cfg), config.objective(cfg), config.build(cfg.optim, "optim")
     net = config.network(cfg, tokens).to(config.pick_device(cfg.device))
     tokens = tokens.to(config.pick_device(cfg.device))
     precision = choose_precision(trainer["precision"], net, trainer["batch_size"])
-    images, sources, note = timing.load_images(config.data_settings(cfg), trainer["batch_size"])
+    stand_ins = plan.evaluations is None  # nothing is learned from random images
+    images, sources, note = timing.load_images(config.data_settings(cfg), trainer["batch_size"], stand_ins)
     return timing.Work(
         net,
         loss,
@@ -491,7 +496,7 @@ def _work(cfg: "DictConfig", workers: int) -> timing.Work:
         total=trainer["steps"],
         seed=cfg.seed,
         note=note,
-        workers=workers,
+        workers=plan.workers,
     )
 
 

@@ -200,7 +200,9 @@ class Campaign:
         ]
         # All is measured of one network: if that is made anew, or isn't the one in the folder, so is the rest.
         elsewhere = _read(self._folder(run) / FILES["train"]) != known.get("train")
-        return asked if lacking and (elsewhere or "train" in lacking) else lacking
+        if lacking and (elsewhere or "train" in lacking):
+            return [script for script in self.preset.scripts if script in asked or script in known]
+        return lacking
 
     def _make(self, run: Run) -> None:
         for script in self._lacking(run):

@@ -1,18 +1,20 @@
 """Time to quality: the test JointELBO against seconds of training, of stages of the benchmark under one recipe."""
 
 import itertools
-import time
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from biglearn_vae import evaluation
-from biglearn_vae.benchmark import LoopStep, Plan, TrainerStep, Work, step_of, synchronize
+from biglearn_vae.benchmark import LoopStep, Plan, TrainerStep, Work, seconds_of, step_of
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import ImageSet
+from biglearn_vae.trainer import TrainingError
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Point:
     """A moment of a training.
 
     Attributes:
-        step: how many there were.
-        seconds: of these steps alone, all that they wait for and compile included.
+        step: training steps taken so far.
+        seconds: of these alone, all that they wait for and compile included.
         joint_elbo, reconstruction, kl: means over the test images, as `evaluation.elbo` gives them.
     """
 
@@ -35,39 +37,53 @@ class Point:
 Courses = dict[str, list[Point]]  # by stage
 
 
-def measure(work: Work, plan: Plan, test: ImageSet, tokenizer: nn.Module, say: Callable[[str], Any] = print) -> Courses:
-    """Train the stages of a plan on the same schedule, `work.total` steps each, and evaluate them on the way.
+def measure(
+    work: Work, plan: Plan, test: ImageSet, tokenizer: nn.Module, say: Callable[[str], Any] = print
+) -> Iterator[Courses]:
+    """Train the stages of a plan on the same schedule, `work.total` steps each; yields all courses at each evaluation.
 
-    They go on in turn from one of the `plan.course` evaluations to the next, so that a machine that slows down or
-    speeds up does so for all of them. The first is before the first step. Progress goes to `say`.
+    They go on in turn from one of the `plan.evaluations` to the next, so that a machine that slows down or speeds up
+    does so for all of them. There is one more before the first step. Progress goes to `say`. The same seed gives the
+    same numbers, but for the seconds.
 
     Args:
         test: of these at most `plan.test_images` are used, the first ones.
         tokenizer: images (B, C, H, W) <-> tokens (B, L, D).
+
+    Raises:
+        ValueError: if there are more evaluations than steps.
+        TrainingError: if a stage diverges.
     """
-    stages = plan.chosen(work.precision, work.device.type, work.net.hidden)
+    if plan.evaluations > work.total:
+        raise ValueError(f"evaluations must be at most trainer.steps, {work.total}, got {plan.evaluations}")
     images = test.select(slice(0, plan.test_images))
-    steps = {name: step_of(work, measures) for name, measures in stages.items()}
-    seconds, found = dict.fromkeys(steps, 0.0), {name: [] for name in steps}
-    marks = [round(k * work.total / plan.course) for k in range(plan.course + 1)]
-    for before, mark in itertools.pairwise([0, *marks]):
-        for name, step in steps.items():
-            seconds[name] += _seconds(step, mark - before, work) if mark > before else 0
-            vae = BigLearnVAE(step.result, tokenizer, prior=work.loss.prior, variance=work.loss.beta)
-            parts = evaluation.elbo(vae, images, work.loss, seed=work.seed)
-            found[name].append(Point(mark, seconds[name], parts["elbo"], parts["reconstruction"], parts["kl"]))
-            say(f"{name}: step {mark} of {work.total}, {seconds[name]:.1f} s, JointELBO {parts['elbo']:.4f}")
-    return found
+    stages = plan.chosen(work.precision, work.device.type, work.net.hidden)
+    devices = [work.device] if work.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(work.seed)
+        for measures in stages.values():
+            step_of(work, measures)()  # so that no stage waits for what torch loads and keeps at its first step
+        steps = {name: step_of(work, measures) for name, measures in stages.items()}
+        found: Courses = {name: [] for name in steps}
+        for mark in [round(k * work.total / plan.evaluations) for k in range(plan.evaluations + 1)]:
+            for name, step in steps.items():
+                found[name].append(_point(step, mark, found[name], work, images, tokenizer))
+                say(f"{name}: {mark} of {work.total} steps, JointELBO {found[name][-1].joint_elbo:.4f}")
+            yield found
 
 
-def _seconds(step: LoopStep | TrainerStep, count: int, work: Work) -> float:
-    """Of so many steps."""
-    synchronize(work.device)
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(work.device)
-    return time.perf_counter() - start
+def _point(
+    step: LoopStep | TrainerStep, mark: int, before: list[Point], work: Work, images: ImageSet, tokenizer: nn.Module
+) -> Point:
+    """The moment at which so many steps are taken."""
+    seconds = 0.0
+    if before:
+        seconds = before[-1].seconds + seconds_of(step, mark - before[-1].step, work.device)
+    vae = BigLearnVAE(step.result, tokenizer, prior=work.loss.prior, variance=work.loss.beta)
+    parts = evaluation.elbo(vae, images, work.loss, seed=work.seed)
+    if not math.isfinite(parts["elbo"]):
+        raise TrainingError(f"the JointELBO is not finite after {mark} steps: try a smaller optim.lr")
+    return Point(mark, seconds, parts["elbo"], parts["reconstruction"], parts["kl"])
 
 
 def seconds_to(course: Sequence[Point], joint_elbo: float) -> float | None:
@@ -82,7 +98,7 @@ def seconds_to(course: Sequence[Point], joint_elbo: float) -> float | None:
 
 
 def table(courses: Courses) -> str:
-    """Where each stage ends, and when it reached what both it and the first stage did."""
+    """Where each stage ends, and when it and the first stage reached the best JointELBO that both reached."""
     first = next(iter(courses))
     lines = [f"{'':<10}{'steps':>8}{'seconds':>10}{'JointELBO':>12}{'reconstruction':>16}{'KL':>8}"]
     for name, course in courses.items():
@@ -92,8 +108,9 @@ def table(courses: Courses) -> str:
     for name in [name for name in courses if name != first]:
         level = min(max(point.joint_elbo for point in courses[stage]) for stage in (first, name))
         ours, other = (seconds_to(courses[stage], level) for stage in (name, first))
-        times = "" if not ours else f", {other / ours:.2f} times as soon"
-        lines.append(f"\nJointELBO {level:.4f}: {first} after {other:.1f} s, {name} after {ours:.1f} s{times}")
+        if ours and other:  # both learned something
+            times = f"{first} after {other:.4g} s, {name} after {ours:.4g} s, {other / ours:.2f} times as soon"
+            lines.append(f"\nJointELBO {level:.4f}: {times}")
     return "\n".join(lines)
 
 

@@ -116,6 +116,8 @@ def test_random_images_stand_for_absent_ones(monkeypatch):
     assert images.pixels.dtype == sources.dtype == torch.uint8
     with pytest.raises(ValueError, match="not there"):
         timing.load_images({"name": "image_folder", "image_size": 32, "channels": 3}, 128)
+    with pytest.raises(ValueError, match="not there"):
+        timing.load_images({"name": "mnist", "image_size": 32, "channels": 3}, 128, stand_ins=False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"joint": 0.5}, {"ratios_per": "step"}, {"joint": 1.0}])

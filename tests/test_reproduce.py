@@ -173,7 +173,8 @@ def test_what_is_there_with_these_settings_is_not_missing(tmp_path):
     assert known not in probing.missing()
     longer = preset(settings=SETTINGS | {"train": ["trainer.steps=4"]})
     again = Campaign(longer, "probe", tmp_path / "out", tmp_path / "results")
-    assert again._lacking(known) == ["train", "probe"]  # a probe of the shorter run says nothing of the longer one
+    # What was measured of the shorter run says nothing of the longer one, and nothing that was there gets lost.
+    assert again._lacking(known) == ["train", "complete", "probe"]
     campaign.path(known).write_text("{ damaged")
     assert known in campaign.missing()
 
@@ -184,12 +185,12 @@ def test_a_network_that_is_not_here_is_trained_before_it_is_measured(tmp_path):
     run = Run("digits", "tiny", "vae", 0)
     campaign.path(run).parent.mkdir(parents=True)
     campaign.path(run).write_text(json.dumps(run_numbers("vae")))
-    assert campaign._lacking(run) == ["train", "probe"]
+    assert campaign._lacking(run) == ["train", "complete", "probe"]
     keep_network(campaign, run)
     assert campaign._lacking(run) == ["probe"]
     summary = tmp_path / "out/p" / run.name / "summary.json"
     summary.write_text(json.dumps(run_numbers("vae", elbo=-7.0)["train"]))  # another network of the same name
-    assert campaign._lacking(run) == ["train", "probe"]
+    assert campaign._lacking(run) == ["train", "complete", "probe"]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "results/runs").iterdir()))

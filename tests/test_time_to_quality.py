@@ -7,7 +7,7 @@ import torch
 from programs import run_here
 from test_benchmark import SMALL, TOKENS, network, work
 
-from biglearn_vae import BigLearnVAE, evaluation, time_to_quality
+from biglearn_vae import BigLearnVAE, Optim, TrainingError, evaluation, time_to_quality
 from biglearn_vae import benchmark as timing
 from biglearn_vae.time_to_quality import Point
 
@@ -17,40 +17,51 @@ def course(*points: tuple[float, float]) -> list[Point]:
     return [Point(step, seconds, elbo, 2 * elbo, 7.0) for step, (seconds, elbo) in enumerate(points)]
 
 
+def courses(job: timing.Work, **plan) -> time_to_quality.Courses:
+    *_, found = time_to_quality.measure(job, timing.Plan(**plan), job.images, TOKENS, say=lambda line: None)
+    return found
+
+
+def numbers(points: list[Point]) -> list[tuple[float, ...]]:
+    """All but the seconds."""
+    return [(point.step, point.joint_elbo, point.reconstruction, point.kl) for point in points]
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.0])
 @pytest.mark.parametrize("stage", ["plain", "fused"])
-def test_a_course_ends_where_the_training_does(stage):
-    job = work(network())
-    plan = timing.Plan(stages=[stage], course=3, test_images=5)
-    torch.manual_seed(0)  # the plain version's noise and masks
-    found = time_to_quality.measure(job, plan, job.images, TOKENS, say=lambda line: None)
-    assert list(found) == [stage]
-    points = found[stage]
+def test_a_course_ends_where_the_training_does(stage, decay):
+    """Being evaluated on the way changes nothing."""
+    job = work(network(), optim=Optim(ema_decay=decay))
+    points = courses(job, stages=[stage], evaluations=3, test_images=5)[stage]
     assert [point.step for point in points] == [0, 3, 7, 10]
     assert points[0].seconds == 0 < points[1].seconds < points[2].seconds < points[3].seconds
-    torch.manual_seed(0)
-    alone = timing.step_of(job, plan.chosen("float32", "cpu")[stage])
-    for step in range(11):
-        if step in (0, 10):
-            vae = BigLearnVAE(alone.result, TOKENS)
-            parts = evaluation.elbo(vae, job.images.select(slice(0, 5)), job.loss)
-            point = points[0 if step == 0 else -1]
-            assert (point.joint_elbo, point.kl) == pytest.approx((parts["elbo"], parts["kl"]), rel=1e-5)
-        alone()
+    ends = courses(job, stages=[stage], evaluations=1, test_images=5)[stage]
+    assert numbers(ends) == [numbers(points)[0], numbers(points)[-1]]
+    if stage == "fused":  # which draws nothing from the global generator
+        alone = timing.step_of(job, timing.Plan(stages=[stage]).chosen("float32", "cpu")[stage])
+        for _ in range(10):
+            alone()
+        parts = evaluation.elbo(BigLearnVAE(alone.result, TOKENS), job.images.select(slice(0, 5)), job.loss)
+        assert points[-1].joint_elbo == parts["elbo"] and points[-1].kl == parts["kl"]
 
 
-def test_stages_of_a_course_start_from_the_same_weights():
-    job = work(network())
-    plan = timing.Plan(course=1, compile=False)
-    assert list(plan.chosen("float32", "cpu")) == ["plain", "fused"]
-    assert list(plan.chosen("bfloat16", "cpu", "drop")) == ["plain", "drop"]
-    assert list(timing.Plan(course=1).chosen("bfloat16", "cuda")) == ["plain", "compile"]
-    assert list(timing.Plan(course=1, stages=["resident"]).chosen("float32", "cpu")) == ["resident"]
-    found = time_to_quality.measure(job, plan, job.images, TOKENS, say=lambda line: None)
+def test_stages_start_from_the_same_weights():
+    chosen = timing.Plan(evaluations=1, compile=False).chosen
+    assert list(chosen("float32", "cpu")) == ["plain", "fused"]
+    assert list(chosen("bfloat16", "cpu", "drop")) == ["plain", "drop"]
+    assert list(timing.Plan(evaluations=1).chosen("bfloat16", "cuda")) == ["plain", "compile"]
+    assert list(timing.Plan(evaluations=1, stages=["resident"]).chosen("float32", "cpu")) == ["resident"]
+    before = torch.random.get_rng_state()
+    found = courses(work(network()), evaluations=1)
+    assert torch.equal(before, torch.random.get_rng_state())
     start, other = (found[name][0] for name in ("plain", "fused"))
-    assert start.joint_elbo == pytest.approx(other.joint_elbo, rel=1e-5) and start.kl == pytest.approx(
-        other.kl, rel=1e-5
-    )
+    assert numbers([start])[0] == pytest.approx(numbers([other])[0], rel=1e-5)
     assert found["plain"][1].joint_elbo != pytest.approx(found["fused"][1].joint_elbo, rel=1e-5)
+
+
+def test_a_training_that_diverges_is_named():
+    with pytest.raises(TrainingError, match=r"not finite after 10 steps: try a smaller optim\.lr"):
+        courses(work(network(), optim=Optim(lr=1e30, clip_norm=None)), stages=["plain"], evaluations=1)
 
 
 def test_seconds_to_a_joint_elbo():
@@ -64,12 +75,13 @@ def test_seconds_to_a_joint_elbo():
 
 def test_the_table_compares_at_what_both_reached():
     text = time_to_quality.table({"plain": course((0, -9), (8, -5)), "fused": course((0, -9), (1, -7), (4, -4))})
-    assert "JointELBO -5.0000: plain after 8.0 s, fused after 3.0 s, 2.67 times as soon" in text
+    assert "JointELBO -5.0000: plain after 8 s, fused after 3 s, 2.67 times as soon" in text
+    assert "times as soon" not in time_to_quality.table({"plain": course((0, -5), (8, -9)), "fused": course((0, -5))})
     assert text.splitlines()[1].split() == ["plain", "1", "8.0", "-5.0000", "-10.0000", "7.00"]
 
 
 def test_the_command_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
-    words = [*SMALL, "trainer.steps=4", "trainer.precision=float32", "course=2", "test_images=8"]
+    words = [*SMALL, "trainer.steps=4", "trainer.precision=float32", "evaluations=2", "test_images=8"]
     assert run_here(monkeypatch, *words, f"json={tmp_path / 'x.json'}", script="benchmark") == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "x.json").read_text())
@@ -79,5 +91,17 @@ def test_the_command_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
     }
     assert f"{found['courses']['fused'][-1]['joint_elbo']:.4f}" in out and found["environment"]["device"]
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-    assert run_here(monkeypatch, *words, "course=0", script="benchmark") == 2
-    assert "course must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluations=0"], "evaluations must be at least 1, got 0"),
+        (["evaluations=5"], "evaluations must be at most trainer.steps, 4, got 5"),
+        (["evaluations=2", "steps=3"], "with evaluations give trainer.steps"),
+        (["evaluations=2", "json=x.png"], r"json must end in .json, for the plot to be a .png beside it, got x.png"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(words, message, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "trainer.steps=4", *words, script="benchmark") == 2
+    assert message in capsys.readouterr().err

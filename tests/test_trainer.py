@@ -327,11 +327,13 @@ def test_automatic_compilation():
 
 
 @pytest.mark.gpu
-def test_a_step_waits_for_nothing_on_a_gpu():
+@pytest.mark.parametrize("muon_lr", [None, 0.01])
+def test_a_step_waits_for_nothing_on_a_gpu(muon_lr):
     world, tokens = World(device=torch.device("cuda", 0)), Patchify(8, 2, 1)
     net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=16, z_dim=3, heads=2, depth=2).to(world.device)
     batches = Batches(data.load("digits").train.to(world.device), 8, 0, world, transform=tokens.encode)
-    trainer = Trainer(net, BigLearnELBO(0.3), batches, OPTIM, steps=9, world=world, compile=False)
+    optim = replace(OPTIM, muon_lr=muon_lr)
+    trainer = Trainer(net, BigLearnELBO(0.3), batches, optim, steps=9, world=world, compile=False)
     for _ in range(3):
         trainer._train_step()  # the first ones make moments and workspaces
     torch.cuda.set_sync_debug_mode("error")
