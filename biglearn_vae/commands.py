@@ -70,7 +70,8 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     except user_errors() as error:
         failed.append(str(error))
     except KeyboardInterrupt:  # outside of training, which takes it for itself
-        failed.append("interrupted; the same command goes on from the last checkpoint")
+        resumes = "; the same command goes on from the last checkpoint" if config_name == "train" else ""
+        failed.append(f"interrupted{resumes}")
     if failed:
         _complain_and_exit(failed)
     stop()
