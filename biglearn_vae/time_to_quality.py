@@ -129,9 +129,9 @@ def plot(path: Path, courses: Courses, title: str) -> None:
     figure.suptitle(title, fontsize=10)
     for axes, name in zip(figure.subplots(1, 2, sharey=True), ("seconds", "step"), strict=True):
         for stage, course in courses.items():
-            axes.plot(
-                [getattr(p, name) for p in course[1:]], [p.joint_elbo for p in course[1:]], "o-", ms=3, label=stage
-            )
+            label = "plain version" if stage == "plain" else f"this library's, up to {stage}"
+            points = [(getattr(point, name), point.joint_elbo) for point in course[1:]]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
         axes.set_xlabel({"seconds": "seconds of training", "step": "steps"}[name])
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
