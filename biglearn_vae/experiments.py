@@ -201,7 +201,8 @@ class Campaign:
         # All is measured of one network: if that is made anew, or isn't the one in the folder, so is the rest.
         elsewhere = _read(self._folder(run) / FILES["train"]) != known.get("train")
         if lacking and (elsewhere or "train" in lacking):
-            return [script for script in FILES if script in asked or known.get(script)]
+            there = [script for script in self.preset.scripts if known.get(script)]
+            return [script for script in FILES if script in (*asked, *there)]
         return lacking
 
     def _make(self, run: Run) -> None:
