@@ -8,7 +8,7 @@ import sys
 import time
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -440,46 +440,44 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     plan = timing.Plan(**asked)
     if under_torchrun():
         raise ValueError("the benchmark measures a single process: start it without torchrun")
-    work, machine = _work(cfg, plan), environment(cfg.device)
+    tokens, machine = config.tokenizer(cfg), environment(cfg.device)
+    work = _work(cfg, plan, tokens)
     print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)
     print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
-    context = {"data": work.note, "settings": values, "environment": machine}
-
-    def keep(measured: dict[str, Any]) -> dict[str, Any]:
+    for measured in _courses(cfg, plan, work, tokens) if plan.evaluations else _stages(plan, work):
+        everything = measured | {"data": work.note, "settings": values, "environment": machine}
         if plan.file:
-            write_json(plan.file, measured | context)
-        return measured | context
-
-    return _courses(cfg, plan, work, keep) if plan.evaluations else keep(_stages(plan, work))
+            write_json(plan.file, everything)
+    return everything
 
 
-def _stages(plan: timing.Plan, work: timing.Work) -> dict[str, Any]:
+def _stages(plan: timing.Plan, work: timing.Work) -> Iterator[dict[str, Any]]:
     """How fast each stage is."""
     result = timing.measure(work, plan, say=_progress)
     print(timing.table(result))
-    return result.as_dict()
+    yield result.as_dict()
 
 
-def _courses(cfg: "DictConfig", plan: timing.Plan, work: timing.Work, keep: Callable) -> dict[str, Any]:
-    """The test JointELBO of each stage by seconds, kept at each evaluation, with a plot at the end."""
-    tokens, test = config.tokenizer(cfg), config.dataset(cfg).test
-    for found in time_to_quality.measure(work, plan, test, tokens, say=_progress):
-        everything = keep({"courses": time_to_quality.as_dict(found)})
+def _courses(
+    cfg: "DictConfig", plan: timing.Plan, work: timing.Work, tokens: torch.nn.Module
+) -> Iterator[dict[str, Any]]:
+    """The test JointELBO of each stage by seconds, as far as it is known at each evaluation, with a plot at the end."""
+    for found in time_to_quality.measure(work, plan, config.dataset(cfg).test, tokens, say=_progress):
+        yield {"courses": time_to_quality.as_dict(found)}
     print(time_to_quality.table(found))
     if plan.picture:
         title = f"{network_text(work.net)}, {work.note}, {work.batch_size} a step, {work.precision}"
         time_to_quality.plot(plan.picture, found, title)
-    return everything
 
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _work(cfg: "DictConfig", plan: timing.Plan) -> timing.Work:
+def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timing.Work:
     """The training whose step is measured."""
     trainer = _trainer_settings(cfg)
-    tokens, loss, optim = config.tokenizer(cfg), config.objective(cfg), config.build(cfg.optim, "optim")
+    loss, optim = config.objective(cfg), config.build(cfg.optim, "optim")
     net = config.network(cfg, tokens).to(config.pick_device(cfg.device))
     tokens = tokens.to(config.pick_device(cfg.device))
     precision = choose_precision(trainer["precision"], net, trainer["batch_size"])

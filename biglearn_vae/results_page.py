@@ -370,12 +370,10 @@ def plots(found: dict[str, Runs]) -> dict[str, Callable[[Path], None]]:
 
 
 def _plot(path: Path, runs: Runs, draw: Callable) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     keys = sorted({run["data"] for run in runs})
     figure = Figure(figsize=(5 * len(keys), 3.6), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     for data, axes in zip(keys, figure.subplots(1, len(keys), squeeze=False)[0], strict=True):
         axes.set_title(data)
         draw(axes, select(runs, data=data))

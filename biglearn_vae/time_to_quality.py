@@ -121,11 +121,9 @@ def as_dict(courses: Courses) -> dict[str, list[dict[str, float]]]:
 
 def plot(path: Path, courses: Courses, title: str) -> None:
     """Draw the JointELBO against seconds and against steps into a PNG file. The start, far below, is left out."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     for axes, name in zip(figure.subplots(1, 2, sharey=True), ("seconds", "step"), strict=True):
         for stage, course in courses.items():
