@@ -28,8 +28,8 @@ class MaskSampler:
         ValueError: on parameters outside these ranges.
     """
 
-    s_ratio: tuple[float, float] = (1.0, 1.0)
-    t_ratio: tuple[float, float] = (1.0, 1.0)
+    s_ratio: tuple[float, float] = (1.0, 2.0)
+    t_ratio: tuple[float, float] = (2.0, 0.5)
     joint: float = 0.0
     ratios_per: str = "sample"
 
