@@ -3,9 +3,11 @@
 Hydra is imported when a function needs it, not with the package.
 """
 
+import functools
 import hashlib
 import re
 import sys
+import threading
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -27,14 +29,16 @@ from biglearn_vae.patches import Patchify
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+# Settings that say where and how, not what is computed; the last two are those of scripts that measure a run.
+PLACE = ("device", "name", "output_dir", "data.root", "data.cache")
+PLACE += ("trainer.accumulate", "trainer.compile", "trainer.shard", "run", "data_root")
 # Settings in which a run may differ from what it was started with, and still go on.
-FREE = ("trainer.steps", "device", "name", "output_dir", "data.root", "data.cache", "evaluation.images")
-FREE += ("evaluation.masks", "evaluation.ratios", "evaluation.draws")
-FREE += ("trainer.accumulate", "trainer.compile", "trainer.shard")  # how a step is computed, not what
+FREE = (*PLACE, "trainer.steps", "evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
 EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
 EVALUATION_COUNTS += ("statistics_images",)
 IN_NAME = ("data", "case", "method", "seed")
 CONFIG_FILE = "config.yaml"
+_ONE_HYDRA = threading.Lock()
 PATCH_AE, PATCH_AE_FILE = "patch_ae", "patch_ae.pt"  # the method of stage 1, and what it leaves in its run's folder
 
 
@@ -54,17 +58,34 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
         return hydra_compose(config_name, list(overrides))
 
 
+@functools.cache
+def resolved(overrides: tuple[str, ...], config_name: str = "train") -> dict[str, Any]:
+    """Every setting that the numbers of a script depend on, by its dotted name, under these overrides.
+
+    Raises:
+        ValueError: if the script has no such settings.
+    """
+    from hydra.errors import HydraException
+
+    try:
+        cfg = compose(overrides, config_name)
+    except HydraException as error:
+        raise ValueError(f"scripts/{config_name}.py {' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+    return {key: value for key, value in leaves(cfg) if key not in PLACE}
+
+
 @contextmanager
 def _without_hydra() -> Iterator[None]:
-    """Put aside the Hydra of a program that already runs under one."""
+    """Put aside the Hydra of a program that already runs under one. There is one of a process: threads take turns."""
     from hydra.core.global_hydra import GlobalHydra
 
-    outer = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra = outer
+    with _ONE_HYDRA:
+        outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = outer
 
 
 def build(settings: "DictConfig", where: str, **given: Any) -> Any:
@@ -360,9 +381,14 @@ def differences(old: "DictConfig", new: "DictConfig") -> list[str]:
     before, after = dict(leaves(old)), dict(leaves(new))
     return [
         f"{key}: {before.get(key, 'absent')}, now {after.get(key, 'absent')}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _is_free(key)  # an older run lacks what is null by default
+        for key in changed(before, after)
+        if not _is_free(key)
     ]
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of settings whose values differ; an older run lacks what is null by default."""
+    return [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
 
 
 def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

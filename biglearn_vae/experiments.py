@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from biglearn_vae import config
 from biglearn_vae.files import write_json
 from biglearn_vae.trainer import Interruption
 
@@ -102,6 +103,18 @@ class Preset:
         own = [word for axis, level in run.levels for word in self.grid[axis][level]] if script == "train" else []
         return [*self.settings.get(script, []), *self.more.get(run.method, {}).get(script, []), *own]
 
+    def resolved(self, run: "Run", script: str) -> dict[str, Any]:
+        """Every setting of a script that the numbers of a run depend on.
+
+        Raises:
+            ValueError: if the script has no such settings.
+        """
+        words = self.words(run, script)
+        if script != "train":
+            return config.resolved((*words,), script)
+        of_run = [word for word in run.words() if not word.startswith("seed=")]  # composed once for all seeds
+        return config.resolved((*of_run, *words), script) | {"seed": run.seed}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -165,7 +178,11 @@ class Campaign:
         self._stop, self._interruption = threading.Event(), Interruption()
 
     def missing(self) -> list[Run]:
-        """Runs that results/ does not hold with these settings, in all that the target needs."""
+        """Runs that results/ does not hold with these settings, in all that the target needs.
+
+        Raises:
+            ValueError: if the preset has settings that a script does not have.
+        """
         return [run for run in self.preset.runs() if self._lacking(run)]
 
     def path(self, run: Run) -> Path:
@@ -193,11 +210,8 @@ class Campaign:
         """Scripts whose numbers of a run are not there, or were made with other settings."""
         known = _read(self.path(run))
         asked = [script for script in TARGETS[self.target] if script in self.preset.scripts]
-        lacking = [
-            script
-            for script in asked
-            if known.get(script) is None or known["settings"].get(script) != self.preset.words(run, script)
-        ]
+        made_with = known.get("config", {})
+        lacking = [s for s in asked if config.changed(made_with.get(s, {}), self.preset.resolved(run, s))]
         # All is measured of one network: if that is made anew, or isn't the one in the folder, so is the rest.
         elsewhere = _read(self._folder(run) / FILES["train"]) != known.get("train")
         if lacking and (elsewhere or "train" in lacking):
@@ -262,9 +276,10 @@ class Campaign:
         if run.levels:
             known["levels"] = dict(run.levels)
         if script == "train":  # what is there was measured of another network
-            known = {key: value for key, value in known.items() if key not in FILES} | {"settings": {}}
+            known = {key: value for key, value in known.items() if key not in (*FILES, "settings", "config")}
         known[script] = _read(folder / FILES[script])
         known["settings"] = known.get("settings", {}) | {script: self.preset.words(run, script)}
+        known["config"] = known.get("config", {}) | {script: self.preset.resolved(run, script)}
         if script == "train":
             machine = _read(folder / "environment.json")
             known["environment"] = {k: machine[k] for k in ("commit", "date", "device", "torch")}

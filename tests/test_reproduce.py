@@ -45,6 +45,7 @@ def run_numbers(method="biglearn_u", seed=0, elbo=-1.0) -> dict:
         "course": [{"step": 3, "seconds": 1.0, "loss": 2.5}],
         "environment": {"commit": "abcdefghij", "date": "now", "device": "cpu", "torch": "2"},
         "settings": {"train": ["trainer.steps=3"]},
+        "config": {"train": preset().resolved(Run("digits", "tiny", method, seed), "train")},
     }
 
 
@@ -168,7 +169,7 @@ def test_what_is_there_with_these_settings_is_not_missing(tmp_path):
     probing = Campaign(preset(), "probe", tmp_path / "out", tmp_path / "results")
     assert known in probing.missing()  # its probe was made with other settings
     numbers = run_numbers("vae")
-    numbers["settings"]["probe"] = ["draws=1"]
+    numbers["config"]["probe"] = preset().resolved(known, "probe")
     campaign.path(known).write_text(json.dumps(numbers))
     assert known not in probing.missing()
     longer = preset(settings=SETTINGS | {"train": ["trainer.steps=4"]})
@@ -177,6 +178,19 @@ def test_what_is_there_with_these_settings_is_not_missing(tmp_path):
     assert again._lacking(known) == ["train", "complete", "probe"]
     campaign.path(known).write_text("{ damaged")
     assert known in campaign.missing()
+
+
+def test_a_default_that_changed_makes_a_run_missing_and_a_new_one_that_is_null_does_not(tmp_path):
+    campaign, run = Campaign(preset(), "joint_elbo", tmp_path, tmp_path), Run("digits", "tiny", "vae", 1)
+    campaign.path(run).parent.mkdir(parents=True)
+    for change, missing in (({}, False), ({"loss.beta": 0.5}, True), ({"new": None}, False), ({"new": 1}, True)):
+        numbers = run_numbers("vae", seed=1)
+        numbers["config"]["train"] |= change
+        campaign.path(run).write_text(json.dumps(numbers))
+        assert (run in campaign.missing()) == missing
+    numbers["config"]["train"] = numbers["config"]["train"] | {"seed": 0} | {"new": None}
+    campaign.path(run).write_text(json.dumps(numbers))
+    assert run in campaign.missing()
 
 
 def test_a_network_that_is_not_here_is_trained_before_it_is_measured(tmp_path):
@@ -199,10 +213,11 @@ def test_the_committed_numbers_were_made_as_their_preset_says(name):
     known = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results/runs" / name).iterdir()}
     assert set(known) <= {run.name for run in preset.runs()}
     for run in preset.runs():
-        for script, words in known.get(run.name, {"settings": {}})["settings"].items():
-            assert words == preset.words(run, script), (
-                f"{run.name}, {script}: python scripts/reproduce.py preset={name}"
-            )
+        for script, settings in known.get(run.name, {"config": {}})["config"].items():
+            changed = config.changed(settings, preset.resolved(run, script))
+            assert not changed, f"{run.name}, {script}: python scripts/reproduce.py preset={name}"
+    for numbers in known.values():
+        assert set(numbers["config"]) == set(numbers["settings"]) == set(experiments.FILES) & set(numbers)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +283,9 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path):
 
 def test_a_script_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    words = [*WORDS, 'preset.settings={train:["optim.rate=1"]}']
+    assert run_here(monkeypatch, *words, script="reproduce") == 2
+    assert "optim.rate=1: Could not override 'optim.rate'" in capsys.readouterr().err
     words = [*WORDS, 'preset.settings={train:["optim.lr=-1"]}']
     assert run_here(monkeypatch, *words, script="reproduce") == 2
     assert "train of digits-tiny-biglearn_u-seed0 failed: error: optim: lr must be positive" in capsys.readouterr().err
