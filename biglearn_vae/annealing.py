@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from biglearn_vae import gaussian
 from biglearn_vae.gaussian import DiagGaussian
 
 LEAPFROG = 3  # steps of a transition
@@ -44,8 +45,7 @@ def log_weights(
     """
     if draws < 1 or steps < 1 or not 0 < power < math.inf:
         raise ValueError(f"draws and steps must be at least 1 and power positive, got {draws}, {steps} and {power}")
-    generator = torch.Generator(base.mean.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    generator = gaussian.generator(base.mean.device, seed)
     path = _Path(target, base.double(), [(t / steps) ** power for t in range(steps + 1)], generator)
     sizes = path.follow(max(PILOT, draws // 4))[1] if steps > 1 else []
     return path.follow(draws, sizes)[0]

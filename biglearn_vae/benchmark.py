@@ -11,6 +11,7 @@ import copy
 import ctypes
 import gc
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,7 @@ STAGES = ("plain", *MEASURES)
 SOURCES = {"digits": 8, "mnist": 28, "fashion_mnist": 28}  # side in pixels of the grey images before they are resized
 SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # sides of the matrices among which the limit is looked for
 STEPS = {"cpu": 5, "cuda": 50}
+LOADER_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Plan:
     warmup: int = 2
     stages: list[str] | str | None = None
     compile: bool | None = None
-    workers: int = 0
+    workers: int | None = None
     json: str | None = None
     evaluations: int | None = None
     test_images: int = 1000
@@ -71,7 +73,7 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
         unknown = set(self.asked) - set(STAGES)
         if unknown or (self.stages is not None and not self.asked):
@@ -82,6 +84,12 @@ class Plan:
             raise ValueError("steps counts those of single measurements: with evaluations give trainer.steps")
         if self.evaluations is not None and self.file and (self.file.suffix != ".json" or self.picture.is_dir()):
             raise ValueError(f"json must end in .json, for the plot to be a .png beside it, got {self.json}")
+
+    def loader_workers(self, device: str) -> int:
+        """Processes of the plain version's DataLoader: beside a GPU some, as one would have them there."""
+        if self.workers is not None:
+            return self.workers
+        return min(LOADER_WORKERS, (os.cpu_count() or 1) - 1) if device == "cuda" else 0
 
     @property
     def file(self) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import masks
+from biglearn_vae import gaussian, masks
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.patches import of_batch
 
@@ -50,7 +50,8 @@ class BigLearnVAE:
     255) or tokens (B, L, D), a batch or a single one; what comes back is images in [0, 1], a batch or a single one
     alike. Where it takes a mask `S`, that is boolean with True = observed: patches (B, L) or pixels (B, H, W), one for
     all or one for each; a patch counts as observed if all of its pixels are. What lies outside S has no influence and
-    may be NaN. `seed` makes a result repeatable.
+    may be NaN. Where the sizes fit both, data are images and masks are of patches: tokens of a single grey image may
+    be such data, and (H, W) such a mask, which then is given as (1, H, W). `seed` makes a result repeatable.
 
     All methods raise ValueError for data or masks of another shape or type, an empty batch, and NaN or infinite
     values in observed patches.
@@ -61,6 +62,9 @@ class BigLearnVAE:
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
         variance: of the observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I).
         chunk: most images that pass through the network at once, which bounds the memory.
+
+    Raises:
+        ValueError: on values outside these, and if network and tokenizer are of other sizes.
     """
 
     def __init__(
@@ -71,6 +75,14 @@ class BigLearnVAE:
         variance: float = 1.0,
         chunk: int = 1024,
     ):
+        if prior not in ("learned", "standard"):
+            raise ValueError(f"prior must be 'learned' or 'standard', got {prior!r}")
+        _at_least_one("chunk", chunk)
+        if (tuple(net.grid), net.token_dim) != (tuple(tokenizer.grid), tokenizer.token_dim):
+            raise ValueError(
+                f"the tokenizer must give the network's {net.grid} tokens of {net.token_dim} numbers, "
+                f"got {tokenizer.grid} of {tokenizer.token_dim}"
+            )
         self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
         self.tokenizer = tokenizer.to(self.device)
 
@@ -468,8 +480,7 @@ def _at_least_one(name: str, count: int | None) -> None:
 
 def _noise(draws: int, like: Tensor, at_once: int, seed: int | None) -> Iterator[Tensor]:
     """Standard normal numbers for `draws` draws like (B, Z), (k, B, Z) at a time; the same whatever `at_once` is."""
-    generator = torch.Generator(like.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    generator = gaussian.generator(like.device, seed)
     for start in range(0, draws, at_once):
         count = min(at_once, draws - start)
         yield torch.stack(

@@ -279,7 +279,8 @@ def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) ->
         "seconds": round(trainer.seconds, 3),
         "precision": trainer.precision,
         "data_note": splits.note,
-        "images_per_second": round(seen / trainer.seconds, 1),
+        "compile_seconds": round(trainer.compile_seconds, 3),
+        "images_per_second": round(seen / max(trainer.seconds - trainer.compile_seconds, 1e-9), 1),
     } | measured
     write_json(run / SUMMARY_FILE, summary)
     return summary
@@ -495,7 +496,7 @@ def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timi
         total=trainer["steps"],
         seed=cfg.seed,
         note=note,
-        workers=plan.workers,
+        workers=plan.loader_workers(config.pick_device(cfg.device).type),
     )
 
 
@@ -545,8 +546,8 @@ def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
     """The settings of `probe` that say what is measured, checked."""
     from omegaconf import OmegaConf
 
-    hints = {"split": str, "seed": int, "ratios": list[float], "draws": int, "pixels": bool, "ceiling_steps": int}
-    hints |= {"train_images": int | None, "test_images": int | None}
+    hints = {"split": str, "seed": int, "ratios": list[float], "draws": int, "pixels": bool | None}
+    hints |= {"train_images": int | None, "test_images": int | None, "ceiling_steps": int}
     container: dict[str, Any] = OmegaConf.to_container(cfg)
     values = {name: container[name] for name in hints}
     config.check_types(hints, values, "")

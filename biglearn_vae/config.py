@@ -198,7 +198,9 @@ def tokenizer(cfg: "DictConfig", state: dict[str, Any] | None = None) -> Patchif
 
 def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
     """The PatchAE of the run that these settings name."""
-    run = Path(cfg.tokens.run or Path(cfg.output_dir) / f"{data_name(cfg)}-{PATCH_AE}-seed0").expanduser()
+    run = Path(
+        cfg.tokens.run or Path(cfg.get("output_dir", "outputs")) / f"{data_name(cfg)}-{PATCH_AE}-seed0"
+    ).expanduser()
     command = f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}"
     if not (run / PATCH_AE_FILE).is_file():
         unfinished = " (the run there is not finished)" if (run / CONFIG_FILE).is_file() else ""

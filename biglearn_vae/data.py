@@ -96,13 +96,19 @@ def rows_of(numbers: int, chunks: int = 1) -> int:
 
 def take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
     """Some images as floats on a device; bytes travel there as bytes, a quarter of the floats."""
-    if isinstance(images, ImageSet):
-        return images.select(index).to(device)[:]
+    if isinstance(images, ImageSet):  # without its labels: they are on the CPU, and a step would wait for the index
+        return replace(images, labels=None).select(index).to(device)[:]
     return images[index].to(device)
 
 
 def parts(images: Images, device: torch.device, rows: int | None = None) -> Iterator[Tensor]:
-    """So many images at a time (n, C, H, W), by default as many as memory allows, as floats on a device."""
+    """So many images at a time (n, C, H, W), by default as many as memory allows, as floats on a device.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not len(images):
+        raise ValueError("expected at least one image, got none")
     rows = rows or rows_of(images[:1].numel())
     for start in range(0, len(images), rows):
         yield take(images, slice(start, start + rows), device)

@@ -66,7 +66,14 @@ def inpainting_psnr(
     nor asked for.
     """
     rows = rows_of(draws * math.prod(vae.image_shape))  # all draws of a part at a time
-    return _psnr_by_task(vae, images, ratios, lambda x, S, k: vae.inpaint(x, S, draws, seed + k).mean(0), seed, rows)
+    return _psnr_by_task(
+        vae,
+        images,
+        ratios,
+        lambda x, S, k: vae.inpaint(x, S, draws, seed + k).mean(0),
+        seed,
+        rows,
+    )
 
 
 def nearest_psnr(
@@ -74,7 +81,8 @@ def nearest_psnr(
 ) -> dict[Task, float]:
     """The same for the mean of the nearest training images, nearest over the observed pixels: the floor to beat.
 
-    The training images are read once for all ratios, and then the neighbours.
+    The training images are read once for all ratios, and then the neighbours. Where nothing is observed, it is the mean
+    of all training images.
 
     Args:
         train: M training images.
@@ -89,10 +97,12 @@ def nearest_psnr(
         [torch.stack([S for S, _ in tasks.values()], 1) for _, tasks in tasks_in_parts(vae, images, ratios, seed, rows)]
     )
     nearest, everyone = _nearest(_Patches(images, patches, vae.device), S, known, neighbours)
+    observed = S.any(-1).split(rows)
     errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
-    for (x, tasks), positions in zip(tasks_in_parts(vae, images, ratios, seed, rows), nearest.split(rows), strict=True):
+    again = tasks_in_parts(vae, images, ratios, seed, rows)
+    for (x, tasks), positions, some in zip(again, nearest.split(rows), observed, strict=True):
         for number, (ratio, (_, T)) in enumerate(tasks.items()):
-            completed = patches.decode(_mean_of(known, positions[:, number], everyone))
+            completed = patches.decode(_mean_of(known, positions[:, number], some[:, number], everyone))
             errors[ratio].append(_squared_error(completed, x, vae.pixel_mask(T)))
     return {ratio: _decibels(parts) for ratio, parts in errors.items()}
 
@@ -122,17 +132,19 @@ def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10
     """The mean of the training tokens (M, L, D) that are nearest to x (N, L, D) over the patches S (N, L).
 
     Where training tokens were not recorded (NaN), the distance is the mean over the numbers that both have, and the
-    completion the mean of the neighbours that have them, or else of all training images.
+    completion the mean of the neighbours that have them, or else of all training images, as where S is empty.
     """
     nearest, everyone = _nearest(x, S.unsqueeze(1), train, neighbours)
     rows = rows_of(neighbours * train[0].numel())
-    return torch.cat([_mean_of(train, positions, everyone) for positions in nearest[:, 0].split(rows)])
+    pairs = zip(nearest[:, 0].split(rows), S.any(-1).split(rows), strict=True)
+    return torch.cat([_mean_of(train, positions, observed, everyone) for positions, observed in pairs])
 
 
-def _mean_of(train: _Tokens, positions: Tensor, everyone: Tensor) -> Tensor:
-    """The means of the training tokens at positions (n, k), (n, L, D); those of everyone (L, D) where none has them."""
+def _mean_of(train: _Tokens, positions: Tensor, observed: Tensor, everyone: Tensor) -> Tensor:
+    """The means (n, L, D) of the training tokens at positions (n, k); those of everyone (L, D) where none has them, and
+    where nothing was observed (n,), so that none is nearer than others."""
     means = train[positions.flatten().cpu()].unflatten(0, positions.shape).nanmean(1)
-    return torch.where(means.isnan(), everyone, means)
+    return torch.where(means.isnan() | ~observed[:, None, None], everyone, means)
 
 
 def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Tensor, Tensor]:
@@ -248,14 +260,20 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
 
     That is the mean squared error of a reconstruction, z ~ p(z | x), over all numbers that were recorded. Fit it on
     training images; `vae.log_prob(..., variance=)` takes it.
+
+    Raises:
+        ValueError: if nothing of the images was recorded.
     """
     total, count = 0.0, 0
     for k, part in enumerate(parts(images, vae.device)):
         tokens = vae.tokenizer.encode(part)
         recorded = masks.recorded(tokens)
-        z = vae.encode(tokens, recorded).sample(seed=derive_seed("variance", seed, k))
+        q = vae.net(tokens.masked_fill(~recorded.unsqueeze(-1), 0), recorded)
+        z = q.sample(seed=derive_seed("variance", seed, k))
         error = (vae.net(torch.zeros_like(tokens), torch.zeros_like(recorded), z, recorded) - tokens)[recorded]
         total, count = total + error.double().square().sum().item(), count + error.numel()
+    if not count:
+        raise ValueError("expected images of which something was recorded, all numbers are NaN")
     return total / count
 
 
@@ -265,11 +283,12 @@ def likelihood(
     """Bounds on log-likelihoods (`BigLearnVAE.log_prob`), mean per image in nats and in bits per dimension.
 
     joint: of the whole image; marginal: of a random half of its patches, another half for each image; conditional: of
-    the other half given that one.
+    the other half given that one. Where there is but one patch, joint alone.
     """
     A = masks.random(len(images), vae.num_tokens, 0.5, seed=seed)
+    halves = (("marginal", A, None), ("conditional", ~A, A)) if vae.num_tokens > 1 else ()
     result = {}
-    for name, T, given in (("joint", A | ~A, None), ("marginal", A, None), ("conditional", ~A, A)):
+    for name, T, given in (("joint", A | ~A, None), *halves):
         nats = _in_parts(vae.log_prob, images, T, given, samples, variance, seed).mean().item()
         result[f"{name}_nats"] = nats
         result[f"{name}_bits_per_dim"] = bits_per_dim(nats, T[0].sum().item() * vae.net.token_dim)
@@ -311,7 +330,12 @@ def consistency(
 
     Args:
         samples: K, of every estimate.
+
+    Raises:
+        ValueError: if there is but one patch.
     """
+    if vae.num_tokens < 2:
+        raise ValueError("expected images of at least two patches, got one")
     A, B = _disjoint_pairs(len(images), vae.num_tokens, seed)
 
     def log_joint(A: Tensor, B: Tensor, k: int) -> Tensor:
@@ -351,7 +375,7 @@ def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, floa
         tokenizer: with `encode`, `decode` and `patch_size`, such as a `PatchAE`.
         images: (N, C, H, W) in [0, 1].
     """
-    device = next(tokenizer.parameters()).device
+    device = next(tokenizer.parameters(), images[:1]).device
     error, numbers = 0.0, 0
     seams = {"seam_ratio": 0, "seam_ratio_of_images": 0}
     for x in parts(images, device):
@@ -360,7 +384,7 @@ def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, floa
         for name, pixels in (("seam_ratio", y), ("seam_ratio_of_images", x)):
             seams[name] = seams[name] + _differences(pixels, tokenizer.patch_size)
     means = {name: sums[:, 0] / sums[:, 1] for name, sums in seams.items()}
-    return {"psnr": -10 * math.log10(error / numbers)} | {
+    return {"psnr": _decibels([(error, numbers)])} | {
         name: (across / inside).item() for name, (across, inside) in means.items()
     }
 
@@ -608,7 +632,7 @@ def _annealed(
     variance = vae.variance if variance is None else variance
     if not 0 < variance < math.inf:
         raise ValueError(f"variance must be positive, got {variance}")
-    rows, estimates = max(1, vae.chunk // max(1, samples)), []
+    rows, estimates = max(1, vae.chunk // max(annealing.PILOT, samples)), []
     for k, (x, s, t) in enumerate(zip(images.split(rows), S.split(rows), T.split(rows), strict=True)):
         x = vae.combine((x, s | t))[0]  # where all else is zero
         prior, posterior = vae.encode(x, s), vae.encode(x, s | t)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
+NOISE = 0x6E6F6973  # of the seeds of noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +21,6 @@ class DiagGaussian:
 
     mean: Tensor
     logvar: Tensor
-
-    @classmethod
-    def standard_like(cls, other: "DiagGaussian") -> "DiagGaussian":
-        """N(0, I) with the shape of `other`."""
-        return cls(torch.zeros_like(other.mean), torch.zeros_like(other.logvar))
 
     @property
     def var(self) -> Tensor:
@@ -46,13 +42,20 @@ class DiagGaussian:
         """Reparameterised sample, mean + std * noise, of shape (..., Z).
 
         Args:
-            noise: standard normal numbers of the sample's shape; drawn here if not given.
-            draws: adds a leading axis of that length.
+            noise: standard normal numbers (..., Z), or several for each, (K, ..., Z); drawn here if not given.
+            draws: adds a leading axis of that length to what is drawn here.
             seed: makes the noise repeatable.
+
+        Raises:
+            ValueError: if noise is given of another shape, or together with draws or a seed.
         """
         if noise is None:
             shape = self.mean.shape if draws is None else (draws, *self.mean.shape)
             noise = normal(shape, like=self.mean, seed=seed)
+        elif draws is not None or seed is not None:
+            raise ValueError("give noise, or draws and a seed to draw it by, not both")
+        elif noise.shape[noise.ndim - self.mean.ndim :] != self.mean.shape:
+            raise ValueError(f"noise must be {tuple(self.mean.shape)}, or several of these, got {tuple(noise.shape)}")
         return self.mean + self.std * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -75,5 +78,13 @@ def bits_per_dim(nats, numbers):
 
 def normal(shape, *, like: Tensor, seed: int | None = None) -> Tensor:
     """Standard normal numbers with the dtype and device of `like`; the same ones for the same seed."""
-    generator = None if seed is None else torch.Generator(like.device).manual_seed(seed)
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    of_seed = None if seed is None else generator(like.device, seed)
+    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=of_seed)
+
+
+def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
+    """For noise. On CPUs normal numbers are made of uniform ones: of the same seed, `masks.random` would choose
+    patches by the very numbers that become z, so the seed is another here."""
+    result = torch.Generator(device)
+    result.manual_seed(seed ^ NOISE) if seed is not None else result.seed()
+    return result

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from biglearn_vae import gaussian
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.gaussian import DiagGaussian
 
@@ -157,8 +158,7 @@ class _Chains:
         self.known, self.mask = observed.tokens, observed.mask
         self.blank, self.nothing = torch.zeros_like(self.known[0]), torch.zeros_like(self.mask[0])
         self.prior = vae.encode(self.blank, self.nothing)  # (Z,)
-        self.generator = torch.Generator(vae.device)
-        self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
+        self.generator = gaussian.generator(vae.device, seed)
 
     @torch.no_grad()
     def states(self, draws: int, pseudo: int, filled: Tensor | None) -> Iterator[State]:

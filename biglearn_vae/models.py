@@ -231,7 +231,8 @@ def _through(
 def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
-    heads = max(1, dim // 64) if heads is None else heads
+    if heads is None:  # one for each 64 dimensions, as far as that divides them
+        heads = max(h for h in range(1, max(1, dim // 64) + 1) if dim % h == 0)
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     return nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))

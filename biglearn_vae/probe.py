@@ -7,6 +7,7 @@ with labels.
 N images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension, F features, A attributes.
 """
 
+import math
 import statistics
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ CPU_CHUNK = 64  # images at a time on CPUs, where small parts stay in the cache:
 LOGIT_VARIANCE = 32.0
 MAX_ITER = 500  # of the solver
 MOST_KEPT = 2**29  # tokens of a set are kept for all masks if they are at most so many floats, 2 GiB
+RAW_NUMBERS = 4096  # of an image of which raw pixels are probed by default
 BATCH_SIZE = 128  # of the ceiling's training
 
 
@@ -317,8 +319,8 @@ class LabelLoss:
             return LabelLossParts(F.cross_entropy(logits, y))
         known = (y >= 0).to(logits.dtype)
         target = (y == 1).to(logits.dtype)
-        weight = self.weight.to(logits)
-        weight = known * torch.where(y == 1, weight[:, 1], weight[:, 0])
+        self.weight = self.weight.to(logits)  # once: a GPU would wait for it at each step
+        weight = known * torch.where(y == 1, self.weight[:, 1], self.weight[:, 0])
         loss = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
         return LabelLossParts(loss / known.sum().clamp(min=1))
 
@@ -353,11 +355,12 @@ class LabelledBatches:
         labels = labels_of(images)
         world = World(device=vae.device)
         self._batches = Batches(images, self.batch_size, seed, world, transform=vae.tokenizer.encode)
-        self._targets = labels.unique(return_inverse=True)[1] if labels.ndim == 1 else labels
+        targets = labels.unique(return_inverse=True)[1] if labels.ndim == 1 else labels
+        self._targets = targets.to(images.device)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         x = self._batches(step)
-        return x, self._targets[self._batches.positions(step).cpu()].to(x.device)
+        return x, self._targets[self._batches.positions(step)].to(x.device)
 
 
 def train_ceiling(
@@ -386,7 +389,6 @@ def train_ceiling(
         seed=seed,
         world=World(device=vae.device),
         precision="auto",
-        compile=False,
     )
     if not trainer.fit(loggers):
         raise KeyboardInterrupt
@@ -400,7 +402,7 @@ def linear_probe(
     ratios: Sequence[float] = RATIOS,
     draws: int = 3,
     seed: int = 0,
-    raw: bool = True,
+    raw: bool | None = None,
     ceiling: LabelledViT | None = None,
 ) -> dict[str, Any]:
     """Score of a linear classifier on the codes of incomplete images, by the share of patches observed.
@@ -412,7 +414,8 @@ def linear_probe(
         train, test: images with labels, classes (N,) or attributes (N, A); see `fit_and_score`.
         ratios: S-ratios in [0, 1].
         draws: how often masks are drawn.
-        raw: whether the same is done with raw pixels, the floor.
+        raw: whether the same is done with raw pixels, the floor; by default for images of up to `RAW_NUMBERS` numbers,
+            of larger ones it would take hours and much memory.
         ceiling: a network trained with labels (`train_ceiling`), to be tested under the same masks.
 
     Returns:
@@ -432,6 +435,7 @@ def linear_probe(
         raise ValueError(f"draws must be at least 1, got {draws}")
     # Plain patches are cut in no time, and travel to a GPU as bytes.
     costly = isinstance(vae.tokenizer, PatchAE)
+    raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
     inputs: dict[str, tuple] = {"codes": (features, coded)} | ({"pixels": (pixels, (train, test))} if raw else {})
     result: dict[str, Any] = {name: {} for name in (*inputs, *(() if ceiling is None else ("ceiling",)))}

@@ -23,7 +23,7 @@ class Point:
 
     Attributes:
         step: training steps taken so far.
-        seconds: of these alone, all that they wait for and compile included.
+        seconds: of these alone, all that they wait for included; torch loads and compiles before the first of them.
         joint_elbo, reconstruction, kl: means over the test images, as `evaluation.elbo` gives them.
     """
 
@@ -62,7 +62,9 @@ def measure(
     with torch.random.fork_rng(devices):
         torch.manual_seed(work.seed)
         for measures in stages.values():
-            step_of(work, measures)()  # so that no stage waits for what torch loads and keeps at its first step
+            step_of(
+                work, measures
+            )()  # so that no stage waits for what torch loads, compiles and keeps at its first step
         steps = {name: step_of(work, measures) for name, measures in stages.items()}
         found: Courses = {name: [] for name in steps}
         for mark in [round(k * work.total / plan.evaluations) for k in range(plan.evaluations + 1)]:

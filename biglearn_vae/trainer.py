@@ -292,6 +292,8 @@ class Trainer:
                 distributed.shard(module, self.world)
         self.optimizers = optim.optimizers(net)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
+        self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
+        self._compiles = self.compiled
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
         self._names: list[str] = []
         self._reported = (0, 0.0)  # step and seconds at the last report
@@ -325,6 +327,7 @@ class Trainer:
                 self._load_weights(self.average, state["average"] or state["net"])
             self._load_optimizers(state["optimizers"])
             self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+            self.compile_seconds = state.get("compile_seconds", 0.0)
             self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
             self._reported = tuple(state["reported"])
             self.precision = state.get("precision", "float32")
@@ -393,7 +396,10 @@ class Trainer:
         self._names = list(scalars)
         self._pending.append(torch.stack(list(scalars.values())))
         self.step += 1
-        self.seconds += time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        if self._compiles:
+            self.compile_seconds, self._compiles = self.compile_seconds + elapsed, False
 
     def _backward(self) -> dict[str, Tensor]:
         """Gradients of this step's loss, and its parts by name, of a batch that is taken in `accumulate` parts."""
@@ -512,6 +518,7 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
             "best": self.best,
             "names": self._names,
             "pending": torch.stack(self._pending) if self._pending else torch.empty(0),

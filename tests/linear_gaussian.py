@@ -5,12 +5,13 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from biglearn_vae import BigLearnVAE, DiagGaussian, Patchify
+from biglearn_vae.gaussian import generator
 
 Z = 3
 
 
 def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=generator(torch.device("cpu"), seed))
 
 
 class LinearGaussian(nn.Module):

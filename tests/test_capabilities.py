@@ -8,7 +8,7 @@ from linear_gaussian import LinearGaussian, noise
 from torch import Tensor
 from torch.distributions import Normal
 
-from biglearn_vae import BigLearnVAE, DiagGaussian, Patchify, TwoStackViT, UniversalViT, masks
+from biglearn_vae import BigLearnVAE, DiagGaussian, Patchify, TwoStackViT, UniversalViT, gaussian, masks
 from biglearn_vae.capabilities import Sensitivity
 
 B, Z = 5, 3
@@ -582,7 +582,7 @@ def test_log_prob_by_its_formula(task, prior, samples, variance):
     given = torch.zeros(B, vae.num_tokens, dtype=torch.bool) if S is None else S
     target = ~given if T is None else T
     q, p = vae.net(tokens, given | target), vae.net(tokens, given)
-    std, generator = (variance or 0.3) ** 0.5, torch.Generator().manual_seed(6)
+    std, generator = (variance or 0.3) ** 0.5, gaussian.generator(torch.device("cpu"), 6)
     log_weights = torch.zeros(samples, B, dtype=torch.float64)
     for k in range(samples):
         z = q.mean + q.std * torch.randn(B, Z, dtype=torch.float64, generator=generator)
@@ -779,6 +779,32 @@ def test_wrong_latents(shape):
 def test_latents_of_another_type(convert, got):
     with pytest.raises(ValueError, match=message("latents", "(B, 3)", f"got {got}")):
         make().decode(convert(latents()))
+
+
+def test_models_that_make_no_sense():
+    net = make().net
+    for settings, words in (
+        (dict(prior="Learned"), "'learned' or 'standard', got 'Learned'"),
+        (dict(chunk=0), "got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make(**settings)
+    for other in (Patchify((4, 16), 2, 1), Patchify(8, 2, 3)):  # as many tokens, or as many rows and columns
+        with pytest.raises(ValueError, match=r"must give the network's \(4, 4\) tokens of 4 numbers, got"):
+            BigLearnVAE(net, other)
+
+
+def test_where_the_sizes_fit_both_masks_are_of_patches_and_data_are_images():
+    """Of 16 images of 16 x 16 pixels in patches of 4 x 4, masks (16, 16) could be either, (1, 16, 16) an image."""
+    tokenizer = Patchify(16, 4, 1)
+    torch.manual_seed(0)
+    vae = BigLearnVAE(UniversalViT(grid=(4, 4), token_dim=16, dim=16, depth=1, z_dim=Z, heads=2), tokenizer)
+    x, pixels = torch.rand(16, 1, 16, 16), torch.zeros(16, 16, dtype=torch.bool)
+    pixels[8:] = True
+    patches = masks.from_pixels(pixels, vae.grid)
+    for S, same in ((pixels[None], patches), (pixels, pixels), (pixels.expand(16, -1, -1), patches)):
+        assert torch.equal(vae.encode(x, S).mean, vae.encode(x, same.expand(16, -1)).mean)
+    assert vae.encode(x[0]).mean.shape == (Z,)
 
 
 def test_other_wrong_arguments():

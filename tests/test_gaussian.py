@@ -1,8 +1,11 @@
+import math
+
+import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.testing import assert_close
 
-from biglearn_vae import DiagGaussian
+from biglearn_vae import DiagGaussian, masks
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
@@ -38,8 +41,7 @@ def test_kl():
 
 def test_kl_without_other_is_to_the_standard_normal():
     q = gaussian(0)
-    standard = DiagGaussian.standard_like(q)
-    assert standard.mean.dtype == torch.float64 and not standard.mean.any() and not standard.logvar.any()
+    standard = DiagGaussian(torch.zeros_like(q.mean), torch.zeros_like(q.mean))
     assert_close(q.kl(), q.kl(standard), **EXACT)
     assert_close(q.kl(), kl_divergence(reference(q), reference(standard)), **EXACT)
 
@@ -85,3 +87,25 @@ def test_indexing():
         assert torch.equal(q[index].mean, q.mean[index])
         assert torch.equal(q[index].logvar, q.logvar[index])
     assert torch.equal(q[chosen].kl(), q.kl()[chosen])
+
+
+def test_noise_of_another_shape_is_refused():
+    q, noise = gaussian(0), gaussian(1).mean
+    assert q.sample(torch.stack([noise, noise])).shape == (2, *noise.shape)
+    for wrong in (noise[0], noise[:1], noise[:, :-1]):
+        with pytest.raises(ValueError, match=r"noise must be \(4, .*\), or several of these, got"):
+            q.sample(wrong)
+    for also in (dict(draws=5), dict(seed=0)):
+        with pytest.raises(ValueError, match="not both"):
+            q.sample(noise, **also)
+
+
+def test_noise_is_independent_of_the_masks_of_the_same_seed():
+    """On a CPU, of one seed and without more ado, both would be functions of the same uniform numbers."""
+    L = 16
+    q = DiagGaussian(torch.zeros(L), torch.zeros(L))
+    S = torch.stack([masks.random(1, L, 0.5, seed=seed)[0] for seed in range(5000)]).double()
+    z = torch.stack([q.sample(seed=seed) for seed in range(5000)]).double()
+    for moment in (z, z.square()):
+        pairs = torch.corrcoef(torch.cat([S, moment], 1).T)[:L, L:]
+        assert pairs.abs().max() < 5 / math.sqrt(5000)

@@ -7,7 +7,7 @@ from linear_gaussian import LinearGaussian
 from torch import Tensor
 from torch.distributions import Normal
 
-from biglearn_vae import BigLearnVAE, Patchify, TwoStackViT, UniversalViT, gibbs, masks
+from biglearn_vae import BigLearnVAE, Patchify, TwoStackViT, UniversalViT, gaussian, gibbs, masks
 
 CHAINS = 4000
 WRONG = dict(shift=0.5, widen=1.3)  # a proposal that is off by half a standard deviation and too wide by 30 %
@@ -149,7 +149,7 @@ def test_what_is_observed_is_kept_and_what_is_hidden_has_no_influence(vae, sampl
 def test_one_iteration_by_hand(vae, pseudo):
     """The first four iterations from the same random numbers, from the network's two kinds of call."""
     x, S = vae.tokenizer.encode(pictures(vae)), observed(vae)
-    everything, generator = torch.ones_like(S), torch.Generator().manual_seed(3)
+    everything, generator = torch.ones_like(S), gaussian.generator(torch.device("cpu"), 3)
     prior = vae.encode(x, ~everything)
 
     def normal(*shape):
@@ -211,7 +211,7 @@ def test_without_noise_what_is_hidden_is_the_mean(vae):
 def test_a_start_takes_the_place_of_what_is_hidden(vae):
     x, S, start = pictures(vae), observed(vae), 1 - pictures(vae)
     state = next(gibbs.chain(vae, x, S, 2, start=start, seed=4))
-    noise = torch.randn(2, N, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    noise = torch.randn(2, N, 3, generator=gaussian.generator(torch.device("cpu"), 4), dtype=torch.float64)
     q = vae.encode(torch.where(pixels(vae, S), x, start))
     torch.testing.assert_close(state.z, q.sample(noise), rtol=1e-10, atol=1e-10)
     for same in (vae.tokenizer.encode(start), start.expand(2, -1, -1, -1, -1)):
