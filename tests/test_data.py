@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,14 @@ def test_nothing_is_copied_to_the_device_where_it_is():
     images = data.load("digits").train
     for same in (images.resident(torch.device("cpu")), images.to(torch.device("cpu"))):
         assert same.pixels.data_ptr() == images.pixels.data_ptr() and same.device == torch.device("cpu")
+
+
+def test_images_are_taken_without_their_labels():
+    """Those are on the CPU: to index them, a step on a GPU would wait for its index."""
+    images = data.load("digits").train
+    there = replace(images.to(torch.device("meta")), labels=images.labels)
+    taken = data.take(there, torch.arange(5, device="meta"), torch.device("meta"))
+    assert taken.shape == (5, 1, 8, 8) and taken.device == torch.device("meta")
 
 
 @pytest.mark.gpu

@@ -261,9 +261,10 @@ def test_two_stages_and_a_model_that_needs_the_first_no_longer(here, monkeypatch
 
 
 def test_errors_of_the_pipeline_say_what_to_do(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *STAGE_2) == 2
-    error = capsys.readouterr().err
-    assert "there is no PatchAE in outputs/digits-patch_ae-seed0" in error and "--config-name=patch_ae" in error
+    for words, script in ((STAGE_2, "train"), (["tokens=patch_ae"], "benchmark")):
+        assert run_here(monkeypatch, *words, script=script) == 2
+        error = capsys.readouterr().err
+        assert "there is no PatchAE in outputs/digits-patch_ae-seed0" in error and "--config-name=patch_ae" in error
     assert run_here(monkeypatch, "--config-name=patch_ae", *STAGE_1, "trainer.steps=1", "name=stage1") == 0
     capsys.readouterr()
     assert run_here(monkeypatch, *STAGE_2, "data.patch_size=2", "tokens.run=outputs/stage1") == 2
