@@ -1,7 +1,10 @@
 """The objectives. B batch, L tokens, D token dimension, Z latent dimension, C channels, P patch size."""
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +97,18 @@ class BigLearnELBO:
         self.beta, self.prior = beta, prior
         self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
         self.masks = masks or MaskSampler()
+        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def compiled(self, **options: Any) -> "BigLearnELBO":
+        """The same objective, of which torch.compile makes one graph with the network: weights are read and their
+        gradients added up there, once for all passes. What is drawn and beta stay outside, so nothing is compiled anew.
+
+        Args:
+            options: of torch.compile.
+        """
+        result = copy.copy(self)
+        result._compiled = torch.compile(result.terms, **options)
+        return result
 
     def weight(self, step: int | None) -> float:
         """Beta at this training step, counted from 0; the final beta if step is None."""
@@ -130,17 +145,16 @@ class BigLearnELBO:
         if random is None and (S is None or T is None or noise is None):
             raise ValueError("give S, T and noise, or random to draw them from")
         x, S, T = _task(self.masks, x, S, T, random)
-        q, p = self._posterior_and_prior(net, x, S, T)
         if noise is None:
-            noise = random.normal(tuple(q.mean.shape), q.mean.dtype)
+            noise = random.normal((len(x), _unwrapped(net).z_dim), x.dtype)
+        reconstruction, kl = (self._compiled or self.terms)(net, x, S, T, noise)
+        return ELBO(reconstruction, kl, self.weight(step), T.sum(-1), x.shape[-1])
+
+    def terms(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction and KL (B,) of an `ELBO`, as functions of tensors alone; see `__call__` for these."""
+        q, p = self._posterior_and_prior(net, x, S, T)
         mean = net(x, S, q.sample(noise), T)  # (B, L, D)
-        return ELBO(
-            reconstruction=_log_likelihood(x, mean, T),
-            kl=q.kl(p),
-            beta=self.weight(step),
-            num_targets=T.sum(-1),
-            token_dim=x.shape[-1],
-        )
+        return _log_likelihood(x, mean, T), q.kl(p)
 
     def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""

@@ -1,6 +1,7 @@
 """Trainer: any network, any loss, any batches. It knows neither the model nor the data.
 
     loss(net, batch, random=StepRandom, step=int) -> an object with .loss (scalar) and .scalars() (dict of scalars)
+    loss.compiled(**options), if there is one -> the same loss, compiled together with the networks it is called on
     batches(step) -> a batch
     evaluate(net) -> (numbers by name, pictures by name)
 
@@ -236,7 +237,8 @@ class Trainer:
             that goes on elsewhere keeps the one that it was started with.
         accumulate: parts that a step's batch is split into, one after the other, to save memory; a batch is a tensor
             or a tuple of them.
-        compile: whether the network goes through torch.compile, or "auto" (see `choose_compile`).
+        compile: whether the network goes through torch.compile, or "auto" (see `choose_compile`); with a loss that has
+            a method `compiled`, and in a single process, the loss and the network in it do.
         shard: split parameters, gradients and the optimizer's state over the processes (FSDP2) instead of keeping all
             of them in each (DistributedDataParallel), for networks that do not fit otherwise.
 
@@ -301,6 +303,9 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """The network as the steps call it."""
+        if self.compiled and self.world.size == 1 and hasattr(self.loss, "compiled"):
+            self.loss = self.loss.compiled(dynamic=False)
+            return self.net
         net = torch.compile(self.net, dynamic=False) if self.compiled else self.net
         if self.world.size == 1 or self._sharded:
             return net

@@ -74,7 +74,7 @@ def test_all_stages_take_the_same_step(kind, prior, monkeypatch):
         torch.testing.assert_close(gradients(step.net), gradients(plain.net), rtol=1e-8, atol=1e-8, msg=name)
         loss = step.logged["loss"] if "fused" not in measures else step.trainer._pending[0][0].item()
         assert loss == pytest.approx(parts["loss"].item(), rel=1e-8), name
-    assert compiled == [step.net]
+    assert [function.__name__ for function in compiled] == ["terms"]  # of the objective, with the network in it
 
 
 def test_the_same_weights_and_averages_come_out_of_several_steps():
