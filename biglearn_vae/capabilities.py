@@ -26,8 +26,8 @@ class Sensitivity(Generic[Result]):
     after: Result
 
 
-class _Observed(NamedTuple):
-    """Data of which a part is observed.
+class Observed(NamedTuple):
+    """Data of which a part is observed, on the model's device.
 
     Attributes:
         tokens: (B, L, D), zero where not observed.
@@ -120,7 +120,7 @@ class BigLearnVAE:
 
         `.mean`, `.std` and `.sample(seed=0)` of the result are tensors.
         """
-        data = self._observe(x, S)
+        data = self.observe(x, S)
         q = self._encode(data.tokens, data.mask)
         return q[0] if data.single else q
 
@@ -145,7 +145,7 @@ class BigLearnVAE:
                 f"expected latents z, a tensor of shape (B, {self.z_dim}), (K, B, {self.z_dim}) or ({self.z_dim},), "
                 f"got {tuple(z.shape) if tensor else type(z).__name__}"
             )
-        data = self._nothing() if x is None else self._observe(x, S)
+        data = self._nothing() if x is None else self.observe(x, S)
         batch = z.shape[-2] if z.ndim > 1 else 1
         if len(data.tokens) not in (1, batch):
             raise ValueError(
@@ -184,7 +184,7 @@ class BigLearnVAE:
             draws: how many completions of each image, along a new leading axis: (K, B, C, H, W).
         """
         _at_least_one("draws", draws)
-        data = self._observe(x, S)
+        data = self.observe(x, S)
         q = self._encode(data.tokens, data.mask)
         return self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
 
@@ -200,7 +200,7 @@ class BigLearnVAE:
         """
         if not observations:
             raise ValueError("expected at least one pair (x, S), got none")
-        parts = [self._observe(x, S) for x, S in observations]
+        parts = [self.observe(x, S) for x, S in observations]
         if len({len(part.tokens) for part in parts}) > 1:
             raise ValueError(f"expected batches of one size, got {[len(part.tokens) for part in parts]}")
         tokens, mask, images, single = parts[0]
@@ -274,7 +274,7 @@ class BigLearnVAE:
             `.before` p(z | x_S) and `.after` p(z | x_S + change). How far they are apart is
             `.after.kl(.before)`, what it looks like `decode(.after.mean, x, S)`.
         """
-        if not self._observe(x, S).mask.any(-1).all():
+        if not self.observe(x, S).mask.any(-1).all():
             raise ValueError("expected at least one observed patch in each image, since that is what changes")
         x = self._numbers(x)
         expected = f"expected a change, a tensor that broadcasts to x, {tuple(x.shape)}, got"
@@ -387,7 +387,7 @@ class BigLearnVAE:
             rows = torch.arange(start, start + len(part), device=z.device) % len(tokens)
             yield self.net(tokens[rows], mask[rows], part, None if T is None else T[rows]), rows
 
-    def _complete(self, z: Tensor, data: _Observed) -> Tensor:
+    def _complete(self, z: Tensor, data: Observed) -> Tensor:
         """The mean of p(x_T | z, x_S) with x_S in its place, as images (..., C, H, W)."""
         kept = self.pixel_mask(data.mask)
         images = [
@@ -404,18 +404,18 @@ class BigLearnVAE:
         ]
         return torch.cat(errors).view(z.shape[:-1])
 
-    def _nothing(self) -> _Observed:
+    def _nothing(self) -> Observed:
         """One image of which nothing is observed."""
         zeros = next(self.net.parameters()).new_zeros
         tokens, images = zeros(1, self.num_tokens, self.net.token_dim), zeros(1, *self.image_shape)
-        return _Observed(tokens, self._mask(None, 1, default=False), images, False)
+        return Observed(tokens, self._mask(None, 1, default=False), images, False)
 
-    def _observe(self, x: Tensor, S: Tensor | None) -> _Observed:
-        """What is observed of data, S being everything by default."""
+    def observe(self, x: Tensor, S: Tensor | None = None) -> Observed:
+        """What is observed of data, S being everything by default, as all other methods take it."""
         tokens, images, single = self._tokens(x)
         mask = self._mask(S, len(tokens), default=True)
         tokens = self._seen(tokens, mask)
-        return _Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, single)
+        return Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, single)
 
     def _seen(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Tokens (B, L, D) with zeros where they are not observed; they must be finite where they are."""

@@ -17,13 +17,12 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from biglearn_vae import gaussian
-from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.capabilities import BigLearnVAE, Observed
 from biglearn_vae.gaussian import DiagGaussian
 
 
@@ -154,7 +153,7 @@ class _Chains:
         if not 0 < variance < math.inf:
             raise ValueError(f"variance must be positive, got {variance}")
         self.vae, self.noisy, self.variance = vae, noisy, variance
-        observed = _observed(vae, x, S)
+        observed = vae.observe(x, S)
         self.known, self.mask = observed.tokens, observed.mask
         self.blank, self.nothing = torch.zeros_like(self.known[0]), torch.zeros_like(self.mask[0])
         self.prior = vae.encode(self.blank, self.nothing)  # (Z,)
@@ -228,7 +227,7 @@ class _Chains:
                 f"expected a start for each of the {leading[1]} images, or for each of {draws} chains of them, "
                 f"or one for all, got {tuple(start.shape)}"
             ) from None
-        tokens = _observed(self.vae, rows, ~self.nothing).tokens.view(*leading, *self.known.shape[1:])
+        tokens = self.vae.observe(rows).tokens.view(*leading, *self.known.shape[1:])
         return torch.where(self.mask.unsqueeze(-1), self.known, tokens)
 
     def _nothing(self, rows: Tensor) -> Tensor:
@@ -236,25 +235,6 @@ class _Chains:
 
     def _normal(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, dtype=self.known.dtype, device=self.known.device, generator=self.generator)
-
-
-class _Observed(NamedTuple):
-    """Tokens (N, L, D), zero where hidden; what is observed (N, L); images (N, C, H, W); whether it was one alone."""
-
-    tokens: Tensor
-    mask: Tensor
-    images: Tensor
-    single: bool
-
-
-def _observed(vae: BigLearnVAE, x: Tensor, S: Tensor) -> _Observed:
-    x, mask = vae.combine((x, S))
-    single = mask.ndim == 1
-    if single:
-        x, mask = x.unsqueeze(0), mask.unsqueeze(0)
-    if x.ndim == 3:
-        return _Observed(x, mask, vae.tokenizer.decode(x), single)
-    return _Observed(vae.tokenizer.encode(x).masked_fill(~mask.unsqueeze(-1), 0), mask, x, single)
 
 
 def _counts(iterations: Sequence[int]) -> list[int]:
@@ -271,7 +251,7 @@ def _record(
     """What the chains give after these numbers of iterations; `settings` are others of `chain`."""
     counts, result, begin = _counts(iterations), Completions({}, {}, {}), time.perf_counter()
     states, taken = chain(vae, x, S, draws, pseudo, **settings), []
-    observed = _observed(vae, x, S)
+    observed = vae.observe(x, S)
     for count, state in enumerate(itertools.islice(states, counts[-1]), 1):
         if count > max(pseudo, settings["start"] is not None):
             taken.append(state.accepted.double().mean())
@@ -285,7 +265,7 @@ def _record(
     return result
 
 
-def _images(vae: BigLearnVAE, mean: Tensor, observed: _Observed) -> Tensor:
+def _images(vae: BigLearnVAE, mean: Tensor, observed: Observed) -> Tensor:
     """Means (K, N, L, D) as images (K, N, C, H, W) in [0, 1], with what is observed in its place."""
     kept = vae.pixel_mask(observed.mask)
     decoded = [vae.tokenizer.decode(part) for part in mean.flatten(0, 1).split(vae.chunk)]

@@ -111,7 +111,7 @@ def test_the_regressor_learns_what_can_be_known():
     torch.manual_seed(0)
     net = UniversalViT(grid=(2, 2), token_dim=4, dim=16, depth=2, z_dim=2, heads=2)
     test, optim = images.select(slice(200, 300)), Optim(lr=1e-2, muon_lr=0.02, schedule="cosine")
-    options = dict(optim=optim, masks=MaskSampler(), steps=150, batch_size=32)
+    options = dict(optim=optim, masks=MaskSampler((1, 1), (1, 1)), steps=150, batch_size=32)
     found = completion.regressor_psnr(net, Patchify(4, 2, 1), images.select(slice(200)), test, [0.5, "top"], **options)
     vae = BigLearnVAE(net, Patchify(4, 2, 1))
     mean = evaluation.training_mean_psnr(vae, test, images.select(slice(200)), [0.5, "top"])
