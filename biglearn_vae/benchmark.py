@@ -45,6 +45,7 @@ MEASURES = {
 PLAIN = "three float32 passes, a DataLoader, masks image by image, unfused AdamW, .item() each step"
 STAGES = ("plain", *MEASURES)
 SOURCES = {"digits": 8, "mnist": 28, "fashion_mnist": 28}  # side in pixels of the grey images before they are resized
+STAND_INS = {"mnist": 10_000, "fashion_mnist": 10_000, "celeba": 1_000}  # how many random images may stand for them
 SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # sides of the matrices among which the limit is looked for
 STEPS = {"cpu": 5, "cuda": 50}
 LOADER_WORKERS = 8
@@ -182,7 +183,7 @@ class Work:
 def load_images(settings: dict[str, Any], batch_size: int, stand_ins: bool = True) -> tuple[ImageSet, Tensor, str]:
     """The training images of these settings of `data.load`, the same before they were resized, and what they are.
 
-    Random images of the same shapes stand for MNIST and FashionMNIST, if they may, where these cannot be had.
+    Random images of the same shapes stand for those of `STAND_INS`, if they may, where these cannot be had.
     """
     name = settings["name"]
     try:
@@ -193,10 +194,13 @@ def load_images(settings: dict[str, Any], batch_size: int, stand_ins: bool = Tru
             sources = images.pixels
         return images, sources, f"{len(images):,} images of {name}"
     except ValueError:
-        if name not in ("mnist", "fashion_mnist") or not stand_ins:
+        if name not in STAND_INS or not stand_ins:
             raise
-    count, size = max(10_000, batch_size), settings["image_size"]
+    count, size = max(STAND_INS[name], batch_size), settings["image_size"]
     noise = torch.randint(256, (count, 1, size, size), dtype=torch.uint8)
+    if name not in SOURCES:
+        images = ImageSet(noise.expand(-1, settings["channels"], -1, -1))
+        return images, images.pixels, f"random images ({name} is not here)"
     sources = torch.randint(256, (count, 1, SOURCES[name], SOURCES[name]), dtype=torch.uint8)
     return ImageSet(noise.expand(-1, settings["channels"], -1, -1)), sources, f"random images ({name} is not here)"
 

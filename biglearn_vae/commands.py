@@ -24,6 +24,7 @@ from biglearn_vae.distributed import World, in_group, start, stop, under_torchru
 from biglearn_vae.files import write_json, write_text
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
 from biglearn_vae.models import count_parameters
+from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.stages import draw, measure, report, size_text
 from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
 
@@ -441,7 +442,7 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     plan = timing.Plan(**asked)
     if under_torchrun():
         raise ValueError("the benchmark measures a single process: start it without torchrun")
-    tokens, machine = config.tokenizer(cfg), environment(cfg.device)
+    tokens, machine = _tokenizer_to_measure(cfg, plan), environment(cfg.device)
     work = _work(cfg, plan, tokens)
     print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)
     print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
@@ -450,6 +451,17 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
         if plan.file:
             write_json(plan.file, everything)
     return everything
+
+
+def _tokenizer_to_measure(cfg: "DictConfig", plan: timing.Plan) -> torch.nn.Module:
+    """That of these settings. An untrained PatchAE stands for one that is not there, where nothing is learned."""
+    own = cfg.tokens.name != config.PATCH_AE or cfg.tokens.run is not None or plan.evaluations is not None
+    if own or (config.patch_ae_run(cfg) / config.PATCH_AE_FILE).is_file():
+        return config.tokenizer(cfg)
+    print("the PatchAE is untrained, there is no other: a step takes as long", flush=True)
+    cut = config.patches(cfg)
+    sizes = dict(image_size=cut.image_shape[1:], patch_size=cut.patch_size, channels=cut.image_shape[0])
+    return PatchAE(**sizes).eval().requires_grad_(False)
 
 
 def _stages(plan: timing.Plan, work: timing.Work) -> Iterator[dict[str, Any]]:

@@ -196,11 +196,15 @@ def tokenizer(cfg: "DictConfig", state: dict[str, Any] | None = None) -> Patchif
     return _patch_ae(cfg, cut) if state is None else PatchAE.from_state(state, cfg.data.image_size)
 
 
+def patch_ae_run(cfg: "DictConfig") -> Path:
+    """The run whose PatchAE these settings take."""
+    default = Path(cfg.get("output_dir", "outputs")) / f"{data_name(cfg)}-{PATCH_AE}-seed0"
+    return Path(cfg.tokens.run or default).expanduser()
+
+
 def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
     """The PatchAE of the run that these settings name."""
-    run = Path(
-        cfg.tokens.run or Path(cfg.get("output_dir", "outputs")) / f"{data_name(cfg)}-{PATCH_AE}-seed0"
-    ).expanduser()
+    run = patch_ae_run(cfg)
     command = f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}"
     if not (run / PATCH_AE_FILE).is_file():
         unfinished = " (the run there is not finished)" if (run / CONFIG_FILE).is_file() else ""

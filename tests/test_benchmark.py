@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import run_here
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,6 +115,8 @@ def test_random_images_stand_for_absent_ones(monkeypatch):
     images, sources, note = timing.load_images({"name": "mnist", "image_size": 32, "channels": 3}, 128)
     assert images.pixels.shape[1:] == (3, 32, 32) and sources.shape[1:] == (1, 28, 28) and "random" in note
     assert images.pixels.dtype == sources.dtype == torch.uint8
+    faces, sources, note = timing.load_images({"name": "celeba", "image_size": 16, "channels": 3}, 1200)
+    assert faces.pixels.shape == sources.shape == (1200, 3, 16, 16) and "random images (celeba" in note
     with pytest.raises(ValueError, match="not there"):
         timing.load_images({"name": "image_folder", "image_size": 32, "channels": 3}, 128)
     with pytest.raises(ValueError, match="not there"):
@@ -319,6 +322,14 @@ def test_the_whole_command(tmp_path):
         assert row["images_per_second"] * row["seconds_per_step"] == pytest.approx(8)
     assert written["environment"]["torch"] == torch.__version__ and written["settings"]["trainer"]["batch_size"] == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.json"]
+
+
+def test_an_untrained_patch_ae_stands_for_one_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["device=cpu", "tokens=patch_ae", "stages=[plain,fused]", "repeats=1", "steps=1", "warmup=1", *SMALL]
+    assert run_here(monkeypatch, *words, script="benchmark") == 0
+    out = capsys.readouterr().out
+    assert "the PatchAE is untrained" in out and "\nfused " in out
 
 
 def test_the_command_refuses_before_it_measures(monkeypatch):

@@ -261,7 +261,7 @@ def test_two_stages_and_a_model_that_needs_the_first_no_longer(here, monkeypatch
 
 
 def test_errors_of_the_pipeline_say_what_to_do(here, monkeypatch, capsys):
-    for words, script in ((STAGE_2, "train"), (["tokens=patch_ae"], "benchmark")):
+    for words, script in ((STAGE_2, "train"), (["tokens=patch_ae", "evaluations=2"], "benchmark")):
         assert run_here(monkeypatch, *words, script=script) == 2
         error = capsys.readouterr().err
         assert "there is no PatchAE in outputs/digits-patch_ae-seed0" in error and "--config-name=patch_ae" in error
