@@ -244,6 +244,13 @@ def test_each_stage_has_its_measure_and_those_above():
     assert timing.Plan(stages="bfloat16").chosen("float32", "cpu")["bfloat16"] == everything["bfloat16"]
 
 
+def test_the_plain_loader_has_processes_beside_a_gpu(monkeypatch):
+    for cores, expected in ((16, 8), (4, 3), (1, 0), (None, 0)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert timing.Plan().loader_workers("cuda") == expected and timing.Plan().loader_workers("cpu") == 0
+    assert timing.Plan(workers=2).loader_workers("cpu") == timing.Plan(workers=2).loader_workers("cuda") == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

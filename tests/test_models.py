@@ -341,3 +341,8 @@ def test_unknown_words_and_masks_are_named():
     x, S, z = batch(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"boolean mask T of shape \(4, 6\), got torch.bool \(4, 5\)"):
         build("universal")(x, S, z, S[:, :5])
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(16, 1), (64, 1), (128, 2), (224, 2), (352, 4), (768, 12)])
+def test_by_default_there_are_as_many_heads_of_64_numbers_as_divide_the_width(dim, heads):
+    assert build("universal", dim=dim, heads=None).blocks[0].attention.heads == heads

@@ -400,7 +400,7 @@ def test_the_ceiling_repeats_for_a_seed(single):
 # --- all together ---
 
 
-def test_the_probe_is_its_parts_draw_by_draw(vae):
+def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
     train, test = labelled(vae, 60), labelled(vae, 40, seed=1)
     result = probe.linear_probe(vae, train, test, [1.0, 0.5], draws=3, seed=4)
     assert list(result) == ["metric", "codes", "pixels"] and result["metric"] == "accuracy"
@@ -419,6 +419,8 @@ def test_the_probe_is_its_parts_draw_by_draw(vae):
         "metric": "accuracy",
         "codes": {0.5: result["codes"][0.5]},
     }
+    monkeypatch.setattr(probe, "RAW_NUMBERS", math.prod(vae.image_shape) - 1)
+    assert "pixels" not in probe.linear_probe(vae, train, test, [0.5], draws=1)  # of large images they are left out
     single = probe.linear_probe(vae, train, test, [0.5], draws=1, seed=4)["codes"][0.5]
     assert single["mean"] == result["codes"][0.5]["draws"][0] and single["std"] is None
 
