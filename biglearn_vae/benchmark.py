@@ -48,7 +48,7 @@ SOURCES = {"digits": 8, "mnist": 28, "fashion_mnist": 28}  # side in pixels of t
 STAND_INS = {"mnist": 10_000, "fashion_mnist": 10_000, "celeba": 1_000}  # how many random images may stand for them
 SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # sides of the matrices among which the limit is looked for
 STEPS = {"cpu": 5, "cuda": 50}
-LOADER_WORKERS = 8
+LOADER_WORKERS = 8  # of the plain version beside a GPU, at most
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,11 @@ def load_images(settings: dict[str, Any], batch_size: int, stand_ins: bool = Tru
             raise
     count, size = max(STAND_INS[name], batch_size), settings["image_size"]
     noise = torch.randint(256, (count, 1, size, size), dtype=torch.uint8)
-    if name not in SOURCES:
-        images = ImageSet(noise.expand(-1, settings["channels"], -1, -1))
-        return images, images.pixels, f"random images ({name} is not here)"
-    sources = torch.randint(256, (count, 1, SOURCES[name], SOURCES[name]), dtype=torch.uint8)
-    return ImageSet(noise.expand(-1, settings["channels"], -1, -1)), sources, f"random images ({name} is not here)"
+    images = ImageSet(noise.expand(-1, settings["channels"], -1, -1))
+    sources = images.pixels
+    if name in SOURCES:
+        sources = torch.randint(256, (count, 1, SOURCES[name], SOURCES[name]), dtype=torch.uint8)
+    return images, sources, f"random images ({name} is not here)"
 
 
 # ---- The plain version -----------------------------------------------------------------------------------------------

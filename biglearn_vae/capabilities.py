@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import gaussian, masks
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
+from biglearn_vae.losses import check_prior
 from biglearn_vae.patches import of_batch
 
 Result = TypeVar("Result", Tensor, DiagGaussian)
@@ -75,8 +76,7 @@ class BigLearnVAE:
         variance: float = 1.0,
         chunk: int = 1024,
     ):
-        if prior not in ("learned", "standard"):
-            raise ValueError(f"prior must be 'learned' or 'standard', got {prior!r}")
+        check_prior(prior)
         _at_least_one("chunk", chunk)
         if (tuple(net.grid), net.token_dim) != (tuple(tokenizer.grid), tokenizer.token_dim):
             raise ValueError(
@@ -113,6 +113,13 @@ class BigLearnVAE:
     def pixel_mask(self, S: Tensor) -> Tensor:
         """Patch masks (B, L) -> the same of pixels, (B, 1, H, W), on the model's device."""
         return masks.to_pixels(S.to(self.device), self.grid, self.image_shape[1:]).unsqueeze(1)
+
+    def observe(self, x: Tensor, S: Tensor | None = None) -> Observed:
+        """What is observed of data, S being everything by default, as all other methods take it."""
+        tokens, images, single = self._tokens(x)
+        mask = self._mask(S, len(tokens), default=True)
+        tokens = self._seen(tokens, mask)
+        return Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, single)
 
     @torch.no_grad()
     def encode(self, x: Tensor, S: Tensor | None = None) -> DiagGaussian:
@@ -409,13 +416,6 @@ class BigLearnVAE:
         zeros = next(self.net.parameters()).new_zeros
         tokens, images = zeros(1, self.num_tokens, self.net.token_dim), zeros(1, *self.image_shape)
         return Observed(tokens, self._mask(None, 1, default=False), images, False)
-
-    def observe(self, x: Tensor, S: Tensor | None = None) -> Observed:
-        """What is observed of data, S being everything by default, as all other methods take it."""
-        tokens, images, single = self._tokens(x)
-        mask = self._mask(S, len(tokens), default=True)
-        tokens = self._seen(tokens, mask)
-        return Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, single)
 
     def _seen(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Tokens (B, L, D) with zeros where they are not observed; they must be finite where they are."""

@@ -455,13 +455,11 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
 
 def _tokenizer_to_measure(cfg: "DictConfig", plan: timing.Plan) -> torch.nn.Module:
     """That of these settings. An untrained PatchAE stands for one that is not there, where nothing is learned."""
-    own = cfg.tokens.name != config.PATCH_AE or cfg.tokens.run is not None or plan.evaluations is not None
-    if own or (config.patch_ae_run(cfg) / config.PATCH_AE_FILE).is_file():
+    needed = cfg.tokens.name != config.PATCH_AE or cfg.tokens.run is not None or plan.evaluations is not None
+    if needed or (config.patch_ae_run(cfg) / config.PATCH_AE_FILE).is_file():
         return config.tokenizer(cfg)
     print("the PatchAE is untrained, there is no other: a step takes as long", flush=True)
-    cut = config.patches(cfg)
-    sizes = dict(image_size=cut.image_shape[1:], patch_size=cut.patch_size, channels=cut.image_shape[0])
-    return PatchAE(**sizes).eval().requires_grad_(False)
+    return PatchAE(**config.patch_ae_sizes(cfg)).eval().requires_grad_(False)
 
 
 def _stages(plan: timing.Plan, work: timing.Work) -> Iterator[dict[str, Any]]:

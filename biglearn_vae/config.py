@@ -257,10 +257,15 @@ def paper_parameters() -> dict[str, int]:
 
 def patch_ae(cfg: "DictConfig") -> PatchAE:
     """The PatchAE of these settings of stage 1, with fresh weights that depend on the seed alone, on the CPU."""
-    cut = patches(cfg)
+    sizes = patch_ae_sizes(cfg)
     with _seeded(cfg.seed):
-        sizes = dict(image_size=cfg.data.image_size, patch_size=cut.patch_size, channels=cut.image_shape[0])
         return build(cfg.model, "model", **sizes)
+
+
+def patch_ae_sizes(cfg: "DictConfig") -> dict[str, int]:
+    """What a PatchAE must know of the data."""
+    cut = patches(cfg)
+    return dict(image_size=cfg.data.image_size, patch_size=cut.patch_size, channels=cut.image_shape[0])
 
 
 @contextmanager

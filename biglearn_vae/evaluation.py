@@ -66,14 +66,7 @@ def inpainting_psnr(
     nor asked for.
     """
     rows = rows_of(draws * math.prod(vae.image_shape))  # all draws of a part at a time
-    return _psnr_by_task(
-        vae,
-        images,
-        ratios,
-        lambda x, S, k: vae.inpaint(x, S, draws, seed + k).mean(0),
-        seed,
-        rows,
-    )
+    return _psnr_by_task(vae, images, ratios, lambda x, S, k: vae.inpaint(x, S, draws, seed + k).mean(0), seed, rows)
 
 
 def nearest_psnr(
@@ -97,12 +90,10 @@ def nearest_psnr(
         [torch.stack([S for S, _ in tasks.values()], 1) for _, tasks in tasks_in_parts(vae, images, ratios, seed, rows)]
     )
     nearest, everyone = _nearest(_Patches(images, patches, vae.device), S, known, neighbours)
-    observed = S.any(-1).split(rows)
     errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
-    again = tasks_in_parts(vae, images, ratios, seed, rows)
-    for (x, tasks), positions, some in zip(again, nearest.split(rows), observed, strict=True):
-        for number, (ratio, (_, T)) in enumerate(tasks.items()):
-            completed = patches.decode(_mean_of(known, positions[:, number], some[:, number], everyone))
+    for (x, tasks), positions in zip(tasks_in_parts(vae, images, ratios, seed, rows), nearest.split(rows), strict=True):
+        for number, (ratio, (S, T)) in enumerate(tasks.items()):
+            completed = patches.decode(_mean_of(known, positions[:, number], S, everyone))
             errors[ratio].append(_squared_error(completed, x, vae.pixel_mask(T)))
     return {ratio: _decibels(parts) for ratio, parts in errors.items()}
 
@@ -136,15 +127,15 @@ def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10
     """
     nearest, everyone = _nearest(x, S.unsqueeze(1), train, neighbours)
     rows = rows_of(neighbours * train[0].numel())
-    pairs = zip(nearest[:, 0].split(rows), S.any(-1).split(rows), strict=True)
-    return torch.cat([_mean_of(train, positions, observed, everyone) for positions, observed in pairs])
+    pairs = zip(nearest[:, 0].split(rows), S.split(rows), strict=True)
+    return torch.cat([_mean_of(train, positions, seen, everyone) for positions, seen in pairs])
 
 
-def _mean_of(train: _Tokens, positions: Tensor, observed: Tensor, everyone: Tensor) -> Tensor:
-    """The means (n, L, D) of the training tokens at positions (n, k); those of everyone (L, D) where none has them, and
-    where nothing was observed (n,), so that none is nearer than others."""
+def _mean_of(train: _Tokens, positions: Tensor, S: Tensor, everyone: Tensor) -> Tensor:
+    """The means (n, L, D) of the training tokens at positions (n, k), nearest over S (n, L); those of everyone (L, D)
+    where none has them, and where S is empty, so that none is nearer than others."""
     means = train[positions.flatten().cpu()].unflatten(0, positions.shape).nanmean(1)
-    return torch.where(means.isnan() | ~observed[:, None, None], everyone, means)
+    return torch.where(means.isnan() | ~S.any(-1)[:, None, None], everyone, means)
 
 
 def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Tensor, Tensor]:

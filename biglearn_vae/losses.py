@@ -88,8 +88,7 @@ class BigLearnELBO:
     ):
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a number not below 0, got {beta}")
-        if prior not in ("learned", "standard"):
-            raise ValueError(f"prior must be 'learned' or 'standard', got {prior!r}")
+        check_prior(prior)
         if beta_warmup_steps < 0:
             raise ValueError(f"beta_warmup_steps must not be negative, got {beta_warmup_steps}")
         if not 0 <= beta_warmup_start <= 1:
@@ -164,6 +163,12 @@ class BigLearnELBO:
             return net(x, S | T), net(x, S)
         both = net(torch.cat([x, x]), torch.cat([S | T, S]))
         return both[: len(x)], both[len(x) :]
+
+
+def check_prior(prior: str) -> None:
+    """Raise a ValueError unless this names a prior of z: "learned", p(z | x_S), or "standard", N(0, I)."""
+    if prior not in ("learned", "standard"):
+        raise ValueError(f"prior must be 'learned' or 'standard', got {prior!r}")
 
 
 def _task(

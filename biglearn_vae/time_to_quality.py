@@ -61,10 +61,8 @@ def measure(
     devices = [work.device] if work.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(work.seed)
-        for measures in stages.values():
-            step_of(
-                work, measures
-            )()  # so that no stage waits for what torch loads, compiles and keeps at its first step
+        for measures in stages.values():  # so that none waits for what torch loads, compiles and keeps at a first step
+            step_of(work, measures)()
         steps = {name: step_of(work, measures) for name, measures in stages.items()}
         found: Courses = {name: [] for name in steps}
         for mark in [round(k * work.total / plan.evaluations) for k in range(plan.evaluations + 1)]:

@@ -302,7 +302,7 @@ class Trainer:
         self._wrapped = self._wrap()
 
     def _wrap(self) -> nn.Module:
-        """The network as the steps call it."""
+        """Compile what is to be compiled; returns the network as the steps call it."""
         if self.compiled and self.world.size == 1 and hasattr(self.loss, "compiled"):
             self.loss = self.loss.compiled(dynamic=False)
             return self.net

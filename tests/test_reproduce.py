@@ -213,10 +213,11 @@ def test_the_committed_numbers_were_made_as_their_preset_says(name):
     known = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results/runs" / name).iterdir()}
     assert set(known) <= {run.name for run in preset.runs()}
     for run in preset.runs():
-        for script, settings in known.get(run.name, {"config": {}})["config"].items():
-            changed = config.changed(settings, preset.resolved(run, script))
-            assert not changed, f"{run.name}, {script}: python scripts/reproduce.py preset={name}"
-    for numbers in known.values():
+        numbers = known.get(run.name, {"settings": {}, "config": {}})
+        for script, words in numbers["settings"].items():
+            advice = f"{run.name}, {script}: python scripts/reproduce.py preset={name}"
+            assert words == preset.words(run, script), advice
+            assert not config.changed(numbers["config"][script], preset.resolved(run, script)), advice
         assert set(numbers["config"]) == set(numbers["settings"]) == set(experiments.FILES) & set(numbers)
 
 
