@@ -175,24 +175,28 @@ def choose_precision(precision: str, net: nn.Module, images: int) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def choose_compile(compile: bool | str, net: nn.Module) -> bool:
-    """What "auto" means for this network on its device; true and false as they are.
+CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that replays CUDA graphs
 
-    On GPUs, where Triton is there and the network's shapes are the same at every step. On CPUs it gains nothing
-    (`scripts/benchmark.py compile=true` shows it), and compiling takes a minute.
+
+def choose_compile(compile: bool | str, net: nn.Module) -> str | None:
+    """The mode of torch.compile for this network on its device, None for none; true means its default.
+
+    "auto" compiles on GPUs, where Triton is there and the network's shapes are the same at every step. On CPUs it gains
+    nothing (`scripts/benchmark.py compile=true` shows it), and compiling takes a minute.
 
     Raises:
         ValueError: on another word.
     """
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile must be true, false or auto, got {compile!r}")
-    if compile != "auto":
-        return bool(compile)
-    if not next(net.parameters()).is_cuda or getattr(net, "hidden", "mask") == "drop":
-        return False
-    from torch.utils._triton import has_triton
+    if compile not in (True, False, "auto", CUDA_GRAPHS):
+        raise ValueError(f"compile must be true, false, auto or {CUDA_GRAPHS}, got {compile!r}")
+    if compile == CUDA_GRAPHS:
+        return CUDA_GRAPHS
+    if compile == "auto":
+        from torch.utils._triton import has_triton
 
-    return has_triton()
+        fixed = getattr(net, "hidden", "mask") != "drop"
+        compile = next(net.parameters()).is_cuda and fixed and has_triton()
+    return "default" if compile else None
 
 
 class Interruption:
@@ -238,13 +242,14 @@ class Trainer:
         accumulate: parts that a step's batch is split into, one after the other, to save memory; a batch is a tensor
             or a tuple of them.
         compile: whether the network goes through torch.compile, or "auto" (see `choose_compile`); with a loss that has
-            a method `compiled`, and in a single process, the loss and the network in it do.
+            a method `compiled`, and in a single process, the loss and the network in it do. "reduce-overhead", for
+            small networks on one GPU, replays what is compiled as CUDA graphs: one launch for each of both directions.
         shard: split parameters, gradients and the optimizer's state over the processes (FSDP2) instead of keeping all
             of them in each (DistributedDataParallel), for networks that do not fit otherwise.
 
     Raises:
-        ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split so, or the precision is
-            unknown.
+        ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split so, the precision is
+            unknown, or CUDA graphs are asked for with `accumulate` or several processes.
     """
 
     def __init__(
@@ -282,6 +287,12 @@ class Trainer:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
         self.precision = choose_precision(precision, net, share // accumulate)
         self.compiled = choose_compile(compile, net)
+        if self.compiled == CUDA_GRAPHS and (accumulate > 1 or self.world.size > 1):
+            # A replay overwrites the gradients of the one before, to which these would be added.
+            raise ValueError(
+                f"compile={CUDA_GRAPHS} needs accumulate=1 and one process, got accumulate={accumulate} and "
+                f"{self.world.size} processes: take compile=true"
+            )
         self.loggers: list[Logger] = []
         self.interrupted = False
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
@@ -295,7 +306,7 @@ class Trainer:
         self.optimizers = optim.optimizers(net)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
-        self._compiles = self.compiled
+        self._compiles = self.compiled is not None
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
         self._names: list[str] = []
         self._reported = (0, 0.0)  # step and seconds at the last report
@@ -303,10 +314,11 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """Compile what is to be compiled; returns the network as the steps call it."""
+        options = dict(dynamic=False, mode=self.compiled)
         if self.compiled and self.world.size == 1 and hasattr(self.loss, "compiled"):
-            self.loss = self.loss.compiled(dynamic=False)
+            self.loss = self.loss.compiled(**options)
             return self.net
-        net = torch.compile(self.net, dynamic=False) if self.compiled else self.net
+        net = torch.compile(self.net, **options) if self.compiled else self.net
         if self.world.size == 1 or self._sharded:
             return net
         ids = [self.world.device.index] if self.world.device.type == "cuda" else None

@@ -320,20 +320,40 @@ def test_a_step_must_be_of_equal_parts():
 
 
 def test_automatic_compilation():
-    assert make().compiled is False  # it is on the CPU
-    assert choose_compile(True, nn.Linear(1, 1)) and not choose_compile(False, nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="compile must be true, false or auto, got 'fast'"):
+    assert make().compiled is None  # it is on the CPU
+    chosen = {word: choose_compile(word, nn.Linear(1, 1)) for word in (True, False, "reduce-overhead")}
+    assert chosen == {True: "default", False: None, "reduce-overhead": "reduce-overhead"}
+    with pytest.raises(ValueError, match="compile must be true, false, auto or reduce-overhead, got 'fast'"):
         make(compile="fast")
+    with pytest.raises(ValueError, match="needs accumulate=1 and one process, got accumulate=2 and 1 processes"):
+        make(compile="reduce-overhead", accumulate=2)
+
+
+def on_a_gpu(muon_lr: float | None = None, **settings) -> Trainer:
+    """A Trainer for digits on the first GPU."""
+    world, tokens = World(device=torch.device("cuda", 0)), Patchify(8, 2, 1)
+    torch.manual_seed(0)
+    net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=16, z_dim=3, heads=2, depth=2).to(world.device)
+    batches = Batches(data.load("digits").train.to(world.device), 8, 0, world, transform=tokens.encode)
+    optim = replace(OPTIM, muon_lr=muon_lr)
+    return Trainer(net, BigLearnELBO(0.3), batches, optim, steps=9, world=world, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [True, "reduce-overhead"])
+def test_a_compiled_network_trains_the_same_on_a_gpu(compile):
+    losses = []
+    for settings in ({"compile": False}, {"compile": compile}):
+        trainer, log = on_a_gpu(precision="float32", report_every=1, evaluate_every=2, **settings), Recorder()
+        trainer.fit([log])
+        losses.append([row["train/loss"] for _, row in log.rows if "train/loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and len(losses[1]) == 9
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("muon_lr", [None, 0.01])
 def test_a_step_waits_for_nothing_on_a_gpu(muon_lr):
-    world, tokens = World(device=torch.device("cuda", 0)), Patchify(8, 2, 1)
-    net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=16, z_dim=3, heads=2, depth=2).to(world.device)
-    batches = Batches(data.load("digits").train.to(world.device), 8, 0, world, transform=tokens.encode)
-    optim = replace(OPTIM, muon_lr=muon_lr)
-    trainer = Trainer(net, BigLearnELBO(0.3), batches, optim, steps=9, world=world, compile=False)
+    trainer = on_a_gpu(muon_lr, compile=False)
     for _ in range(3):
         trainer._train_step()  # the first ones make moments and workspaces
     torch.cuda.set_sync_debug_mode("error")
