@@ -1,6 +1,7 @@
 """The page of results: Markdown and plots, made of the numbers of `experiments` and of nothing else."""
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,17 +80,27 @@ def _of_grid(runs: Runs) -> bool:
 
 
 def _measured(runs: Runs) -> list[Runs]:
-    """Those that were evaluated, level by level, in groups of which the same was compared and measured."""
+    """The runs level by level, in groups of which the same was compared and measured."""
     alike: dict[tuple, Runs] = {}
-    for run in sorted((run for run in runs if run.get("evaluate") and run.get("levels")), key=_place):
-        found = run["evaluate"]
+    for run in sorted((run for run in runs if run.get("levels")), key=_place):
+        found = _evaluation(run)
         alike.setdefault((*run["levels"], found["split"], *found["inpainting_psnr"]), []).append(run)
     return list(alike.values())
 
 
+def _evaluation(run: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate.py` found; of a run that was only trained, what its training ended with, of test images."""
+    return run.get("evaluate") or {"split": "test"} | run["train"]
+
+
 def _place(run: dict[str, Any]) -> tuple:
     order = METHODS.index(run["method"]) if run["method"] in METHODS else len(METHODS)
-    return *map(str, run["levels"].values()), order, run["seed"]
+    return *map(_natural, run["levels"].values()), order, run["seed"]
+
+
+def _natural(level: str) -> list[str | float]:
+    """Words and numbers by turns, so that "width 64" comes before "width 256"."""
+    return [float(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", level))]
 
 
 def _grid(runs: Runs) -> str:
@@ -98,7 +109,7 @@ def _grid(runs: Runs) -> str:
     for run in runs:
         cells.setdefault((run["data"], run["case"], *run["levels"].values(), run["method"]), []).append(run)
     rows = [[*cell, str(len(of)), *_scores(of)] for cell, of in cells.items()]
-    split = runs[0]["evaluate"]["split"]
+    split = _evaluation(runs[0])["split"]
     name = "validation" if split == "valid" else split
     text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n\n"
     return text + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
@@ -123,13 +134,13 @@ def _levels(runs: Runs) -> str:
 
 
 def _score_names(runs: Runs) -> list[str]:
-    shares = [f"PSNR at {share}" for share in runs[0]["evaluate"]["inpainting_psnr"]]
+    shares = [f"PSNR at {share}" for share in _evaluation(runs[0])["inpainting_psnr"]]
     return ["JointELBO", "reconstruction", "KL in nats", *shares, "mean PSNR"]
 
 
 def _scores(runs: Runs) -> list[str]:
     """What an evaluation says of these runs, in the order of `_score_names`."""
-    found = [run["evaluate"] for run in runs]
+    found = [_evaluation(run) for run in runs]
     cells = _elbo_cells(found, found[0]["split"])
     psnr = [list(one["inpainting_psnr"].values()) for one in found]
     means = [statistics.fmean(values) for values in psnr]

@@ -147,6 +147,22 @@ def test_the_page_compares_the_settings_of_a_grid():
     assert "Figure 2" not in text and not results_page.plots({"p": runs})  # these are no experiments of the paper
 
 
+def test_a_grid_that_was_only_trained_is_compared_by_what_its_training_ended_with():
+    levels = ("width 256", "width 64", "nothing")
+    runs = [run_numbers(elbo=-1.0 - place) | {"levels": {"changed": level}} for place, level in enumerate(levels)]
+    for run in runs:
+        del run["probe"], run["complete"]
+        run["train"]["inpainting_psnr"] = {"0.5": 14.25}
+    text = results_page.page({"p": runs}, {"case1": 1_269_104})
+    assert "Of the test images" in text
+    rows = [line for line in text.splitlines() if line.startswith("| digits")]
+    assert rows == [
+        "| digits | tiny | nothing | biglearn_u | 1 | -3.000 | -1.500 | 7.0 | 14.25 | 14.25 |",
+        "| digits | tiny | width 64 | biglearn_u | 1 | -2.000 | -1.000 | 7.0 | 14.25 | 14.25 |",
+        "| digits | tiny | width 256 | biglearn_u | 1 | -1.000 | -0.500 | 7.0 | 14.25 | 14.25 |",
+    ]
+
+
 def keep_network(campaign: Campaign, run: Run) -> None:
     """The folder of the run whose numbers are `run_numbers`."""
     summary = campaign.output / campaign.preset.name / run.name / "summary.json"
