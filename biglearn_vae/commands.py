@@ -50,6 +50,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> None:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
+        config.register_resolvers()  # here, since other launchers run this in another process
         try:
             if hydra_cfg.mode.name == "MULTIRUN" and under_torchrun():
                 raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")

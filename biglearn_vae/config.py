@@ -5,6 +5,7 @@ Hydra is imported when a function needs it, not with the package.
 
 import functools
 import hashlib
+import math
 import re
 import sys
 import threading
@@ -54,8 +55,20 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
+    register_resolvers()
     with _without_hydra(), initialize_config_dir(version_base="1.3", config_dir=str(folder())):
         return hydra_compose(config_name, list(overrides))
+
+
+def register_resolvers() -> None:
+    """Let the YAML files compute: `${per_root:A,B}` is A / sqrt(B). Settings that are not resolved need it first."""
+    from omegaconf import OmegaConf
+
+    def per_root(value: float, by: Any) -> float:
+        # A B that makes no sense is left to those it is for, who say so.
+        return value / math.sqrt(by) if isinstance(by, int | float) and by > 0 else value
+
+    OmegaConf.register_new_resolver("per_root", per_root, replace=True)
 
 
 @functools.cache

@@ -368,7 +368,7 @@ def train_ceiling(
 ) -> LabelledViT:
     """Train a network with labels on masked images: what its architecture can reach, for `linear_probe`.
 
-    Muon and AdamW as `optim=muon` has them, cosine to 0, batches of 128.
+    Muon and AdamW as `optim=muon` has them, also by width, cosine to 0, batches of 128.
 
     Args:
         net: a network with fresh weights, which are trained.
@@ -379,12 +379,12 @@ def train_ceiling(
         ValueError: if there are no labels.
         KeyboardInterrupt: if Ctrl-C or SIGTERM ended the training early.
     """
-    labels = labels_of(train)
+    labels, muon_lr = labels_of(train), 0.096 / math.sqrt(net.token_in.out_features)
     trainer = Trainer(
         LabelledViT(net, labels).to(vae.device),
         LabelLoss(labels),
         LabelledBatches(train, vae, seed),
-        Optim(lr=2e-3, muon_lr=0.012, warmup_steps=min(300, steps // 5), schedule="cosine", clip_norm=1.0),
+        Optim(lr=2e-3, muon_lr=muon_lr, warmup_steps=min(300, steps // 5), schedule="cosine", clip_norm=1.0),
         steps=steps,
         seed=seed,
         world=World(device=vae.device),

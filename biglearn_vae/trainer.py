@@ -49,7 +49,9 @@ class Optim:
         muon_lr: peak learning rate of Muon (Jordan et al. 2024), which then takes the matrices between hidden layers,
             those of the members of a `ModuleList` such as the blocks of a transformer, and the kernels of convolutions,
             and leaves the rest to AdamW. Its updates are orthogonalised and scaled to the size of AdamW's (Liu et al.
-            2025). None leaves everything to AdamW.
+            2025): their singular values are 0.2 times the root of the larger side, so that what suits a network is
+            too much for a wider one, by the root of the ratio (`optim=muon` sees to it). None leaves everything to
+            AdamW.
 
     Raises:
         ValueError: on values outside these.

@@ -1,6 +1,7 @@
 """Settings: every choice composes and builds, every setting is explained, bad ones are refused by name."""
 
 import itertools
+import math
 import zipfile
 
 import pytest
@@ -56,6 +57,17 @@ def test_the_papers_optimizer_settings():
     optim = config.build(config.compose(["case=celeba", "data=celeba"]).optim, "optim")
     assert (optim.lr, tuple(optim.betas), optim.eps, optim.schedule) == (1e-4, (0.9, 0.95), 1e-5, "cosine")
     assert config.compose(["case=celeba", "data=celeba"]).loss.beta == 0.001
+
+
+def test_the_rate_of_muon_falls_with_the_root_of_the_width():
+    def rate(*overrides):
+        return config.build(config.compose(overrides).optim, "optim").muon_lr
+
+    assert rate() == rate("case=tiny") == 0.012  # at width 64
+    assert rate("case=case1", "optim=muon") == pytest.approx(0.012 / math.sqrt(2))  # 128
+    assert rate("model.dim=1024") == 0.003
+    assert rate("model.dim=1024", "optim.muon_lr=0.02") == 0.02
+    assert config.build(config.compose(config_name="patch_ae").optim, "optim").muon_lr == 0.003
 
 
 def test_every_setting_is_explained_in_a_line():
