@@ -43,6 +43,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     import hydra
 
     failed: list[str] = []
+    chosen = config.argument("--config-name", config.argument("-cn", config_name))
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
         warnings.simplefilter("ignore")
@@ -66,8 +67,9 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
 
     try:
         if {"--help", "-h"} & set(sys.argv[1:]):
-            _print_help(config_name)
+            _print_help(chosen)
         else:
+            config.refuse_unknown(sys.argv[1:], chosen)
             run()
     except user_errors() as error:
         failed.append(str(error))
@@ -81,7 +83,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
 
 def _print_help(config_name: str) -> None:
     overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    print(config.help_text(config.argument("--config-name", config_name), overrides))
+    print(config.help_text(config_name, overrides))
 
 
 def _complain_and_exit(messages: list[str]) -> None:

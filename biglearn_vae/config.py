@@ -3,6 +3,7 @@
 Hydra is imported when a function needs it, not with the package.
 """
 
+import difflib
 import functools
 import hashlib
 import math
@@ -127,6 +128,29 @@ def require_all(cfg: "DictConfig", config_name: str) -> None:
     if missing:
         explained = explanations(config_name)
         raise ValueError("; ".join(f"{key}=... must be given: {explained.get(key)}" for key in missing))
+
+
+def refuse_unknown(words: Sequence[str], config_name: str) -> None:
+    """Raise a ValueError for the first word NAME=VALUE of a command line whose NAME is no setting of this program.
+
+    Hydra itself would advise to type +NAME=VALUE, which it takes and nothing reads.
+    """
+    from omegaconf import OmegaConf
+
+    if {word.partition("=")[0] for word in words} & {"--config-dir", "-cd", "--config-path", "-cp"}:
+        return  # a user's own files may have settings of their own
+    cfg, explained = compose((), config_name), explanations(config_name)
+    branches = {name for name in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, name))}
+    known = {name for name, _ in _raw_leaves(cfg)} | {name for name in explained if name.split(".")[0] in branches}
+    for name in (match[1] for word in words if (match := re.match(r"(?:\+{1,2}|~)?([\w.]+)=", word))):
+        parents = ".".join(name.split(".")[:-1]) if "." in name else None
+        free = parents in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parents))  # of any names
+        if free or name.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for key in known):
+            continue
+        last = name.split(".")[-1]
+        near = sorted(key for key in known if key.split(".")[-1] == last) or difflib.get_close_matches(name, known)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise ValueError(f"there is no setting {name}{hint} --help lists all.")
 
 
 def check_types(hints: dict[str, Any], values: dict[str, Any], where: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from biglearn_vae import PatchAE, config, count_parameters
 
 CASES = ("tiny", "case1", "case2", "case3", "case4", "celeba")
+PROGRAMS = ("train", "patch_ae", "benchmark", "evaluate", "complete", "figures", "probe", "reproduce")
 METHODS = ("vae", "biglearn_t", "biglearn_u")
 # DESIGN's table: the paper's counts are these over 2^20.
 PARAMETERS = {"tiny": 182_948, "case1": 1_269_104, "case2": 4_962_928, "case3": 5_012_144, "case4": 24_125_744}
@@ -71,7 +72,7 @@ def test_the_rate_of_muon_falls_with_the_root_of_the_width():
 
 
 def test_every_setting_is_explained_in_a_line():
-    for name in ("train", "patch_ae", "evaluate", "complete", "probe", "reproduce"):
+    for name in PROGRAMS:
         explained, text = config.explanations(name), config.help_text(name, [])
         for key, _ in config._raw_leaves(config.compose([], name)):
             assert explained.get(key), f"{key} has no comment behind it"
@@ -111,6 +112,25 @@ def test_bad_settings_are_refused_by_name(override, expected):
         config.objective(cfg)
         config.build(cfg.optim, "optim")
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_setting_that_is_explained_can_be_given(program):
+    config.refuse_unknown([f"{key}=x" for key, _ in config._raw_leaves(config.compose([], program))], program)
+
+
+@pytest.mark.parametrize(
+    "word", ["preset.settings.train=[]", "preset.seeds.case1=[3]", "preset.more.vae.complete=[]", "hydra.verbose=true"]
+)
+def test_names_that_are_free_are_not_refused(word):
+    config.refuse_unknown([word], "reproduce")
+
+
+def test_settings_of_another_program_are_refused():
+    config.refuse_unknown(["data.root=x", "--config-name=train"], "train")
+    with pytest.raises(ValueError, match=r"there is no setting data\.root; did you mean data_root"):
+        config.refuse_unknown(["run=x", "data.root=x"], "figures")
+    config.refuse_unknown(["--config-dir=mine", "mine.own=3"], "train")
 
 
 def test_weights_depend_on_the_seed_alone():

@@ -251,7 +251,13 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path):
     ("words", "expected"),
     [
         (["case=case9"], "case9"),
-        (["trainer.stepz=3"], "stepz"),
+        (["trainer.stepz=3"], "there is no setting trainer.stepz; did you mean trainer.steps"),
+        (["lr=0.1"], "there is no setting lr; did you mean optim.lr? --help lists all"),
+        (["+optm.lr=0.1"], "there is no setting optm.lr; did you mean optim.lr?"),
+        (
+            ["-m", "evaluation.ratio=[0.1],[0.2]"],
+            "there is no setting evaluation.ratio; did you mean evaluation.ratios",
+        ),
         (["data.patch_size=3"], "data: patch_size must divide the image"),
         (["model.z_dim=0"], "z_dim must be at least 1, got 0"),
         (["masks.s_ratio=[0,1]"], "two positive Beta parameters"),
@@ -263,7 +269,6 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path):
         (["data=image_folder", "data.root=empty"], "holds 0 readable image files"),
         (["data=image_folder", "data.root=absent"], "there is no folder absent"),
         (["data=image_folder"], "data.root=... must be given: folder of the data"),
-        (["+trainer.stepz=3"], "trainer.stepz: there is no such setting"),
         (["evaluation.ratios=[2]"], "evaluation.ratios must be shares in [0, 1]"),
         (["evaluation.draws=0"], "evaluation.draws must be at least 1, got 0"),
         (["evaluation.images=all"], "evaluation.images must be a whole number, got 'all'"),
