@@ -293,9 +293,15 @@ def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) ->
 def measure_likelihood(
     vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int
 ) -> dict[str, Any]:
-    """Bounds on log-likelihoods, with the model's variance and with one fitted on training images, and consistency."""
+    """Bounds on log-likelihoods, with the model's variance and with one fitted on training images, and consistency.
+
+    They are of whole images; nothing if, of these, something was never recorded in each.
+    """
     count = settings.likelihood_images
-    images = getattr(splits, split).select(slice(count))
+    images = evaluation.whole(getattr(splits, split).select(slice(count)), vae.grid)
+    if not len(images):
+        print(f"none of these {count} images was recorded as a whole: no log-likelihoods and no consistency of them")
+        return {}
     fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed)
     variances = {"model": vae.variance, "fitted": fitted}
     bounds = {

@@ -162,6 +162,9 @@ def regressor_psnr(
     Args:
         net: with fresh weights; it is trained.
         masks: q(S, T), as the model's.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C or SIGTERM ended the training early.
     """
     device = next(net.parameters()).device
     batches = Batches(train.resident(device), batch_size, seed, World(device=device), transform=tokenizer.encode)
@@ -177,7 +180,8 @@ def regressor_psnr(
         evaluate_every=steps,
         checkpoint_every=steps,
     )
-    trainer.fit()
+    if not trainer.fit():
+        raise KeyboardInterrupt
     vae = BigLearnVAE(trainer.result, tokenizer)
 
     def complete(x: Tensor, S: Tensor) -> Tensor:

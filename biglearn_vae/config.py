@@ -254,8 +254,7 @@ def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
         raise ValueError(
             f"the PatchAE of {run} is for patches of {net.patch_size} x {net.patch_size} with {net.image_shape[0]} "
             f"channels, the data has {cut.patch_size} x {cut.patch_size} with {cut.image_shape[0]}: name another run "
-            f"by tokens.run=FOLDER, or train one with `{command} data.patch_size={cut.patch_size} "
-            f"data.channels={cut.image_shape[0]}`"
+            f"by tokens.run=FOLDER, or train one with `{command}`"
         )
     return net
 
@@ -401,8 +400,13 @@ def run_name(cfg: "DictConfig", overrides: Sequence[str]) -> str:
 
 
 def data_words(cfg: "DictConfig") -> str:
-    """What names these data on a command line."""
-    return f"data={cfg.data.name}" + (f" data.root={cfg.data.root}" if cfg.data.name == "image_folder" else "")
+    """What names these data on a command line, cut and sized as here."""
+    words, usual = [f"data={cfg.data.name}"], compose([f"data={cfg.data.name}"]).data
+    names = (["root"] if cfg.data.name == "image_folder" else []) + ["image_size", "patch_size", "channels", "crop"]
+    for name in names:
+        if name in cfg.data and (name == "root" or cfg.data[name] != usual.get(name)):
+            words.append(f"data.{name}={cfg.data[name]}")
+    return " ".join(words)
 
 
 def data_name(cfg: "DictConfig") -> str:

@@ -6,9 +6,10 @@ larger than the memory.
 N images, L tokens, D token dimension.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from biglearn_vae import annealing, masks
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import Images, parts, rows_of, take
+from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO
@@ -37,14 +38,16 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     Args:
         images: N of them.
         loss: whose beta (the final one), prior and q(S, T) are used.
-        joint: S empty and T everything, the JointELBO (Eq. 1); else (S, T) is drawn from the loss's q(S, T).
+        joint: S empty and T everything, the JointELBO (Eq. 1); else (S, T) is drawn from the loss's q(S, T), with
+            ratios of each image's own, whatever the batches of training share: one pair for all would be a single task.
 
     Returns:
         elbo, reconstruction and kl per image, without the constant of N(mu, I), the KL not weighted by beta; and
         elbo_nats, with the constant.
     """
     random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
-    found = []
+    loss, found = copy.copy(loss), []
+    loss.masks = replace(loss.masks, ratios_per="sample")
     for part in parts(images, vae.device):
         tokens = vae.tokenizer.encode(part)
         S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device) if joint else None
@@ -64,7 +67,12 @@ def inpainting_psnr(
     The completion is the mean of `draws` completions, an estimate of E[x_T | x_S], the guess with the least expected
     squared error. The masks are `hidden_masks` with the same seed. What was never recorded (NaN) is neither observed
     nor asked for.
+
+    Raises:
+        ValueError: if draws is below 1, and on what `hidden_masks` refuses.
     """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
     rows = rows_of(draws * math.prod(vae.image_shape))  # all draws of a part at a time
     return _psnr_by_task(vae, images, ratios, lambda x, S, k: vae.inpaint(x, S, draws, seed + k).mean(0), seed, rows)
 
@@ -193,7 +201,12 @@ def _best(distance: Tensor, positions: Tensor, other: Tensor, start: int, neighb
 
 
 def hidden_masks(count: int, grid: tuple[int, int], tasks: Sequence[Task], seed: int = 0) -> dict[Task, Tensor]:
-    """What is observed of each image, (N, L), by task; at least one patch is hidden in each."""
+    """What is observed of each image, (N, L), by task; at least one patch is hidden in each.
+
+    Raises:
+        ValueError: if there is no task, or one is neither a share in [0, 1] nor one of `SHAPES`.
+    """
+    check_tasks(tasks)
     num_tokens = grid[0] * grid[1]
     largest = (num_tokens - 1) / num_tokens
     return {
@@ -268,13 +281,21 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
     return total / count
 
 
+def whole(images: ImageSet, grid: tuple[int, int]) -> ImageSet:
+    """Those of which every patch was recorded."""
+    if not len(images):
+        return images
+    recorded = [masks.recorded_patches(part, grid).all(-1) for part in parts(images, images.device)]
+    return images.select(torch.cat(recorded).nonzero()[:, 0])
+
+
 def likelihood(
     vae: BigLearnVAE, images: Images, samples: int = 64, variance: float | None = None, seed: int = 0
 ) -> dict[str, float]:
     """Bounds on log-likelihoods (`BigLearnVAE.log_prob`), mean per image in nats and in bits per dimension.
 
     joint: of the whole image; marginal: of a random half of its patches, another half for each image; conditional: of
-    the other half given that one. Where there is but one patch, joint alone.
+    the other half given that one. Where there is but one patch, joint alone. The images must be whole (see `whole`).
     """
     A = masks.random(len(images), vae.num_tokens, 0.5, seed=seed)
     halves = (("marginal", A, None), ("conditional", ~A, A)) if vae.num_tokens > 1 else ()
@@ -627,7 +648,9 @@ def _annealed(
     for k, (x, s, t) in enumerate(zip(images.split(rows), S.split(rows), T.split(rows), strict=True)):
         x = vae.combine((x, s | t))[0]  # where all else is zero
         prior, posterior = vae.encode(x, s), vae.encode(x, s | t)
-        target = _log_joint(vae, vae.tokenizer.encode(x), s, t, prior, variance)
+        # A marginal of a joint model is that of the means it gives to whole images: with hidden="drop", others differ.
+        asked = torch.ones_like(t) if from_prior else t
+        target = _log_joint(vae, vae.tokenizer.encode(x), s, t, asked, prior, variance)
         base, power = (prior, 4) if from_prior else (posterior, 1)
         weights = annealing.log_weights(target, base, samples, steps, power, derive_seed(seed, k))
         estimates.append(_log_mean(weights))
@@ -635,14 +658,14 @@ def _annealed(
 
 
 def _log_joint(
-    vae: BigLearnVAE, tokens: Tensor, S: Tensor, T: Tensor, prior: DiagGaussian, variance: float
+    vae: BigLearnVAE, tokens: Tensor, S: Tensor, T: Tensor, asked: Tensor, prior: DiagGaussian, variance: float
 ) -> Callable[[Tensor], Tensor]:
-    """log p(z | x_S) p(x_T | z, x_S) as a function of z (k, N, Z): float64 (k, N)."""
+    """log p(z | x_S) p(x_T | z, x_S) as a function of z (k, N, Z): float64 (k, N); T is part of what is `asked`."""
     constant = 0.5 * T.sum(-1).double() * tokens.shape[-1] * (LOG_2PI + math.log(variance))  # (N,)
     prior = prior.double()
 
     def log_joint(z: Tensor) -> Tensor:
-        x, s, t = (part.repeat(len(z), *[1] * (part.ndim - 1)) for part in (tokens, S, T))
+        x, s, t = (part.repeat(len(z), *[1] * (part.ndim - 1)) for part in (tokens, S, asked))
         mean = vae.net(x, s, z.flatten(0, 1).to(tokens.dtype), t).view(len(z), *tokens.shape)
         error = (tokens - mean).masked_fill(~T.unsqueeze(-1), 0).double().square().sum((-2, -1))
         return prior.log_prob(z) - 0.5 * error / variance - constant

@@ -86,5 +86,5 @@ def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
     """For noise. On CPUs normal numbers are made of uniform ones: of the same seed, `masks.random` would choose
     patches by the very numbers that become z, so the seed is another here."""
     result = torch.Generator(device)
-    result.manual_seed(seed ^ NOISE) if seed is not None else result.seed()
+    result.manual_seed(int(seed) ^ NOISE) if seed is not None else result.seed()
     return result

@@ -181,6 +181,9 @@ def _task(
     """The tokens of a batch, and S and T, drawn if not given, of what was recorded."""
     if (S is None) != (T is None):
         raise ValueError("give both S and T, or neither to have them drawn")
+    for name, mask in (("S", S), ("T", T)):
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"expected a boolean mask {name}, got {mask.dtype}")
     x, recorded = _recorded(batch)
     if S is None:
         # What is random is drawn for all processes together, of whose data this one knows its own alone.
@@ -197,6 +200,8 @@ def _log_likelihood(x: Tensor, mean: Tensor, T: Tensor) -> Tensor:
 def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The tokens of a batch and which of them were recorded."""
     x, given = (batch, None) if isinstance(batch, Tensor) else batch
+    if x.ndim != 3:
+        raise ValueError(f"expected tokens (B, L, D), got {tuple(x.shape)}; `Patchify` makes them of images")
     recorded = masks.recorded(x)
     if given is None:
         return x, recorded

@@ -4,6 +4,7 @@ Masks are boolean (B, L), True = in the set. `MaskSampler` is q(S, T) of the obj
 for a trained model. B batch, L tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,9 @@ class MaskSampler:
     def __post_init__(self):
         for name in ("s_ratio", "t_ratio"):
             parameters = getattr(self, name)
-            if len(parameters) != 2 or not all(0 < p < float("inf") for p in parameters):
-                raise ValueError(f"{name} must be two positive Beta parameters, got {list(parameters)}")
+            shown = list(parameters) if isinstance(parameters, Sequence) else parameters
+            if shown is parameters or len(shown) != 2 or not all(0 < p < float("inf") for p in shown):
+                raise ValueError(f"{name} must be two positive Beta parameters, got {shown}")
         if not 0 <= self.joint <= 1:
             raise ValueError(f"joint must be a share in [0, 1], got {self.joint}")
         if self.ratios_per not in ("sample", "step"):
@@ -111,7 +113,7 @@ def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = No
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
     generator = torch.Generator()
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    generator.manual_seed(int(seed)) if seed is not None else generator.seed()
     return torch.rand(batch_size, num_tokens, generator=generator).argsort(dim=-1) < round(ratio * num_tokens)
 
 

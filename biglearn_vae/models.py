@@ -11,6 +11,7 @@ B batch, L tokens, D token dimension, d embedding dimension, Z latent dimension,
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class MaskedViT(nn.Module):
         for name, value in dict(token_dim=token_dim, dim=dim, z_dim=z_dim, mlp_ratio=mlp_ratio).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(grid, Sequence) or len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid must be two numbers, rows and columns of tokens, each at least 1, got {grid}")
         if hidden not in HIDDEN:
             raise ValueError(f"hidden must be one of {', '.join(HIDDEN)}, got {hidden!r}")
         self.grid, self.token_dim, self.z_dim, self.hidden = tuple(grid), token_dim, z_dim, hidden
@@ -209,7 +212,7 @@ class TwoStackViT(MaskedViT):
         hidden: str = "mask",
     ):
         super().__init__(grid, token_dim, dim, z_dim, mlp_ratio, hidden)
-        if len(depth) != 2:
+        if not isinstance(depth, Sequence) or len(depth) != 2:
             raise ValueError(f"depth must be two numbers, blocks of the encoder and of the decoder, got {depth}")
         self.encoder, self.decoder = (_stack(blocks, dim, heads, mlp_ratio) for blocks in depth)
         self._init_weights()
@@ -229,6 +232,8 @@ def _through(
 
 
 def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:
+    if not isinstance(depth, int):
+        raise ValueError(f"depth must be one number of blocks for each stack, got {depth!r}")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     if heads is None:  # one for each 64 dimensions, as far as that divides them

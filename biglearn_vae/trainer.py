@@ -2,7 +2,7 @@
 
     loss(net, batch, random=StepRandom, step=int) -> an object with .loss (scalar) and .scalars() (dict of scalars)
     loss.compiled(**options), if there is one -> the same loss, compiled together with the networks it is called on
-    batches(step) -> a batch
+    batches(step) -> a batch; batches.batch_size, how many images one of all processes holds
     evaluate(net) -> (numbers by name, pictures by name)
 
 What a step draws is a function of (seed, step), so that a run that was killed and resumed equals one that was not.

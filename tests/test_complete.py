@@ -1,6 +1,7 @@
 """In-painting in full: what `completion.measure` puts together, the regressor, and the command."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -116,6 +117,19 @@ def test_the_regressor_learns_what_can_be_known():
     vae = BigLearnVAE(net, Patchify(4, 2, 1))
     mean = evaluation.training_mean_psnr(vae, test, images.select(slice(200)), [0.5, "top"])
     assert all(found[task] > mean[task] + 10 for task in (0.5, "top"))
+
+
+def test_a_regressor_that_a_signal_stopped_is_no_floor():
+    class Signalled(MaskSampler):
+        def draw(self, *sizes):
+            signal.raise_signal(signal.SIGTERM)
+            return super().draw(*sizes)
+
+    images = ImageSet(torch.randint(256, (40, 1, 4, 4), dtype=torch.uint8))
+    net = UniversalViT(grid=(2, 2), token_dim=4, dim=16, depth=1, z_dim=2, heads=2)
+    options = dict(optim=Optim(), masks=Signalled(), steps=10, batch_size=8)
+    with pytest.raises(KeyboardInterrupt):
+        completion.regressor_psnr(net, Patchify(4, 2, 1), images, images, [0.5], **options)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,14 @@ def test_elbo_repeats_for_a_seed(vae, joint):
     assert evaluation.elbo(vae, x, loss, joint) == numbers[0]
 
 
+def test_elbo_of_sampled_tasks_does_not_share_their_ratios(vae):
+    """As the batches of such a training do; of one pair of ratios for all images it would be a single task."""
+    x = pictures(vae)
+    alone, shared = (BigLearnELBO(0.1, MaskSampler(ratios_per=per)) for per in ("sample", "step"))
+    assert evaluation.elbo(vae, x, shared, joint=False) == evaluation.elbo(vae, x, alone, joint=False)
+    assert shared.masks.ratios_per == "step"
+
+
 def test_elbo_is_a_mean_over_images_whatever_the_chunks(vae, monkeypatch):
     x, loss = pictures(vae, 7), BigLearnELBO(0.1)
     expected = evaluation.elbo(vae, x, loss)["kl"]  # the one part of the joint ELBO that depends on no noise
@@ -119,6 +127,14 @@ def test_hidden_masks_hide_at_least_one_patch(num_tokens):
         assert S.shape == (50, num_tokens) and S.dtype == torch.bool
         assert (S.sum(-1) == min(round(ratio * num_tokens), num_tokens - 1)).all()
     assert not result[0.0].any()
+
+
+@pytest.mark.parametrize("task", [1.5, -0.1, "foo"])
+def test_tasks_that_are_none(vae, task):
+    with pytest.raises(ValueError, match=r"expected shares in \[0, 1\] or some of centre, top, left"):
+        evaluation.inpainting_psnr(vae, pictures(vae), [0.5, task])
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        evaluation.inpainting_psnr(vae, pictures(vae), [0.5], draws=0)
 
 
 def test_hidden_masks_depend_on_the_seed_alone():

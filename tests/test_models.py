@@ -264,6 +264,8 @@ def test_sizes_that_do_not_fit_are_refused(kind, changed, message):
         ("two-stack", (0, 2), "depth must be at least 1, got 0"),
         ("two-stack", (2, 0), "depth must be at least 1, got 0"),
         ("two-stack", (1, 2, 3), r"two numbers.*\(1, 2, 3\)"),
+        ("two-stack", 4, "two numbers.*got 4"),
+        ("universal", (4, 4), r"one number of blocks for each stack, got \(4, 4\)"),
     ],
 )
 def test_depths_that_do_not_fit_are_refused(kind, depth, message):

@@ -266,7 +266,9 @@ def test_errors_of_the_pipeline_say_what_to_do(here, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert "there is no PatchAE in outputs/digits-patch_ae-seed0" in error and "--config-name=patch_ae" in error
     assert run_here(monkeypatch, "--config-name=patch_ae", *STAGE_1, "trainer.steps=1", "name=stage1") == 0
-    capsys.readouterr()
+    assert (
+        "case=case1 tokens=patch_ae data=digits data.patch_size=4 tokens.run=outputs/stage1" in capsys.readouterr().out
+    )
     assert run_here(monkeypatch, *STAGE_2, "data.patch_size=2", "tokens.run=outputs/stage1") == 2
     assert "is for patches of 4 x 4 with 1 channels, the data has 2 x 2" in capsys.readouterr().err
     (here / "outputs/stage1/patch_ae.pt").write_bytes(b"rubbish")

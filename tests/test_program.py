@@ -292,6 +292,14 @@ def test_evaluating_what_is_not_there(here, monkeypatch, capsys):
     assert "run" in capsys.readouterr().err
 
 
+def test_evaluating_images_of_which_none_was_recorded_as_a_whole(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "missing=0.5", "name=run") == 0
+    assert run_here(monkeypatch, "run=outputs/run", "split=valid", "images=4", "draws=2", script="evaluate") == 0
+    assert "images was recorded as a whole: no log-likelihoods" in capsys.readouterr().out
+    result = json.loads((here / "outputs/run/evaluation.json").read_text())
+    assert "valid_joint_elbo" in result and "likelihood" not in result
+
+
 def test_evaluating_on_other_data_than_the_run_was_trained_on(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "name=run") == 0
     config_file = here / "outputs/run/config.yaml"
