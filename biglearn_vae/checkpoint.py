@@ -23,7 +23,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             file.write(_digest(partial))
     except (OSError, RuntimeError) as error:  # on a full disk torch raises the second
-        raise OSError(f"could not write {path}, is the disk full? ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        hint = (
+            "does another process train in this folder" if isinstance(error, FileNotFoundError) else "is the disk full"
+        )
+        raise OSError(f"could not write {path}, {hint}? ({why})") from error
 
 
 def _digest(path: Path, without: int = 0) -> bytes:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SUMMARY_FILE = "summary.json"
+EVALUATION_FILE = "evaluation.json"
 PROBE_FILE = "probe.json"
 
 
@@ -183,6 +184,8 @@ def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
         )
     if changed or not (run / SUMMARY_FILE).exists():
         return None
+    if cfg.data.name == "image_folder" and config.data_root(config.saved(run)) != config.data_root(cfg):
+        return None  # moved, or other images under the same name: what is read will tell
     try:
         summary = json.loads((run / SUMMARY_FILE).read_text())
         done = summary["steps"] >= cfg.trainer.steps
@@ -334,8 +337,8 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     if cfg.likelihood_images:
         print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
         result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
-    write_json(run / "evaluation.json", result)
-    print(report(result, run, cfg.split))
+    write_json(run / EVALUATION_FILE, result)
+    print(report(result, run, cfg.split, EVALUATION_FILE))
     return result
 
 

@@ -63,7 +63,10 @@ class Plan:
         if any(count < 1 for count in self.iterations):
             raise ValueError(f"iterations must be at least 1 each, got {list(self.iterations)}")
         if self.iterations and not set(self.chain_tasks) <= set(self.tasks):
-            raise ValueError(f"chain_tasks must be some of the tasks, got {list(self.chain_tasks)}")
+            raise ValueError(
+                f"chain_tasks must be some of the tasks {list(self.tasks)}, got {list(self.chain_tasks)}: "
+                "name some of these, or leave chains out by iterations=[]"
+            )
 
 
 def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: int = 0) -> dict[str, dict[str, Any]]:

@@ -142,7 +142,13 @@ def refuse_unknown(words: Sequence[str], config_name: str) -> None:
     cfg, explained = compose((), config_name), explanations(config_name)
     branches = {name for name in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, name))}
     known = {name for name, _ in _raw_leaves(cfg)} | {name for name in explained if name.split(".")[0] in branches}
-    for name in (match[1] for word in words if (match := re.match(r"(?:\+{1,2}|~)?([\w.]+)=", word))):
+    groups = {path.name for path in folder().iterdir() if path.is_dir()} & set(branches)
+    for name, value in (match.groups() for word in words if (match := re.match(r"(?:\+{1,2}|~)?([\w.]+)=(.*)", word))):
+        if name in groups and value in ("", "null"):
+            choices = sorted(path.stem for path in (folder() / name).glob("*.yaml"))
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value or 'nothing'}")
+        if name.endswith(".name") and name.split(".")[0] in groups - {"preset"}:
+            raise ValueError(f"{name} says what was chosen and chooses nothing: give {name.split('.')[0]}={value}")
         parents = ".".join(name.split(".")[:-1]) if "." in name else None
         free = parents in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parents))  # of any names
         if free or name.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for key in known):
@@ -409,9 +415,14 @@ def data_words(cfg: "DictConfig") -> str:
     return " ".join(words)
 
 
+def data_root(cfg: "DictConfig") -> Path:
+    """The folder of the images, from wherever it is looked at."""
+    return Path(cfg.data.root).expanduser().resolve()
+
+
 def data_name(cfg: "DictConfig") -> str:
     """What the data is called in the name of a run."""
-    return Path(cfg.data.root).resolve().name if cfg.data.name == "image_folder" else cfg.data.name
+    return data_root(cfg).name if cfg.data.name == "image_folder" else cfg.data.name
 
 
 def refuse_sweep_over_free(words: Sequence[str]) -> None:

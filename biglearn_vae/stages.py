@@ -220,7 +220,7 @@ def draw(
     return page
 
 
-def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
+def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "summary.json") -> str:
     """The numbers of a summary or an evaluation as a small table, where everything is, and what to type next."""
     elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
     rows = {
@@ -230,7 +230,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test") -> str:
     }
     files = {
         str(FIGURES_PAGE): "pictures of what the model does with test images",
-        "summary.json": "these numbers",
+        file: "these numbers",
         "metrics.jsonl": "the course of training",
         "checkpoints/best.pt": "the model",
     }
@@ -259,7 +259,9 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
     """The log-likelihoods and the consistency of an evaluation, as a table; nothing if they were not measured."""
     if "likelihood" not in result:
         return []
-    likelihood, agreement, tasks = result["likelihood"], result["consistency"], ("joint", "marginal", "conditional")
+    likelihood, agreement = result["likelihood"], result["consistency"]
+    measured = [bounds for bounds in likelihood.values() if isinstance(bounds, dict)]
+    tasks = [task for task in ("joint", "marginal", "conditional") if all(f"{task}_nats" in b for b in measured)]
     lines = [
         f"bounds on log p under N(mu, variance I), {likelihood['images']} images, {likelihood['samples']} samples each",
         f"  {'':<45}" + "".join(f"{task:>13}" for task in tasks),

@@ -116,7 +116,8 @@ def test_bad_settings_are_refused_by_name(override, expected):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_setting_that_is_explained_can_be_given(program):
-    config.refuse_unknown([f"{key}=x" for key, _ in config._raw_leaves(config.compose([], program))], program)
+    keys = [key for key, _ in config._raw_leaves(config.compose([], program))]
+    config.refuse_unknown([f"{key}=x" for key in keys if not key.endswith(".name")], program)
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,8 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path):
     [
         (["case=case9"], "case9"),
         (["trainer.stepz=3"], "there is no setting trainer.stepz; did you mean trainer.steps"),
+        (["optim=null"], "optim must be one of adamw, celeba, muon, paper, got null"),
+        (["method.name=vae"], "method.name says what was chosen and chooses nothing: give method=vae"),
         (["lr=0.1"], "there is no setting lr; did you mean optim.lr? --help lists all"),
         (["+optm.lr=0.1"], "there is no setting optm.lr; did you mean optim.lr?"),
         (
@@ -290,6 +292,30 @@ def test_evaluating_what_is_not_there(here, monkeypatch, capsys):
     assert "there is no run in outputs/nothing" in capsys.readouterr().err
     assert run_here(monkeypatch, script="evaluate") == 2
     assert "run" in capsys.readouterr().err
+
+
+def test_other_images_under_the_same_name_are_not_taken_for_the_first(here, monkeypatch, capsys):
+    from PIL import Image
+
+    for number, folder in enumerate(("a/pictures", "b/pictures")):
+        (here / folder).mkdir(parents=True)
+        for k in range(12):
+            Image.new("L", (8, 8), 9 * k + number).save(here / folder / f"{k}.png")
+    words = [*SMALL, "data=image_folder", "data.image_size=8", "data.patch_size=4"]
+    assert run_here(monkeypatch, *words, "data.root=a/pictures") == 0
+    assert run_here(monkeypatch, *words, "data.root=b/pictures") == 2
+    assert "other data" in capsys.readouterr().err
+    (here / "a").rename(here / "moved")
+    assert run_here(monkeypatch, *words, "data.root=moved/pictures") == 0
+    assert run_here(monkeypatch, *words, "data.root=nowhere/pictures") == 2
+
+
+def test_evaluating_images_of_one_patch(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "data.patch_size=8", "name=run") == 0
+    words = ["run=outputs/run", "images=4", "draws=2", "likelihood_images=2", "samples=2"]
+    assert run_here(monkeypatch, *words, script="evaluate") == 0
+    out = capsys.readouterr().out
+    assert "nats, variance 0.01 (beta)" in out and "outputs/run/evaluation.json" in out
 
 
 def test_evaluating_images_of_which_none_was_recorded_as_a_whole(here, monkeypatch, capsys):
