@@ -3,7 +3,6 @@
 Nothing here is needed by a single process, for which `World()` stands.
 """
 
-import functools
 import hashlib
 import os
 import warnings
@@ -14,8 +13,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from biglearn_vae.gaussian import DiagGaussian
 
 
 @dataclass(frozen=True)
@@ -127,23 +124,12 @@ def shard(net: nn.Module, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    _show_gaussians()
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes to them here
     mesh = init_device_mesh(world.device.type, (world.size,))
     for module in net.modules():
         for member in module if isinstance(module, nn.ModuleList) else ():
             fully_shard(member, mesh=mesh)
     fully_shard(net, mesh=mesh)
-
-
-@functools.cache
-def _show_gaussians() -> None:
-    """Let FSDP2 find the tensors inside what an encoding returns, before whose backward pass it gathers weights.
-
-    In torch 2.11 it does not look into dataclasses that are not registered: having decoded, it would split the weights
-    outside the blocks again, and not gather them for the gradient of the encoding.
-    """
-    torch.export.register_dataclass(DiagGaussian)
 
 
 def whole(tensor: Tensor) -> Tensor:

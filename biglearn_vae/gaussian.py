@@ -71,6 +71,11 @@ class DiagGaussian:
         return 0.5 * (ratio + distance - 1 + other.logvar - self.logvar).sum(-1)
 
 
+# FSDP2 gathers weights before the backward pass of the tensors that a network returns. In torch 2.11 it finds none in a
+# dataclass that is not registered: having decoded, it would split the weights outside the blocks again and stay so.
+torch.export.register_dataclass(DiagGaussian)
+
+
 def bits_per_dim(nats, numbers):
     """The negative logarithm of a density in nats, of so many numbers, as bits for each of them."""
     return -nats / (math.log(2) * numbers)
