@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SUMMARY_FILE = "summary.json"
-EVALUATION_FILE = "evaluation.json"
 PROBE_FILE = "probe.json"
 
 
@@ -175,7 +174,8 @@ def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
     """
     if not (run / config.CONFIG_FILE).exists():
         return None
-    changed = config.differences(config.saved(run), cfg)
+    old = config.saved(run)
+    changed = config.differences(old, cfg)
     if changed and checkpoint.is_resumable(run / "checkpoints"):
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise ValueError(
@@ -184,7 +184,7 @@ def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
         )
     if changed or not (run / SUMMARY_FILE).exists():
         return None
-    if cfg.data.name == "image_folder" and config.data_root(config.saved(run)) != config.data_root(cfg):
+    if cfg.data.name == "image_folder" and config.data_root(old) != config.data_root(cfg):
         return None  # moved, or other images under the same name: what is read will tell
     try:
         summary = json.loads((run / SUMMARY_FILE).read_text())
@@ -337,8 +337,9 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     if cfg.likelihood_images:
         print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
         result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
-    write_json(run / EVALUATION_FILE, result)
-    print(report(result, run, cfg.split, EVALUATION_FILE))
+    file = experiments.FILES["evaluate"]
+    write_json(run / file, result)
+    print(report(result, run, cfg.split, file))
     return result
 
 

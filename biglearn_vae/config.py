@@ -149,14 +149,13 @@ def refuse_unknown(words: Sequence[str], config_name: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value or 'nothing'}")
         if name.endswith(".name") and name.split(".")[0] in groups - {"preset"}:
             raise ValueError(f"{name} says what was chosen and chooses nothing: give {name.split('.')[0]}={value}")
-        parents = ".".join(name.split(".")[:-1]) if "." in name else None
-        free = parents in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parents))  # of any names
+        parent, _, last = name.rpartition(".")
+        free = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))  # of any names
         if free or name.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for key in known):
             continue
-        last = name.split(".")[-1]
-        near = sorted(key for key in known if key.split(".")[-1] == last) or difflib.get_close_matches(name, known)
+        near = sorted(key for key in known if key.rpartition(".")[2] == last) or difflib.get_close_matches(name, known)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise ValueError(f"there is no setting {name}{hint} --help lists all.")
+        raise ValueError(f"{name}: there is no such setting{hint} --help lists all.")
 
 
 def check_types(hints: dict[str, Any], values: dict[str, Any], where: str) -> None:

@@ -129,7 +129,7 @@ def test_names_that_are_free_are_not_refused(word):
 
 def test_settings_of_another_program_are_refused():
     config.refuse_unknown(["data.root=x", "--config-name=train"], "train")
-    with pytest.raises(ValueError, match=r"there is no setting data\.root; did you mean data_root"):
+    with pytest.raises(ValueError, match=r"data\.root: there is no such setting; did you mean data_root"):
         config.refuse_unknown(["run=x", "data.root=x"], "figures")
     config.refuse_unknown(["--config-dir=mine", "mine.own=3"], "train")
 
