@@ -9,7 +9,7 @@
 
 from biglearn_vae import data, evaluation, figures, masks, probe
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.config import compose, load
+from biglearn_vae.config import compose
 from biglearn_vae.data import Batches, ImageSet, images
 from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.gaussian import DiagGaussian
@@ -18,6 +18,7 @@ from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import TwoStackViT, UniversalViT, count_parameters
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify
+from biglearn_vae.runs import load
 from biglearn_vae.trainer import Optim, Trainer, TrainingError
 
 __version__ = "0.1.0"

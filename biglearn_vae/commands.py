@@ -1,26 +1,27 @@
 """What the scripts do: train, evaluate, probe, draw, time steps. They print for a person, write for a program."""
 
-import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from biglearn_vae import benchmark as timing
-from biglearn_vae import checkpoint, completion, config, evaluation, experiments, results_page, stages, time_to_quality
+from biglearn_vae import completion, config, evaluation, experiments, results_page, runs, stages, time_to_quality
 from biglearn_vae import figures as pictures
 from biglearn_vae import probe as probing
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
-from biglearn_vae.distributed import World, in_group, start, stop, under_torchrun
+from biglearn_vae.distributed import World, in_group, pick_device, start, stop, under_torchrun
 from biglearn_vae.files import write_json, write_text
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
 from biglearn_vae.models import count_parameters
@@ -31,9 +32,6 @@ from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-SUMMARY_FILE = "summary.json"
-PROBE_FILE = "probe.json"
-
 
 def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -> None:
     """The main program of a script: compose the settings of the command line and call task(settings, overrides).
@@ -41,22 +39,20 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     What the user can mend ends with a line of explanation and exit code 2. HYDRA_FULL_ERROR=1 shows where it arose.
     """
     import hydra
+    from hydra._internal.utils import get_args_parser
 
     failed: list[str] = []
-    chosen = config.argument("--config-name", config.argument("-cn", config_name))
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
         warnings.simplefilter("ignore")
+    typed = get_args_parser().parse_args()
+    chosen = typed.config_name or config_name
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> None:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
         config.register_resolvers()  # here, since other launchers run this in another process
         try:
-            if hydra_cfg.mode.name == "MULTIRUN" and under_torchrun():
-                raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
-            if hydra_cfg.mode.name == "MULTIRUN":
-                config.refuse_sweep_over_free(sys.argv[1:])
             config.require_all(cfg, config_name)
             task(cfg, hydra_cfg.overrides.task)
         except user_errors() as error:
@@ -66,10 +62,12 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             failed.append(str(error))
 
     try:
-        if {"--help", "-h"} & set(sys.argv[1:]):
-            _print_help(chosen)
+        own = typed.config_dir or typed.config_path  # files of the user's may have settings of their own
+        if not own:
+            _check(typed.overrides, chosen, typed.multirun)
+        if typed.help:
+            print(config.help_text(chosen, typed.overrides))
         else:
-            config.refuse_unknown(sys.argv[1:], chosen)
             run()
     except user_errors() as error:
         failed.append(str(error))
@@ -81,9 +79,19 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     stop()
 
 
-def _print_help(config_name: str) -> None:
-    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    print(config.help_text(config_name, overrides))
+def _check(words: Sequence[str], config_name: str, sweep: bool) -> None:
+    """Refuse a command line that cannot be followed, before anything starts.
+
+    Raises:
+        ValueError: see `config.check` and `runs.refuse_shared_folders`; for a sweep under torchrun.
+    """
+    if sweep and under_torchrun():
+        raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
+    if sweep:
+        config.check(words, config_name, sweep)
+        runs.refuse_shared_folders(words, config_name)
+    else:
+        config.compose(words, config_name)
 
 
 def _complain_and_exit(messages: list[str]) -> None:
@@ -119,40 +127,50 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
         SystemExit: with code 0, after a checkpoint, if Ctrl-C or SIGTERM ended the training early.
     """
     config.check_evaluation(cfg.evaluation, "evaluation.")
-    config.check_types(
-        {"seed": int, "device": str, "name": str | None, "output_dir": str},
-        {k: cfg[k] for k in ("seed", "device", "name", "output_dir")},
-        "",
-    )
-    run = Path(cfg.output_dir).expanduser() / config.run_name(cfg, overrides)
+    config.check_seed(cfg.seed)
+    hints = {"device": str, "name": str | None, "output_dir": str}
+    config.check_types(hints, {name: cfg[name] for name in hints}, "")
+    run = Path(cfg.output_dir).expanduser() / runs.name_of(cfg, overrides)
     say = print if _is_main() else lambda *_: None
     world = start(cfg.device)
     if done := finished(run, cfg):
         say(f"{run} is finished: {done['steps']} steps. A larger trainer.steps continues it, name=NAME starts another.")
         say(stages.of(cfg).report(done, run))
+        for line in _measured_otherwise(run, cfg):
+            say(line)
         return done
     stage = stages.of(cfg)(cfg, run, world.device)
     splits = _dataset(cfg, world)
     trainer = _trainer(cfg, run, stage, splits, world)
-    first = trainer.resume()
-    say(f"{'going on with' if first else 'training'} {run}")
-    say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.precision}")
-    loggers = _open(run, cfg, first) if world.is_main else []
-    try:
-        completed = trainer.fit(loggers)
-    finally:
-        for logger in loggers:
-            logger.close()
-    if not completed:
-        say(f"stopped at step {trainer.step} of {trainer.steps}; a checkpoint is written, the same command goes on")
-        sys.exit(0)
-    summary = _finish(run, stage, trainer, splits) if world.is_main else None
+    with runs.taken(run) if world.is_main else nullcontext():
+        first = trainer.resume()
+        say(f"{'going on with' if first else 'training'} {run}")
+        say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.precision}")
+        loggers = _open(run, cfg, first) if world.is_main else []
+        try:
+            completed = trainer.fit(loggers)
+        finally:
+            for logger in loggers:
+                logger.close()
+        if not completed:
+            say(f"stopped at step {trainer.step} of {trainer.steps}; a checkpoint is written, the same command goes on")
+            sys.exit(0)
+        summary = _finish(run, stage, trainer, splits) if world.is_main else None
     world.barrier()
     if summary:
         say(stage.report(summary, run))
     if trainer.interrupted:  # at the last step: this run is done, but a sweep must not go on
         sys.exit(0)
     return summary
+
+
+def _measured_otherwise(run: Path, cfg: "DictConfig") -> Iterator[str]:
+    """What to say of a finished run if its numbers were not measured as is asked for now."""
+    if changed := runs.measured_otherwise(run, cfg):
+        yield f"\nthese numbers are of {', '.join(was for was, _ in changed)}, now something else is asked for"
+        if cfg.method.name != config.PATCH_AE:
+            words = shlex.join(now.removeprefix("evaluation.") for _, now in changed)
+            yield f"measure so: python scripts/evaluate.py run={run} {words}"
 
 
 def _dataset(cfg: "DictConfig", world: World) -> Splits:
@@ -167,54 +185,45 @@ def _dataset(cfg: "DictConfig", world: World) -> Splits:
 
 
 def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
-    """The summary of a run that has all the steps asked for.
+    """The summary of a run that has all the steps asked for, if its stage can report it.
 
     Raises:
-        ValueError: if the folder holds a run with other settings.
+        ValueError: see `runs.summary`.
     """
-    if not (run / config.CONFIG_FILE).exists():
+    summary = runs.summary(run, cfg)
+    if summary is None:
         return None
-    old = config.saved(run)
-    changed = config.differences(old, cfg)
-    if changed and checkpoint.is_resumable(run / "checkpoints"):
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise ValueError(
-            f"{run} holds a run with other settings ({'; '.join(changed[:4])}{more}). "
-            "Give name=NAME for another run, or delete the folder."
-        )
-    if changed or not (run / SUMMARY_FILE).exists():
-        return None
-    if cfg.data.name == "image_folder" and config.data_root(old) != config.data_root(cfg):
-        return None  # moved, or other images under the same name: what is read will tell
     try:
-        summary = json.loads((run / SUMMARY_FILE).read_text())
-        done = summary["steps"] >= cfg.trainer.steps
         stages.of(cfg).report(summary, run)
-    except (ValueError, KeyError, TypeError):  # damaged: it is made again from the checkpoint
+    except (KeyError, TypeError):  # damaged: it is made again from the checkpoint
         return None
-    return summary if done else None
+    return summary
 
 
 def _trainer(cfg: "DictConfig", run: Path, stage: stages.Stage, splits: Splits, world: World) -> Trainer:
     from omegaconf import OmegaConf
 
     settings = _trainer_settings(cfg)
-    images = splits.train.resident(world.device)
-    batches = Batches(images, settings.pop("batch_size"), cfg.seed, world, transform=stage.transform)
     metadata = {"config": OmegaConf.to_container(cfg, resolve=True), "data": splits.train.fingerprint()}
-    return Trainer(
-        stage.net,
-        stage.loss,
-        batches,
-        config.build(cfg.optim, "optim"),
-        folder=run / "checkpoints",
-        seed=cfg.seed,
-        world=world,
-        evaluate=lambda net: stage.validate(net, splits.valid[: cfg.evaluation.valid_images]),
-        monitor=stage.monitor,
-        metadata=metadata | stage.metadata,
-        **settings,
-    )
+    optim = config.build(cfg.optim, "optim")
+    try:
+        images = splits.train.resident(world.device)
+        batches = Batches(images, settings.pop("batch_size"), cfg.seed, world, transform=stage.transform)
+        return Trainer(
+            stage.net,
+            stage.loss,
+            batches,
+            optim,
+            folder=run / "checkpoints",
+            seed=cfg.seed,
+            world=world,
+            evaluate=lambda net: stage.validate(net, splits.valid[: cfg.evaluation.valid_images]),
+            monitor=stage.monitor,
+            metadata=metadata | stage.metadata,
+            **settings,
+        )
+    except ValueError as error:
+        raise ValueError(f"trainer: {error}") from error
 
 
 def _trainer_settings(cfg: "DictConfig") -> dict[str, Any]:
@@ -227,10 +236,11 @@ def _trainer_settings(cfg: "DictConfig") -> dict[str, Any]:
 
 
 def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
-    """Make the run's folder, with its settings and its machine, and the loggers."""
+    """Write a run's settings and its machine into its folder, and make the loggers."""
     from omegaconf import OmegaConf
 
-    run.mkdir(parents=True, exist_ok=True)
+    for name in () if first_step else runs.FILES.values():
+        (run / name).unlink(missing_ok=True)  # measured of a network that this one takes the place of
     write_text(run / config.CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
     write_json(run / "environment.json", environment(cfg.device))
     return [
@@ -245,7 +255,7 @@ def environment(device: str) -> dict[str, Any]:
     """Where a run was made: versions, machine, commit, command."""
     import torchvision
 
-    chosen = config.pick_device(device)
+    chosen = pick_device(device)
     return {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -289,7 +299,7 @@ def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) ->
         "compile_seconds": round(trainer.compile_seconds, 3),
         "images_per_second": round(seen / max(trainer.seconds - trainer.compile_seconds, 1e-9), 1),
     } | measured
-    write_json(run / SUMMARY_FILE, summary)
+    write_json(run / runs.FILES["train"], summary)
     return summary
 
 
@@ -332,15 +342,21 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
         "split": cfg.split,
         "step": step,
         "parameters": count_parameters(vae.net),
+        "settings": _measured_with(cfg),
     }
     result |= measure(vae, config.objective(settings), splits, cfg, cfg.split, cfg.seed)
     if cfg.likelihood_images:
         print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
         result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
-    file = experiments.FILES["evaluate"]
+    file = runs.FILES["evaluate"]
     write_json(run / file, result)
     print(report(result, run, cfg.split, file))
     return result
+
+
+def _measured_with(cfg: "DictConfig") -> dict[str, Any]:
+    """The settings of a script that its numbers of a run depend on."""
+    return {name: value for name, value in config.leaves(cfg) if name not in (*config.PLACE, "checkpoint")}
 
 
 def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -368,12 +384,14 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
         "step": trained.step,
         "images": len(images),
         "draws": plan.draws,
+        "settings": _measured_with(cfg),
         "seconds": round(time.perf_counter() - start, 1),
         "tasks": tasks,
     }
-    write_json(trained.run / "completion.json", result)
+    path = trained.run / runs.FILES["complete"]
+    write_json(path, result)
     print(completion.table(result))
-    print(f"\n{trained.run / 'completion.json'}")
+    print(f"\n{path}")
     return result
 
 
@@ -412,11 +430,12 @@ def _trained(cfg: "DictConfig") -> _Trained:
     Raises:
         ValueError: for settings of another type, or a run that is not there or was trained on other data.
     """
-    words = dict.fromkeys(("run", "checkpoint", "device"), str) | {"data_root": str | None, "seed": int}
+    config.check_seed(cfg.seed)
+    words = dict.fromkeys(("run", "checkpoint", "device"), str) | {"data_root": str | None}
     config.check_types(words, {name: cfg[name] for name in words}, "")
-    config.check_which(cfg.checkpoint)
+    runs.check_which(cfg.checkpoint)
     run = Path(cfg.run).expanduser()
-    vae, state, path = config.load_with_state(run, cfg.device, cfg.checkpoint)
+    vae, state, path = runs.load_with_state(run, cfg.device, cfg.checkpoint)
     settings = config.saved(run)
     splits = config.dataset(settings, cfg.data_root)
     if splits.train.fingerprint() != state["metadata"]["data"]:
@@ -451,7 +470,8 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     hints = typing.get_type_hints(timing.Plan)
     asked = {name: values[name] for name in hints}
-    config.check_types(hints | {"device": str, "seed": int}, asked | {k: values[k] for k in ("device", "seed")}, "")
+    config.check_types(hints | {"device": str}, asked | {"device": cfg.device}, "")
+    config.check_seed(cfg.seed)
     plan = timing.Plan(**asked)
     if under_torchrun():
         raise ValueError("the benchmark measures a single process: start it without torchrun")
@@ -502,8 +522,8 @@ def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timi
     """The training whose step is measured."""
     trainer = _trainer_settings(cfg)
     loss, optim = config.objective(cfg), config.build(cfg.optim, "optim")
-    net = config.network(cfg, tokens).to(config.pick_device(cfg.device))
-    tokens = tokens.to(config.pick_device(cfg.device))
+    net = config.network(cfg, tokens).to(pick_device(cfg.device))
+    tokens = tokens.to(pick_device(cfg.device))
     precision = choose_precision(trainer["precision"], net, trainer["batch_size"])
     stand_ins = plan.evaluations is None  # nothing is learned from random images
     images, sources, note = timing.load_images(config.data_settings(cfg), trainer["batch_size"], stand_ins)
@@ -519,7 +539,7 @@ def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timi
         total=trainer["steps"],
         seed=cfg.seed,
         note=note,
-        workers=plan.loader_workers(config.pick_device(cfg.device).type),
+        workers=plan.loader_workers(pick_device(cfg.device).type),
     )
 
 
@@ -551,7 +571,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         "checkpoint": checkpoint_name,
         "step": step,
         "parameters": count_parameters(vae.net),
-        "settings": values | {"logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER},
+        "settings": _measured_with(cfg) | {"logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER},
         "train_images": len(train),
         "test_images": len(test),
         "attributes": list(splits.label_names),
@@ -559,9 +579,10 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         name: value if name == "metric" else {str(ratio): numbers for ratio, numbers in value.items()}
         for name, value in scores.items()
     }
-    write_json(run / PROBE_FILE, result)
+    path = run / runs.FILES["probe"]
+    write_json(path, result)
     print(probing.table(result))
-    print(f"\n{run / PROBE_FILE!s:<60} these numbers ({time.perf_counter() - started:.0f} s)")
+    print(f"\n{path!s:<60} these numbers ({time.perf_counter() - started:.0f} s)")
     return result
 
 
@@ -574,7 +595,7 @@ def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
     container: dict[str, Any] = OmegaConf.to_container(cfg)
     values = {name: container[name] for name in hints}
     config.check_types(hints, values, "")
-    config.check_evaluation(cfg)
+    config.check_evaluation(cfg, everything=True)
     config.check_choice("split", cfg.split, PARTS[1:])
     for name, least in (("train_images", 1), ("test_images", 1), ("ceiling_steps", 0)):
         if values[name] is not None and values[name] < least:

@@ -62,11 +62,21 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if any(count < 1 for count in self.iterations):
             raise ValueError(f"iterations must be at least 1 each, got {list(self.iterations)}")
-        if self.iterations and not set(self.chain_tasks) <= set(self.tasks):
+
+    def chains_of(self, vae: BigLearnVAE) -> Sequence[Task]:
+        """The tasks for which chains are run of this model: those named, of a joint VAE alone.
+
+        Raises:
+            ValueError: if they are none of `tasks`.
+        """
+        if vae.prior != "standard" or not self.iterations:
+            return ()
+        if not set(self.chain_tasks) <= set(self.tasks):
             raise ValueError(
                 f"chain_tasks must be some of the tasks {list(self.tasks)}, got {list(self.chain_tasks)}: "
                 "name some of these, or leave chains out by iterations=[]"
             )
+        return self.chain_tasks
 
 
 def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -81,6 +91,7 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
         images: N of them; all are made floats at once. Only what was recorded of them is given and scored.
         train: training images.
     """
+    of_chains = plan.chains_of(vae)
     floors = {
         "training mean": evaluation.training_mean_psnr(vae, images, train, plan.tasks, seed),
         "10 nearest": evaluation.nearest_psnr(vae, images, train, plan.tasks, seed=seed),
@@ -91,7 +102,7 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     result = {}
     for task, (S, T) in tasks.items():
         found: dict[str, Any] = {"one pass": _one_pass(vae, x, S, T, plan.draws, seed)}
-        if vae.prior == "standard" and plan.iterations and task in plan.chain_tasks:
+        if task in of_chains:
             found |= _chains(vae, x, S, T, plan, variance, seed)
         if task in nats:
             found["nats"] = nats[task]

@@ -1,14 +1,13 @@
-"""Settings: compose them, build the parts they name, name and load runs. Only here and above is Hydra known.
+"""Settings: compose and check them, build the parts they name. Only here and above is Hydra known.
 
 Hydra is imported when a function needs it, not with the package.
 """
 
 import difflib
 import functools
-import hashlib
 import math
 import re
-import sys
+import shlex
 import threading
 import types
 import typing
@@ -20,25 +19,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from biglearn_vae import checkpoint, data
-from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Splits
-from biglearn_vae.distributed import derive_seed, pick_device
+from biglearn_vae.distributed import derive_seed
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.models import count_parameters
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 # Settings that say where and how, not what is computed; the last two are those of scripts that measure a run.
 PLACE = ("device", "name", "output_dir", "data.root", "data.cache")
 PLACE += ("trainer.accumulate", "trainer.compile", "trainer.shard", "run", "data_root")
-# Settings in which a run may differ from what it was started with, and still go on.
-FREE = (*PLACE, "trainer.steps", "evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
 EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
 EVALUATION_COUNTS += ("statistics_images",)
-IN_NAME = ("data", "case", "method", "seed")
 CONFIG_FILE = "config.yaml"
 _ONE_HYDRA = threading.Lock()
 PATCH_AE, PATCH_AE_FILE = "patch_ae", "patch_ae.pt"  # the method of stage 1, and what it leaves in its run's folder
@@ -52,13 +48,143 @@ def folder() -> Path:
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictConfig":
-    """The settings that these command-line overrides give: compose(["case=case1", "data=mnist"])."""
+    """The settings that these command-line overrides give: compose(["case=case1", "data=mnist"]).
+
+    Raises:
+        ValueError: see `check`.
+    """
+    from hydra.errors import HydraException
+
+    check(overrides, config_name)
+    try:
+        return _compose(overrides, config_name)
+    except HydraException as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _compose(overrides: Sequence[str], config_name: str) -> "DictConfig":
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
     register_resolvers()
     with _without_hydra(), initialize_config_dir(version_base="1.3", config_dir=str(folder())):
         return hydra_compose(config_name, list(overrides))
+
+
+def check(words: Sequence[str], config_name: str = "train", sweep: bool = False) -> None:
+    """See that words NAME=VALUE of a command line are settings, before anything starts.
+
+    Hydra itself would advise to type +NAME=VALUE for a name that it does not know, which it then takes and nothing
+    reads.
+
+    Args:
+        sweep: whether a setting may have several values, as with -m.
+
+    Raises:
+        ValueError: for the first word that is not NAME=VALUE, or whose name or choice there is not, with those near it;
+            for several values without -m.
+    """
+    overrides = [o for o in parsed(words) if not o.key_or_group.startswith("hydra")]
+    for override in () if sweep else overrides:
+        if override.is_sweep_override():
+            raise ValueError(
+                f"{override.input_line} gives several values: add -m for a sweep over them, or quote one that holds "
+                f"commas, '{override.key_or_group}=\"a,b\"'"
+            )
+    for choices in _check_choices(overrides, config_name):
+        _check_names(overrides, choices, config_name)
+
+
+def parsed(words: Sequence[str]) -> "list[Override]":
+    """Words of a command line, as Hydra understands them.
+
+    Raises:
+        ValueError: for one that is not NAME=VALUE.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, result = OverridesParser.create(), []
+    for word in words:
+        try:
+            result += parser.parse_overrides([word])
+        except HydraException:
+            raise ValueError(
+                f"{word!r} cannot be read: expected NAME=VALUE, such as seed=1, masks.s_ratio=[1,1] or, where the "
+                "shell or Hydra would take them apart, 'name=\"a,b\"'"
+            ) from None
+    return result
+
+
+def _values(override: "Override") -> list[Any]:
+    """The values that a word gives its setting, several in a sweep; nothing where Hydra alone knows them."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep
+
+    if not override.is_sweep_override():
+        return [override.value()]
+    return [] if isinstance(override.value(), Glob | IntervalSweep) else list(override.sweep_iterator())
+
+
+@functools.cache
+def _groups(config_name: str) -> dict[str, list[str]]:
+    """The groups of settings of a program, each with its choices."""
+    settings = _compose((), config_name)
+    found = (path for path in sorted(folder().iterdir()) if path.is_dir() and path.name in settings)
+    return {path.name: sorted(choice.stem for choice in path.glob("*.yaml")) for path in found}
+
+
+def _check_choices(overrides: "Sequence[Override]", config_name: str) -> list[list[str]]:
+    """The words that choose of groups; in a sweep over groups several lists, in which each choice occurs."""
+    groups = _groups(config_name)
+    first, others = {}, []
+    for override in overrides:
+        name = override.key_or_group
+        if name not in groups or override.package:
+            continue
+        values = ["null" if value is None else str(value) for value in _values(override)]
+        for value in values:
+            if value not in groups[name]:
+                raise ValueError(f"{name} must be one of {', '.join(groups[name])}, got {value or 'nothing'}")
+        if values:
+            first[name] = f"{name}={values[0]}"
+            others += [(name, f"{name}={value}") for value in values[1:]]
+    return [[*first.values()], *([*(first | {name: word}).values()] for name, word in others)]
+
+
+def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config_name: str) -> None:
+    """Raise a ValueError for the first word whose name is no setting under these choices of groups."""
+    from omegaconf import OmegaConf
+
+    cfg, explained, groups = _settings(tuple(choices), config_name), explanations(config_name), _groups(config_name)
+    known = {name for name, _ in _raw_leaves(cfg)}
+    for override in overrides:
+        name = override.key_or_group
+        if override.package or name in groups:
+            continue
+        parent, _, last = name.rpartition(".")
+        group = name.split(".")[0]
+        if last == "name" and parent in groups.keys() - {"preset"}:
+            raise ValueError(f"{name} says what was chosen and chooses nothing: give {parent}={override.value()}")
+        free = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))  # of any names
+        if free or any(key == name or key.startswith(f"{name}.") for key in known):
+            continue
+        if name in explained and group in groups:
+            having = [f"{group}={c}" for c in groups[group] if _has(name, f"{group}={c}", config_name)]
+            raise ValueError(f"{name}: {group}={cfg[group].name} has no such setting, only {', '.join(having)}")
+        near = sorted(key for key in known if key.rpartition(".")[2] == last) or difflib.get_close_matches(name, known)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise ValueError(f"{name}: there is no such setting{hint} --help lists all.")
+
+
+@functools.cache
+def _settings(choices: tuple[str, ...], config_name: str) -> "DictConfig":
+    """The settings under these choices of groups, to look at only."""
+    return _compose(choices, config_name)
+
+
+def _has(name: str, choice: str, config_name: str) -> bool:
+    """Whether there is a setting of this name under this choice of a group."""
+    return name in {key for key, _ in _raw_leaves(_settings((choice,), config_name))}
 
 
 def register_resolvers() -> None:
@@ -79,12 +205,10 @@ def resolved(overrides: tuple[str, ...], config_name: str = "train") -> dict[str
     Raises:
         ValueError: if the script has no such settings.
     """
-    from hydra.errors import HydraException
-
     try:
         cfg = compose(overrides, config_name)
-    except HydraException as error:
-        raise ValueError(f"scripts/{config_name}.py {' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"scripts/{config_name}.py {' '.join(overrides)}: {error}") from None
     return {key: value for key, value in leaves(cfg) if key not in PLACE}
 
 
@@ -130,34 +254,6 @@ def require_all(cfg: "DictConfig", config_name: str) -> None:
         raise ValueError("; ".join(f"{key}=... must be given: {explained.get(key)}" for key in missing))
 
 
-def refuse_unknown(words: Sequence[str], config_name: str) -> None:
-    """Raise a ValueError for the first word NAME=VALUE of a command line whose NAME is no setting of this program.
-
-    Hydra itself would advise to type +NAME=VALUE, which it takes and nothing reads.
-    """
-    from omegaconf import OmegaConf
-
-    if {word.partition("=")[0] for word in words} & {"--config-dir", "-cd", "--config-path", "-cp"}:
-        return  # a user's own files may have settings of their own
-    cfg, explained = compose((), config_name), explanations(config_name)
-    branches = {name for name in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, name))}
-    known = {name for name, _ in _raw_leaves(cfg)} | {name for name in explained if name.split(".")[0] in branches}
-    groups = {path.name for path in folder().iterdir() if path.is_dir()} & set(branches)
-    for name, value in (match.groups() for word in words if (match := re.match(r"(?:\+{1,2}|~)?([\w.]+)=(.*)", word))):
-        if name in groups and value in ("", "null"):
-            choices = sorted(path.stem for path in (folder() / name).glob("*.yaml"))
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value or 'nothing'}")
-        if name.endswith(".name") and name.split(".")[0] in groups - {"preset"}:
-            raise ValueError(f"{name} says what was chosen and chooses nothing: give {name.split('.')[0]}={value}")
-        parent, _, last = name.rpartition(".")
-        free = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))  # of any names
-        if free or name.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for key in known):
-            continue
-        near = sorted(key for key in known if key.rpartition(".")[2] == last) or difflib.get_close_matches(name, known)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise ValueError(f"{name}: there is no such setting{hint} --help lists all.")
-
-
 def check_types(hints: dict[str, Any], values: dict[str, Any], where: str) -> None:
     """Raise a ValueError for the first value whose name is unknown or whose type is not the hinted one."""
     for name, value in values.items():
@@ -192,16 +288,23 @@ def _describe(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
-def check_evaluation(settings: "DictConfig", where: str = "") -> None:
-    """Raise a ValueError for what would fail at the end of a run: counts below 1, shares outside [0, 1]."""
+def check_evaluation(settings: "DictConfig", where: str = "", everything: bool = False) -> None:
+    """Raise a ValueError for what would fail at the end of a run: counts below 1, shares outside [0, 1).
+
+    Args:
+        everything: whether all patches may be observed, so that nothing is left to complete.
+    """
     from omegaconf import OmegaConf
 
     hints = {"ratios": list[float], **dict.fromkeys(EVALUATION_COUNTS, int)}
     values = {name: value for name, value in OmegaConf.to_container(settings).items() if name in hints}
     check_types(hints, values, where.rstrip("."))
     for name, value in values.items():
-        if name == "ratios" and (not value or not all(0 <= ratio <= 1 for ratio in value)):
-            raise ValueError(f"{where}ratios must be shares in [0, 1], at least one, got {value}")
+        if name == "ratios" and (
+            not value or not all(0 <= ratio < 1 or (everything and ratio == 1) for ratio in value)
+        ):
+            allowed = "[0, 1]" if everything else "[0, 1), as something must be hidden"
+            raise ValueError(f"{where}ratios must be shares in {allowed}, at least one, got {value}")
         least = 0 if name == "likelihood_images" else 1
         if name != "ratios" and value < least:
             raise ValueError(f"{where}{name} must be at least {least}, got {value}")
@@ -249,9 +352,8 @@ def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
     run = patch_ae_run(cfg)
     command = f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}"
     if not (run / PATCH_AE_FILE).is_file():
-        unfinished = " (the run there is not finished)" if (run / CONFIG_FILE).is_file() else ""
         raise ValueError(
-            f"there is no PatchAE in {run}{unfinished}: train one with `{command}`, "
+            f"there is no PatchAE in {run}{_what_is_there(run)}: train one with `{command}`, "
             "or name the run of another by tokens.run=FOLDER"
         )
     net = PatchAE.from_state(checkpoint.load(run / PATCH_AE_FILE), cfg.data.image_size)
@@ -262,6 +364,14 @@ def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
             f"by tokens.run=FOLDER, or train one with `{command}`"
         )
     return net
+
+
+def _what_is_there(run: Path) -> str:
+    """Why a run's folder holds no PatchAE, in brackets; nothing if there is no run."""
+    if not (run / CONFIG_FILE).is_file():
+        return ""
+    stage_1 = saved(run).method.name == PATCH_AE
+    return " (the run there is not finished)" if stage_1 else " (the run there is a BigLearn-VAE, not of stage 1)"
 
 
 def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
@@ -321,52 +431,44 @@ def objective(cfg: "DictConfig") -> BigLearnELBO:
     return build(cfg.loss, "loss", masks=build(cfg.masks, "masks"))
 
 
-def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearnVAE:
-    """A trained model from the folder of its run, frozen, in evaluation mode.
-
-    Args:
-        run: the folder.
-        device: "auto" is a GPU if there is one.
-        which: "best", the largest validation ELBO, or "latest".
+def saved(run: str | Path) -> "DictConfig":
+    """The settings of a run: its config.yaml or, if that is gone, what its newest checkpoint holds.
 
     Raises:
-        ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
+        ValueError: if there is neither, or it is damaged.
     """
-    return load_with_state(run, device, which)[0]
-
-
-def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnVAE, dict[str, Any], Path]:
-    """Like `load`, with the checkpoint that the model is from and its path."""
-    cfg = saved(run)
-    if cfg.method.name == PATCH_AE:
-        raise ValueError(f"{run} is a PatchAE, stage 1: train a BigLearn-VAE on its codes with tokens.run={run}")
-    state, path = checkpoint_of(run, which)
-    tokens = tokenizer(cfg, state["metadata"].get("tokenizer"))
-    net = network(cfg, tokens)
-    checkpoint.load_weights(net, state.get("average") or state["net"], path)
-    net = net.to(pick_device(device)).requires_grad_(False)
-    return BigLearnVAE(net, tokens, prior=cfg.loss.prior, variance=cfg.loss.beta), state, path
-
-
-def saved(run: str | Path) -> "DictConfig":
-    """The settings of a run."""
     from omegaconf import OmegaConf
 
     path = Path(run).expanduser() / CONFIG_FILE
-    if not path.is_file():
-        near = sorted(str(p.parent) for p in path.parent.parent.glob(f"*/{CONFIG_FILE}"))[:5]
-        hint = f" There are {', '.join(near)}." if near else " Train one with scripts/train.py."
-        raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}")
     try:
-        cfg = OmegaConf.load(path)
+        cfg = OmegaConf.load(path) if path.is_file() else _saved_in_checkpoint(path.parent)
         stage_1 = "method" in cfg and cfg.method.name == PATCH_AE
         needed = ("data", "model", "loss") if stage_1 else ("data", "case", "method", "model", "loss", "masks")
         missing = [group for group in needed if group not in cfg]
+    except LookupError:
+        where = (path.parent.parent, Path("outputs"))
+        near = [str(p.parent) for folder in where for p in sorted(folder.glob(f"*/{CONFIG_FILE}"))][:5]
+        hint = f" There are {', '.join(near)}." if near else " Train one with scripts/train.py."
+        raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}") from None
     except Exception as error:  # of YAML, of OmegaConf
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        kept = any((path.parent / "checkpoints").glob("*.pt"))
+        also = ". Delete it: the checkpoints hold the same settings" if kept else ""
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}{also}") from None
     if missing:
         raise ValueError(f"{path} is not the settings of a run: it lacks {', '.join(missing)}")
     return cfg
+
+
+def _saved_in_checkpoint(run: Path) -> "DictConfig":
+    """The settings in the newest readable checkpoint of a run; a LookupError if there is none."""
+    from omegaconf import OmegaConf
+
+    for name in (checkpoint.LATEST, checkpoint.PREVIOUS, checkpoint.BEST):
+        try:
+            return OmegaConf.create(checkpoint.load(run / "checkpoints" / name)["metadata"]["config"])
+        except ValueError:  # not there, or damaged
+            continue
+    raise LookupError
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -375,33 +477,16 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
 
 
-def check_which(which: str) -> None:
-    """Raise a ValueError unless this is one of the two checkpoints that a run keeps."""
-    check_choice("checkpoint", which, ("best", "latest"))
+def check_seed(seed: Any) -> None:
+    """Raise a ValueError unless this is a seed that every library takes."""
+    check_types({"seed": int}, {"seed": seed}, "")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
 
 
-def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any], Path]:
-    """A checkpoint of a run and its path."""
-    check_which(which)
-    folder = Path(run).expanduser() / "checkpoints"
-    path = folder / {"best": checkpoint.BEST, "latest": checkpoint.LATEST}[which]
-    if which == "latest" and not path.exists():  # killed between two renames
-        path = folder / checkpoint.PREVIOUS
-    return checkpoint.load(path), path
-
-
-def run_name(cfg: "DictConfig", overrides: Sequence[str]) -> str:
-    """data-case-method-seed, and what else was set on the command line: runs of a sweep do not share a folder."""
-    if cfg.name is not None:
-        if not cfg.name.strip(". /"):
-            raise ValueError(f"name must be that of a folder in output_dir, got {cfg.name!r}")
-        return cfg.name
-    extra = [o for o in overrides if not _is_free(key := o.lstrip("+~").split("=")[0]) and key not in IN_NAME]
-    tag, case = "-".join(sorted(extra)), cfg.case.name if "case" in cfg else None
-    if len(tag) > 120:  # file systems take names of 255 characters at most
-        tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
-    name = "-".join(filter(None, (data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)))
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")  # what a shell and Hydra take without quotes
+def typed(value: Any) -> str:
+    """A value as one types it behind NAME=."""
+    return "null" if value is None else str(value).replace(" ", "")
 
 
 def data_words(cfg: "DictConfig") -> str:
@@ -410,7 +495,7 @@ def data_words(cfg: "DictConfig") -> str:
     names = (["root"] if cfg.data.name == "image_folder" else []) + ["image_size", "patch_size", "channels", "crop"]
     for name in names:
         if name in cfg.data and (name == "root" or cfg.data[name] != usual.get(name)):
-            words.append(f"data.{name}={cfg.data[name]}")
+            words.append(shlex.quote(f"data.{name}={typed(cfg.data[name])}"))
     return " ".join(words)
 
 
@@ -422,30 +507,6 @@ def data_root(cfg: "DictConfig") -> Path:
 def data_name(cfg: "DictConfig") -> str:
     """What the data is called in the name of a run."""
     return data_root(cfg).name if cfg.data.name == "image_folder" else cfg.data.name
-
-
-def refuse_sweep_over_free(words: Sequence[str]) -> None:
-    """Raise a ValueError if the command line sweeps over a setting that does not name a run."""
-    for word in words:
-        key, _, value = word.partition("=")
-        if _is_free(key) and "," in re.sub(r"\[[^]]*\]", "", value):
-            raise ValueError(
-                f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
-            )
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
-def differences(old: "DictConfig", new: "DictConfig") -> list[str]:
-    """The settings in which two configurations differ, apart from those that may: "optim.lr: 0.1, now 0.2"."""
-    before, after = dict(leaves(old)), dict(leaves(new))
-    return [
-        f"{key}: {before.get(key, 'absent')}, now {after.get(key, 'absent')}"
-        for key in changed(before, after)
-        if not _is_free(key)
-    ]
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -492,9 +553,10 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
             yield from _raw_leaves(cfg[key], f"{prefix}{key}.")
         elif key != "_target_":
             value = OmegaConf.to_container(cfg[key]) if OmegaConf.is_list(cfg[key]) else cfg[key]
-            yield f"{prefix}{key}", "null" if value is None else str(value).replace(" ", "")
+            yield f"{prefix}{key}", typed(value)
 
 
+@functools.cache
 def explanations(config_name: str = "train") -> dict[str, str]:
     """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program."""
     result: dict[str, str] = {}
@@ -508,13 +570,3 @@ def explanations(config_name: str = "train") -> dict[str, str]:
                 if "  # " in match[3]:
                     result[".".join(group + parents)] = match[3].split("  # ", 1)[1]
     return result
-
-
-def argument(name: str, default: str) -> str:
-    """The value of a flag such as --config-name on the command line."""
-    for position, word in enumerate(sys.argv):
-        if word.startswith(f"{name}="):
-            return word.split("=", 1)[1]
-        if word == name and position + 1 < len(sys.argv):
-            return sys.argv[position + 1]
-    return default

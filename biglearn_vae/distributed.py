@@ -30,7 +30,9 @@ class World:
 
     def share(self, batch_size: int) -> int:
         """How many of a global batch's images are this process's."""
-        if batch_size < self.size or batch_size % self.size:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size % self.size:
             raise ValueError(
                 f"batch_size counts the images of all {self.size} processes and must be a multiple, got {batch_size}"
             )

@@ -204,7 +204,7 @@ def hidden_masks(count: int, grid: tuple[int, int], tasks: Sequence[Task], seed:
     """What is observed of each image, (N, L), by task; at least one patch is hidden in each.
 
     Raises:
-        ValueError: if there is no task, or one is neither a share in [0, 1] nor one of `SHAPES`.
+        ValueError: if there is no task, or one is neither a share in [0, 1) nor one of `SHAPES`.
     """
     check_tasks(tasks)
     num_tokens = grid[0] * grid[1]
@@ -218,10 +218,13 @@ def hidden_masks(count: int, grid: tuple[int, int], tasks: Sequence[Task], seed:
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Raise a ValueError unless these are shares of patches in [0, 1] or names of `SHAPES`, at least one."""
-    known = (task in SHAPES if isinstance(task, str) else 0 <= task <= 1 for task in tasks)
+    """Raise a ValueError unless these are shares of patches in [0, 1) or names of `SHAPES`, at least one."""
+    known = (task in SHAPES if isinstance(task, str) else 0 <= task < 1 for task in tasks)
     if not tasks or not all(known):
-        raise ValueError(f"expected shares in [0, 1] or some of {', '.join(SHAPES)}, at least one, got {list(tasks)}")
+        raise ValueError(
+            f"expected shares in [0, 1), as something must be hidden, or some of {', '.join(SHAPES)}, at least one, "
+            f"got {list(tasks)}"
+        )
 
 
 def tasks_in_parts(

@@ -21,10 +21,10 @@ from typing import Any
 
 from biglearn_vae import config
 from biglearn_vae.files import write_json
+from biglearn_vae.runs import FILES
 from biglearn_vae.trainer import Interruption
 
-# What each target needs, a script and the file that it leaves in the run's folder.
-FILES = {"train": "summary.json", "evaluate": "evaluation.json", "complete": "completion.json", "probe": "probe.json"}
+# The scripts that each target needs.
 TARGETS = {
     "params": (),
     "joint_elbo": ("train",),

@@ -1,7 +1,10 @@
-"""Files that at every moment are the old ones or the new ones, whole."""
+"""Files that at every moment are the old ones or the new ones, whole, and folders that one process writes into."""
 
+import errno
 import json
 import os
+import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,3 +40,44 @@ def to_disk(file: BinaryIO | TextIO) -> None:
     """Wait until an open file is on the disk, so that what is written later never tells of what a crash has lost."""
     file.flush()
     os.fsync(file.fileno())
+
+
+LOCK = "lock"  # the file in a folder that says who writes into it
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what file systems without them answer
+
+
+@contextmanager
+def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
+    """Be the only process that writes into a folder; the kernel takes the lock from a process that ends.
+
+    Where there are no such locks (Windows, some network file systems), nothing is locked.
+
+    Args:
+        folder: one that is there.
+        busy: what to say of another process that has it, after its name; by default that one is waited for.
+
+    Raises:
+        ValueError: saying so.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if busy is not None:
+                raise ValueError(f"{holder} {busy}") from None
+            warnings.warn(f"waiting for {holder}, which is making {folder}", stacklevel=3)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield

@@ -11,7 +11,6 @@ N files, C channels, S x S pixels. A cache folder holds
 import hashlib
 import json
 import os
-import platform
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from biglearn_vae.files import to_disk, write_json
+from biglearn_vae.files import locked, to_disk, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +32,7 @@ SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".tga"}
     | {".ppm", ".pgm", ".pbm", ".pnm"}
 )
-PIXELS, INDEX, PROGRESS, LOCK = "pixels.u8", "index.json", "progress.json", "lock"
+PIXELS, INDEX, PROGRESS = "pixels.u8", "index.json", "progress.json"
 FORMAT = 1  # of the cache; another number makes older ones unusable
 CHUNK_BYTES, CHUNK_FILES = 2**24, 1024  # of pixels and of files between two notes of how far a cache is
 
@@ -308,7 +307,7 @@ def _from_cache(files: Files, recipe: Recipe, cache: Path, kind: str) -> tuple[T
     wanted = _State(settings, files.digest(), len(files))
     state = _index(folder, wanted, recipe)
     if state is None or state.digest != wanted.digest:
-        with _written(folder), _locked(folder):
+        with _written(folder), locked(folder):
             state = _index(folder, wanted, recipe)  # another process may have made it
             if state is None or state.digest != wanted.digest:
                 state = _build(folder, files, recipe, wanted, state)
@@ -408,25 +407,6 @@ def _progress(folder: Path, wanted: _State, recipe: Recipe) -> _State:
     for name in (INDEX, PROGRESS, PIXELS):
         (folder / name).unlink(missing_ok=True)
     return wanted
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Be the only process that writes into a folder; the kernel takes the lock from a process that ends."""
-    import fcntl
-
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            warnings.warn(f"waiting for {holder}, which is making {folder}", stacklevel=2)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import checkpoint, config, evaluation
+from biglearn_vae import checkpoint, config, evaluation, runs
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Splits, parts
@@ -79,7 +79,7 @@ class VAEStage:
         return validate(vae, images, self.loss, self.cfg.evaluation.valid_draws)
 
     def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
-        vae, state, _ = config.load_with_state(run, str(self.device), "best")
+        vae, state, _ = runs.load_with_state(run, str(self.device), "best")
         measured = measure(vae, self.loss, splits, self.cfg.evaluation)
         draw(vae, splits, run, FIRST_FIGURES)
         return state["step"], measured
@@ -118,7 +118,7 @@ class PatchAEStage:
 
     def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
         settings = self.cfg.evaluation
-        state, path = config.checkpoint_of(run, "best")
+        state, path = runs.checkpoint_of(run, "best")
         net = config.patch_ae(self.cfg)
         checkpoint.load_weights(net, state["net"], path)
         net = net.to(self.device).requires_grad_(False).eval()

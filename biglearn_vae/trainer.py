@@ -345,7 +345,9 @@ class Trainer:
             if self.average is not None:
                 self._load_weights(self.average, state["average"] or state["net"])
             self._load_optimizers(state["optimizers"])
-            self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+            self.step, self.seconds = state["step"], state["seconds"]
+            # Without a best checkpoint, the next evaluation makes one.
+            self.best = state["best"] if (self.folder / checkpoint.BEST).exists() else -math.inf
             self.compile_seconds = state.get("compile_seconds", 0.0)
             self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
             self._reported = tuple(state["reported"])
@@ -379,7 +381,7 @@ class Trainer:
         """
         self.loggers = list(loggers)
         with Interruption() as interruption:
-            if self.step == 0:
+            if self.world.any(self.best == -math.inf):  # at the start, or the best checkpoint is lost
                 self._evaluate()
             while self.step < self.steps:
                 self._train_step()

@@ -27,6 +27,13 @@ def tiny_net(request):
     return net
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The commands run inside this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -140,7 +140,6 @@ def test_a_regressor_that_a_signal_stopped_is_no_floor():
         (dict(tasks=["middle"]), "or some of centre, top, left"),
         (dict(tasks=[1.5]), "expected shares in"),
         (dict(iterations=[0]), "iterations must be at least 1"),
-        (dict(iterations=[1], chain_tasks=[0.2]), "chain_tasks must be some of the tasks"),
         (dict(samples=0), "samples must be at least 1"),
         (dict(regressor_steps=-1), "regressor_steps must not be negative"),
     ],
@@ -178,3 +177,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ):
         assert run_here(monkeypatch, "run=outputs/run", word, script="complete") == 2
         assert message in capsys.readouterr().err
+
+
+def test_chains_are_of_the_tasks_alone_and_of_a_joint_vae():
+    vae = make()
+    images, asked = pictures(vae), plan(iterations=[1], chain_tasks=[0.2])
+    assert "pseudo-Gibbs" not in completion.measure(vae, images, pictures(vae, seed=9), asked)["0.5"]
+    vae.prior = "standard"
+    with pytest.raises(ValueError, match="chain_tasks must be some of the tasks"):
+        completion.measure(vae, images, images, asked)

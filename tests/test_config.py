@@ -106,8 +106,8 @@ def test_every_setting_is_explained_in_a_line():
     ],
 )
 def test_bad_settings_are_refused_by_name(override, expected):
-    cfg = config.compose([override])
     with pytest.raises(ValueError) as caught:
+        cfg = config.compose([override])
         config.network(cfg, config.tokenizer(cfg))
         config.objective(cfg)
         config.build(cfg.optim, "optim")
@@ -117,21 +117,57 @@ def test_bad_settings_are_refused_by_name(override, expected):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_setting_that_is_explained_can_be_given(program):
     keys = [key for key, _ in config._raw_leaves(config.compose([], program))]
-    config.refuse_unknown([f"{key}=x" for key in keys if not key.endswith(".name")], program)
+    config.check([f"{key}=x" for key in keys if not key.endswith(".name")], program)
 
 
 @pytest.mark.parametrize(
     "word", ["preset.settings.train=[]", "preset.seeds.case1=[3]", "preset.more.vae.complete=[]", "hydra.verbose=true"]
 )
 def test_names_that_are_free_are_not_refused(word):
-    config.refuse_unknown([word], "reproduce")
+    config.check([word], "reproduce")
 
 
-def test_settings_of_another_program_are_refused():
-    config.refuse_unknown(["data.root=x", "--config-name=train"], "train")
-    with pytest.raises(ValueError, match=r"data\.root: there is no such setting; did you mean data_root"):
-        config.refuse_unknown(["run=x", "data.root=x"], "figures")
-    config.refuse_unknown(["--config-dir=mine", "mine.own=3"], "train")
+@pytest.mark.parametrize(
+    ("words", "program", "expected"),
+    [
+        (["run=x", "data.root=x"], "figures", "data.root: there is no such setting; did you mean data_root"),
+        (["data.root=x"], "train", "data.root: data=digits has no such setting, only data=celeba, data=fashion_mnist"),
+        (["data=digits", "++data.root=x"], "train", "data.root: data=digits has no such setting"),
+        (["tokens.run=x"], "train", "tokens.run: tokens=patchify has no such setting, only tokens=patch_ae"),
+        (["+optim.rate=1"], "train", "optim.rate: there is no such setting"),
+        (
+            ["case=case9"],
+            "train",
+            "case must be one of case1, case2, case3, case4, celeba, celeba_small, tiny",
+        ),
+        (["preset=all"], "reproduce", "preset must be one of fashion_mnist, "),
+        (["optim=null"], "train", "optim must be one of adamw, celeba, muon, paper, got null"),
+        (["case="], "train", "got nothing"),
+        (["method.name=vae"], "train", "method.name says what was chosen and chooses nothing: give method=vae"),
+        (["case"], "train", "'case' cannot be read: expected NAME=VALUE"),
+        (["masks.s_ratio=[1,"], "train", "cannot be read: expected NAME=VALUE"),
+        (["seed=1,2"], "train", "seed=1,2 gives several values: add -m"),
+        (["trainer.steps=range(3)"], "train", "gives several values: add -m"),
+    ],
+)
+def test_words_that_are_no_settings(words, program, expected):
+    with pytest.raises(ValueError) as caught:
+        config.compose(words, program)
+    assert expected in str(caught.value)
+
+
+def test_words_of_a_sweep():
+    config.check(["case=case1,case2", "data=mnist,celeba", "data.root=x", "optim.lr=1e-3,1e-4"], sweep=True)
+    config.check(["case=glob(*)", "seed=range(3)", "hydra/launcher=joblib", "hydra.launcher.n_jobs=4"], sweep=True)
+    for words in (["case=case1,case9"], ["data=mnist,digits", "data.root=x"], ["optim.rate=1,2"]):
+        with pytest.raises(ValueError, match=r"case9|data=digits has no such setting|optim\.rate: there"):
+            config.check(words, sweep=True)
+
+
+def test_a_setting_that_is_there_is_not_added_again():
+    with pytest.raises(ValueError, match=r"already at 'optim\.lr'"):
+        config.compose(["+optim.lr=1"])
+    assert config.compose(["++optim.lr=1"]).optim.lr == 1
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -139,36 +175,6 @@ def test_weights_depend_on_the_seed_alone():
     weights = [config.network(cfg, config.tokenizer(cfg)).token_in.weight for cfg in (first, again, other)]
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
-
-
-def test_run_names():
-    def name(*overrides):
-        return config.run_name(config.compose(list(overrides)), overrides)
-
-    assert name() == "digits-tiny-biglearn_u-seed0"
-    assert name("case=case4", "data=mnist", "data.root=/somewhere", "trainer.steps=9") == "mnist-case4-biglearn_u-seed0"
-    assert name("method=vae", "seed=3", "optim.lr=1e-4") == "digits-tiny-vae-seed3-optim.lr-1e-4"
-    assert name("name=mine", "optim.lr=1e-4") == "mine"
-    assert name("data=image_folder", "data.root=/pictures/cats") == "cats-tiny-biglearn_u-seed0"
-    assert len(name(*[f"optim.lr={k}e-{k}" for k in range(10, 60)])) < 100
-    assert name("output_dir=a/b", "masks.s_ratio=[1,2]") == "digits-tiny-biglearn_u-seed0-masks.s_ratio-1-2"
-    with pytest.raises(ValueError, match="name must be that of a folder"):
-        name("name=.")
-
-
-def test_differences_ignore_what_may_change():
-    old = config.compose(["data=mnist"])
-    free = [
-        "data=mnist",
-        "trainer.steps=7",
-        "device=cpu",
-        "data.root=there",
-        "name=x",
-        "evaluation.draws=1",
-        "trainer.shard=true",
-    ]
-    assert config.differences(old, config.compose(free)) == []
-    assert config.differences(old, config.compose(["data=mnist", "optim.lr=0.5"])) == ["optim.lr: 0.002, now 0.5"]
 
 
 def test_composing_inside_a_program_that_uses_hydra():

@@ -209,12 +209,6 @@ def test_reconstruction_scores_against_a_loop(net):
 # --- The program ---
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 STAGE_1 = [
     "data=digits",
     "data.patch_size=4",

@@ -10,69 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import run_here
+from programs import ROOT, SMALL, assert_same_runs, finish, metrics, run_here, start
 
 import biglearn_vae as blv
 from biglearn_vae import checkpoint
-
-ROOT = Path(__file__).parents[1]
-# A network and a schedule so small that a run takes a second.
-SMALL = [
-    "device=cpu",
-    "model.dim=16",
-    "model.heads=2",
-    "case.depth=2",
-    "case.split=[1,1]",
-    "trainer.steps=24",
-    "trainer.batch_size=16",
-    "trainer.report_every=5",
-    "trainer.evaluate_every=12",
-    "trainer.checkpoint_every=7",
-    "evaluation.draws=2",
-    "evaluation.masks=2",
-    "evaluation.images=20",
-    "evaluation.valid_images=40",
-    "evaluation.valid_draws=2",
-]
-
-
-def start(*words: str, cwd: Path, script: str = "train", torchrun: int = 0) -> subprocess.Popen:
-    """A script in a process of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
-    command = [sys.executable, *launcher, str(ROOT / "scripts" / f"{script}.py"), *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
-    return output
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """The commands run inside this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def metrics(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
-
-
-def assert_same_runs(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
-    states = [checkpoint.load(run / "checkpoints" / checkpoint.LATEST) for run in (a, b)]
-    for key in ("step", "names", "best"):
-        assert states[0][key] == states[1][key]
-    torch.testing.assert_close(states[0]["net"], states[1]["net"], rtol=0, atol=0)
-    torch.testing.assert_close(states[0]["average"], states[1]["average"], rtol=0, atol=0)
-    moments = [[optimizer["state"] for optimizer in state["optimizers"]] for state in states]
-    torch.testing.assert_close(moments[0], moments[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", ["biglearn_u", "biglearn_t", "vae"])
@@ -194,9 +135,12 @@ def test_a_machine_without_git_and_damaged_leftovers(here, monkeypatch, capsys):
     assert "config.yaml cannot be read" in capsys.readouterr().err
 
 
-def test_a_sweep_over_what_does_not_name_a_run_is_refused(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, "-m", *SMALL, "trainer.steps=2,4") == 2
-    assert "a sweep over trainer.steps would use one folder" in capsys.readouterr().err
+def test_sweeps_are_checked_before_they_start(here, monkeypatch, capsys):
+    for words in (["trainer.steps=2,4"], ["name=x", "seed=0,1"], ["case=case1,case9"]):
+        assert run_here(monkeypatch, "-m", *SMALL, *words) == 2
+    error = capsys.readouterr().err
+    assert "a sweep over trainer.steps would use one folder" in error and "got case9" in error
+    assert not (here / "outputs").exists()
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(here, monkeypatch, capsys, recwarn):

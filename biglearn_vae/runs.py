@@ -1,0 +1,190 @@
+"""Runs: what their folders are called, what is in one, who trains in it, and the model that is loaded from it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biglearn_vae import checkpoint, config
+from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.distributed import pick_device
+from biglearn_vae.files import locked
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# What each script leaves in a run's folder.
+FILES = {"train": "summary.json", "evaluate": "evaluation.json", "complete": "completion.json", "probe": "probe.json"}
+# Settings of the measurement at the end of training.
+MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
+# Settings in which a run may differ from what it was started with, and still go on.
+FREE = (*config.PLACE, "trainer.steps", *MEASURED_WITH)
+IN_NAME = ("data", "case", "method", "seed")
+FOLDER = ("name", "output_dir")  # settings that say where a run is
+MEASURING = ("evaluate", "complete", "probe", "figures")  # scripts that leave their results in the folder of `run`
+
+
+def name_of(cfg: "DictConfig", overrides: Sequence[str]) -> str:
+    """data-case-method-seed, and what else was set on the command line: runs of a sweep do not share a folder."""
+    if cfg.name is not None:
+        parts = Path(cfg.name).parts
+        if not cfg.name.strip(". /") or ".." in parts or Path(cfg.name).is_absolute():
+            raise ValueError(f"name must be that of a folder in output_dir, got {cfg.name!r}: output_dir= says where")
+        return cfg.name
+    extra = [o for o in overrides if not _is_free(key := o.lstrip("+~").split("=")[0]) and key not in IN_NAME]
+    tag, case = "-".join(sorted(extra)), cfg.case.name if "case" in cfg else None
+    if len(tag) > 120:  # file systems take names of 255 characters at most
+        tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
+    name = "-".join(filter(None, (config.data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)))
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")  # what a shell and Hydra take without quotes
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def refuse_shared_folders(words: Sequence[str], script: str) -> None:
+    """Raise a ValueError if several jobs of a sweep would write into one folder, one over the other.
+
+    Args:
+        words: of its command line.
+        script: train, patch_ae, evaluate, ...
+    """
+    overrides = config.parsed(words)
+    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
+    if script in MEASURING and (other := [key for key in swept if key != "run"]):
+        raise ValueError(
+            f"a sweep over {other[0]} would keep the last result alone, in the run's folder: sweep over run=, or start "
+            "them one by one"
+        )
+    if script not in ("train", "patch_ae"):
+        return
+    for key in swept:
+        if key not in FOLDER and _is_free(key):
+            raise ValueError(
+                f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
+            )
+    named = [o.input_line for o in overrides if o.key_or_group == "name" and "${" not in o.input_line]
+    if named and (other := [key for key in swept if key not in FOLDER]):
+        raise ValueError(
+            f"{named[0]} would be the folder of several runs of a sweep over {other[0]}: leave name= out, and each is "
+            f"named after its settings, or give 'name=NAME-${{{other[0]}}}'"
+        )
+
+
+def differences(old: "DictConfig", new: "DictConfig") -> list[str]:
+    """The settings in which two configurations differ, apart from those that may: "optim.lr: 0.1, now 0.2"."""
+    return [f"{key}: {was}, now {now}" for key, (was, now) in _changes(old, new).items() if not _is_free(key)]
+
+
+def _changes(old: "DictConfig", new: "DictConfig") -> dict[str, tuple[Any, Any]]:
+    before, after = dict(config.leaves(old)), dict(config.leaves(new))
+    return {key: (before.get(key, "absent"), after.get(key, "absent")) for key in config.changed(before, after)}
+
+
+def measured_otherwise(run: Path, cfg: "DictConfig") -> list[tuple[str, str]]:
+    """Settings NAME=VALUE of the measurement of a finished run that differ from what is asked for: was and now."""
+    changes = _changes(config.saved(run), cfg)
+    return [
+        (f"{key}={config.typed(was)}", f"{key}={config.typed(now)}")
+        for key, (was, now) in changes.items()
+        if key in MEASURED_WITH
+    ]
+
+
+def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
+    """The summary of a run that has all the steps asked for; None if there is something to train.
+
+    Raises:
+        ValueError: if the folder holds a run that training with these settings would spoil.
+    """
+    resumable, found = checkpoint.is_resumable(run / "checkpoints"), _summary(run)
+    if not resumable and found is None:  # no run, or one that ended before its first checkpoint
+        return None
+    old = config.saved(run)
+    if changed := differences(old, cfg):
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise ValueError(
+            f"{run} holds a run with other settings ({'; '.join(changed[:4])}{more}). "
+            "Give name=NAME for another run, or delete the folder."
+        )
+    same_place = cfg.data.name != "image_folder" or config.data_root(old) == config.data_root(cfg)
+    if found and found["steps"] >= cfg.trainer.steps and same_place:
+        return found  # else moved, or other images under the same name: what is read will tell
+    if not resumable:
+        raise ValueError(
+            f"{run} holds a run of {found['steps']} steps whose checkpoints are gone, so that it cannot go on. "
+            "Give name=NAME for another run, or delete the folder."
+        )
+    return None
+
+
+def _summary(run: Path) -> dict[str, Any] | None:
+    """The summary that a run has written, if any; a damaged one is made again from the checkpoint."""
+    try:
+        found = json.loads((run / FILES["train"]).read_text())
+        return found if isinstance(found["steps"], int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def taken(run: Path) -> Iterator[None]:
+    """Make a run's folder and be the only process that trains in it.
+
+    Raises:
+        ValueError: if another one does, or the folder cannot be made.
+    """
+    busy = f"trains in {run}: wait for it, or give name=NAME for another run"
+    with ExitStack() as stack:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run, busy))
+        except OSError as error:
+            raise ValueError(f"{run} cannot be written ({error}): name another folder by output_dir=") from None
+        yield
+
+
+def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearnVAE:
+    """A trained model from the folder of its run, frozen, in evaluation mode.
+
+    Args:
+        run: the folder.
+        device: "auto" is a GPU if there is one.
+        which: "best", the largest validation ELBO, or "latest".
+
+    Raises:
+        ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
+    """
+    return load_with_state(run, device, which)[0]
+
+
+def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnVAE, dict[str, Any], Path]:
+    """Like `load`, with the checkpoint that the model is from and its path."""
+    cfg = config.saved(run)
+    if cfg.method.name == config.PATCH_AE:
+        raise ValueError(f"{run} is a PatchAE, stage 1: train a BigLearn-VAE on its codes with tokens.run={run}")
+    state, path = checkpoint_of(run, which)
+    tokens = config.tokenizer(cfg, state["metadata"].get("tokenizer"))
+    net = config.network(cfg, tokens)
+    checkpoint.load_weights(net, state.get("average") or state["net"], path)
+    net = net.to(pick_device(device)).requires_grad_(False)
+    return BigLearnVAE(net, tokens, prior=cfg.loss.prior, variance=cfg.loss.beta), state, path
+
+
+def check_which(which: str) -> None:
+    """Raise a ValueError unless this is one of the two checkpoints that a run keeps."""
+    config.check_choice("checkpoint", which, ("best", "latest"))
+
+
+def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any], Path]:
+    """A checkpoint of a run and its path."""
+    check_which(which)
+    folder = Path(run).expanduser() / "checkpoints"
+    path = folder / {"best": checkpoint.BEST, "latest": checkpoint.LATEST}[which]
+    if which == "latest" and not path.exists():  # killed between two renames
+        path = folder / checkpoint.PREVIOUS
+    return checkpoint.load(path), path

@@ -1,0 +1,178 @@
+"""Runs: names, what is in a folder, and that nothing in one is lost."""
+
+import json
+import signal
+import time
+
+import pytest
+from programs import SMALL, assert_same_runs, finish, metrics, run_here, start
+
+from biglearn_vae import checkpoint, config, files, runs
+
+
+def test_run_names():
+    def name(*overrides):
+        return runs.name_of(config.compose(list(overrides)), overrides)
+
+    assert name() == "digits-tiny-biglearn_u-seed0"
+    assert name("case=case4", "data=mnist", "data.root=/somewhere", "trainer.steps=9") == "mnist-case4-biglearn_u-seed0"
+    assert name("method=vae", "seed=3", "optim.lr=1e-4") == "digits-tiny-vae-seed3-optim.lr-1e-4"
+    assert name("name=mine", "optim.lr=1e-4") == "mine"
+    assert name("data=image_folder", "data.root=/pictures/cats") == "cats-tiny-biglearn_u-seed0"
+    assert len(name(*[f"optim.lr={k}e-{k}" for k in range(10, 60)])) < 100
+    assert name("output_dir=a/b", "masks.s_ratio=[1,2]") == "digits-tiny-biglearn_u-seed0-masks.s_ratio-1-2"
+    for bad in (".", "..", "../up", "a/../../b", "/absolute"):
+        with pytest.raises(ValueError, match="name must be that of a folder in output_dir"):
+            name(f"name={bad}")
+    assert name("name=a/b") == "a/b"
+
+
+def test_differences_ignore_what_may_change():
+    old = config.compose(["data=mnist"])
+    free = [
+        "data=mnist",
+        "trainer.steps=7",
+        "device=cpu",
+        "data.root=there",
+        "name=x",
+        "evaluation.draws=1",
+        "trainer.shard=true",
+    ]
+    assert runs.differences(old, config.compose(free)) == []
+    assert runs.differences(old, config.compose(["data=mnist", "optim.lr=0.5"])) == ["optim.lr: 0.002, now 0.5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "script", "expected"),
+    [
+        (["trainer.steps=2,4"], "train", "a sweep over trainer.steps would use one folder"),
+        (["++trainer.steps=2,4"], "train", "a sweep over trainer.steps would use one folder"),
+        (["trainer.steps=range(3)"], "train", "a sweep over trainer.steps would use one folder"),
+        (["device=cpu,cuda"], "patch_ae", "a sweep over device would use one folder"),
+        (["name=x", "seed=0,1"], "train", "name=x would be the folder of several runs of a sweep over seed"),
+        (["name=x,y", "optim.lr=1,2"], "train", "'name=NAME-${optim.lr}'"),
+        (["run=x", "draws=4,8"], "evaluate", "a sweep over draws would keep the last result alone"),
+        (["run=x,y", "seed=0,1"], "probe", "a sweep over seed would keep the last result alone"),
+    ],
+)
+def test_sweeps_that_would_write_over_their_own_results(words, script, expected):
+    with pytest.raises(ValueError) as caught:
+        runs.refuse_shared_folders(words, script)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "script"),
+    [
+        (["seed=0,1", "masks.s_ratio=[1,2]"], "train"),
+        (["name=x1,x2"], "train"),
+        (["output_dir=a,b", "name=x"], "train"),
+        (["name=x-${seed}", "seed=0,1"], "train"),
+        (["run=x,y", "draws=4", "ratios=[0.1,0.3]"], "evaluate"),
+        (["preset=mnist,masks"], "reproduce"),
+    ],
+)
+def test_sweeps_whose_jobs_have_folders_of_their_own(words, script):
+    runs.refuse_shared_folders(words, script)
+
+
+def test_a_folder_is_locked_by_one_process_at_a_time(tmp_path):
+    refused = pytest.raises(ValueError, match=r"process \d+ on .* is busy")
+    with files.locked(tmp_path), refused, files.locked(tmp_path, "is busy"):
+        raise AssertionError
+    with files.locked(tmp_path, "is busy"):
+        pass
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    words = [*SMALL, "name=run", "trainer.steps=100000"]
+    first = start(*words, cwd=tmp_path)
+    log = tmp_path / "outputs" / "run" / "metrics.jsonl"
+    while first.poll() is None and not (log.exists() and '"train/loss"' in log.read_text()):
+        time.sleep(0.01)
+    said = finish(start(*words, cwd=tmp_path), 2)
+    assert f"process {first.pid} on " in said and "trains in outputs/run: wait for it" in said
+    first.send_signal(signal.SIGTERM)
+    assert "a checkpoint is written" in finish(first)
+    finish(start(*SMALL, "name=run", "trainer.steps=1", cwd=tmp_path))
+
+
+def test_a_folder_that_cannot_be_made(here, monkeypatch, capsys):
+    (here / "file").write_text("")
+    assert run_here(monkeypatch, *SMALL, "output_dir=file") == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and "output_dir=" in error and "Traceback" not in error
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_over(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    run = here / "outputs" / "run"
+    for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
+        (run / "checkpoints" / name).unlink()
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    capsys.readouterr()
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    assert "is finished: 24 steps" in capsys.readouterr().out
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 2
+    assert "holds a run of 24 steps whose checkpoints are gone" in capsys.readouterr().err
+    assert run_here(monkeypatch, *SMALL, "name=run", "optim.lr=0.5") == 2
+    assert "holds a run with other settings (optim.lr: 0.002, now 0.5)" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+
+
+def test_a_lost_config_is_taken_from_the_checkpoint(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    path = here / "outputs" / "run" / "config.yaml"
+    saved = config.saved("outputs/run")
+    path.unlink()
+    assert config.saved("outputs/run") == saved
+    assert runs.load("outputs/run", device="cpu").num_tokens == 16
+    assert run_here(monkeypatch, *SMALL, "name=run", "optim.lr=0.5", "trainer.steps=30") == 2
+    assert "holds a run with other settings (optim.lr: 0.002, now 0.5)" in capsys.readouterr().err
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
+    assert "going on with outputs/run" in capsys.readouterr().out and path.exists()
+    path.write_text("{ broken")
+    assert run_here(monkeypatch, *SMALL, "name=run") == 2
+    assert "config.yaml cannot be read" in (said := capsys.readouterr().err) and "Delete it" in said
+    path.unlink()
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
+
+
+def test_a_lost_best_checkpoint_is_made_again(here, monkeypatch):
+    assert run_here(monkeypatch, *SMALL, "name=whole") == 0
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    run = here / "outputs" / "run"
+    (run / "checkpoints" / checkpoint.BEST).unlink()
+    (run / "summary.json").unlink()
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    assert_same_runs(here / "outputs" / "whole", run, but=1)  # the evaluation that made it
+    elbo = [
+        json.loads((here / "outputs" / x / "summary.json").read_text())["test_joint_elbo"] for x in ("whole", "run")
+    ]
+    assert elbo[0] == elbo[1]
+
+
+def test_numbers_of_an_earlier_network_do_not_stay_beside_another(here, monkeypatch):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    assert (
+        run_here(monkeypatch, "run=outputs/run", "images=4", "draws=2", "likelihood_images=0", script="evaluate") == 0
+    )
+    run = here / "outputs" / "run"
+    measured = json.loads((run / "evaluation.json").read_text())
+    assert measured["settings"]["draws"] == 2 and measured["settings"]["seed"] == 0
+    assert not {"run", "device", "checkpoint", "data_root"} & set(measured["settings"])
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
+    assert json.loads((run / "evaluation.json").read_text())["step"] == 24  # of the network then
+    for path in (*(run / "checkpoints").iterdir(), run / "summary.json"):
+        path.unlink()
+    assert run_here(monkeypatch, *SMALL, "name=run", "seed=1") == 0
+    assert not (run / "evaluation.json").exists() and metrics(run)[0]["step"] == 0
+
+
+def test_a_finished_run_says_what_its_numbers_were_measured_with(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    assert "now something else is asked for" not in capsys.readouterr().out
+    assert run_here(monkeypatch, *SMALL, "name=run", "evaluation.draws=3", "evaluation.ratios=[0.5]") == 0
+    said = capsys.readouterr().out
+    assert "these numbers are of evaluation.draws=2, evaluation.ratios=[0.1,0.3,0.5,0.7]" in said
+    assert "python scripts/evaluate.py run=outputs/run draws=3 'ratios=[0.5]'" in said
