@@ -18,6 +18,10 @@ from biglearn_vae.patches import of_batch
 
 Result = TypeVar("Result", Tensor, DiagGaussian)
 
+# An observed pixel of a larger absolute value is refused. Images have values in [0, 1]: means of Gaussians, noise and
+# changes lead out of that by little, those in 0..255 that were not divided by 255 (or in 0..16 by 16) by more.
+PIXEL_LIMIT = 10.0
+
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity(Generic[Result]):
@@ -54,18 +58,19 @@ class BigLearnVAE:
     may be NaN. Where the sizes fit both, data are images and masks are of patches: tokens of a single grey image may
     be such data, and (H, W) such a mask, which then is given as (1, H, W). `seed` makes a result repeatable.
 
-    All methods raise ValueError for data or masks of another shape or type, an empty batch, and NaN or infinite
-    values in observed patches.
+    All methods raise ValueError for data or masks of another shape or type, an empty batch, NaN or infinite values in
+    observed patches, and pixels there of an absolute value above 10, as in images that were not divided by 255. Tokens
+    may be any numbers: some tokenizers' are.
 
     Args:
         net: a network of `models`, unwrapped. It is put into evaluation mode.
         tokenizer: `Patchify`, or anything with its methods and sizes.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
-        variance: of the observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I).
+        variance: of the observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); 0 if each call gives one.
         chunk: most images that pass through the network at once, which bounds the memory.
 
     Raises:
-        ValueError: on values outside these, and if network and tokenizer are of other sizes.
+        ValueError: on anything else than these, and if network and tokenizer are of other sizes.
     """
 
     def __init__(
@@ -77,7 +82,12 @@ class BigLearnVAE:
         chunk: int = 1024,
     ):
         check_prior(prior)
-        _at_least_one("chunk", chunk)
+        chunk = masks.whole_number("chunk", chunk, 1)
+        if not 0 <= masks.real_number(variance) < math.inf:
+            raise ValueError(f"variance must be a number not below 0, got {variance!r}")
+        network = "a network such as UniversalViT, unwrapped (`load` makes a model of a run's folder)"
+        _check_part(network, net, ("grid", "num_tokens", "token_dim", "z_dim"))
+        _check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
         if (tuple(net.grid), net.token_dim) != (tuple(tokenizer.grid), tokenizer.token_dim):
             raise ValueError(
                 f"the tokenizer must give the network's {net.grid} tokens of {net.token_dim} numbers, "
@@ -112,13 +122,13 @@ class BigLearnVAE:
 
     def pixel_mask(self, S: Tensor) -> Tensor:
         """Patch masks (B, L) -> the same of pixels, (B, 1, H, W), on the model's device."""
-        return masks.to_pixels(S.to(self.device), self.grid, self.image_shape[1:]).unsqueeze(1)
+        return masks.to_pixels(S, self.grid, self.image_shape[1:]).unsqueeze(1).to(self.device)
 
     def observe(self, x: Tensor, S: Tensor | None = None) -> Observed:
         """What is observed of data, S being everything by default, as all other methods take it."""
         tokens, images, single = self._tokens(x)
         mask = self._mask(S, len(tokens), default=True)
-        tokens = self._seen(tokens, mask)
+        tokens = self._seen(tokens, images, mask)
         return Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, single)
 
     @torch.no_grad()
@@ -150,7 +160,7 @@ class BigLearnVAE:
         if not tensor or z.ndim not in (1, 2, 3) or z.shape[-1] != self.z_dim or not z.numel():
             raise ValueError(
                 f"expected latents z, a tensor of shape (B, {self.z_dim}), (K, B, {self.z_dim}) or ({self.z_dim},), "
-                f"got {tuple(z.shape) if tensor else type(z).__name__}"
+                f"got {tuple(z.shape) if tensor else masks.described(z)}"
             )
         data = self._nothing() if x is None else self.observe(x, S)
         batch = z.shape[-2] if z.ndim > 1 else 1
@@ -163,7 +173,8 @@ class BigLearnVAE:
     @torch.no_grad()
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """n new images (n, C, H, W): z from the prior, then the mean of p(x | z)."""
-        _at_least_one("the number of samples", n)
+        n = masks.whole_number("the number of samples", n, 1)
+        masks.check_seed(seed)
         data = self._nothing()
         return self._complete(self._encode(data.tokens, data.mask)[0].sample(draws=n, seed=seed), data)
 
@@ -176,7 +187,7 @@ class BigLearnVAE:
         Args:
             draws: how many of each image, along a new leading axis: (K, B, C, H, W).
         """
-        _at_least_one("draws", draws)
+        draws = _draws(draws, seed)
         return self.decode(self.encode(x, S).sample(draws=draws, seed=seed))
 
     @torch.no_grad()
@@ -190,7 +201,7 @@ class BigLearnVAE:
             S: what is observed.
             draws: how many completions of each image, along a new leading axis: (K, B, C, H, W).
         """
-        _at_least_one("draws", draws)
+        draws = _draws(draws, seed)
         data = self.observe(x, S)
         q = self._encode(data.tokens, data.mask)
         return self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
@@ -207,6 +218,11 @@ class BigLearnVAE:
         """
         if not observations:
             raise ValueError("expected at least one pair (x, S), got none")
+        for pair in observations:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ValueError(
+                    f"expected pairs of data and a mask, combine((x1, S1), (x2, S2)), got a {type(pair).__name__}"
+                )
         parts = [self.observe(x, S) for x, S in observations]
         if len({len(part.tokens) for part in parts}) > 1:
             raise ValueError(f"expected batches of one size, got {[len(part.tokens) for part in parts]}")
@@ -233,8 +249,7 @@ class BigLearnVAE:
         Returns:
             (steps, B, C, H, W), or (steps, C, H, W) for two single images.
         """
-        if steps < 2:
-            raise ValueError(f"steps must be at least 2, both ends, got {steps}")
+        steps = masks.whole_number("steps", steps, 2)
         start, end = self.encode(x_a).mean, self.encode(x_b).mean
         if start.shape != end.shape:
             raise ValueError(f"expected as many images at both ends, got {tuple(x_a.shape)} and {tuple(x_b.shape)}")
@@ -256,14 +271,12 @@ class BigLearnVAE:
             `.before` (B, C, H, W), the mean of p(x_T | z, x_S), and `.after` (len(dims), B, C, H, W), that of
             p(x_T | z + delta, x_S).
         """
-        dims = [int(dim) for dim in dims]
-        if not dims or not all(0 <= dim < self.z_dim for dim in dims):
-            raise ValueError(f"dims must be latent dimensions in [0, {self.z_dim}), at least one, got {dims}")
-        delta = torch.as_tensor(delta)
-        if tuple(delta.shape) not in ((), (1,), (len(dims),)):
+        given, dims = dims, masks.whole_numbers(dims, 0)
+        if not dims or max(dims) >= self.z_dim:
             raise ValueError(
-                f"delta must be one number or one for each of the {len(dims)} dims, got {tuple(delta.shape)}"
+                f"dims must be a list of latent dimensions in [0, {self.z_dim}), at least one, got {given}"
             )
+        delta = _deltas(delta, len(dims))
         z = self.encode(x, S).mean  # (B, Z) or (Z,)
         change = torch.zeros(len(dims), self.z_dim, device=z.device, dtype=z.dtype)
         change[range(len(dims)), dims] = delta.to(z).expand(len(dims))
@@ -286,7 +299,7 @@ class BigLearnVAE:
         x = self._numbers(x)
         expected = f"expected a change, a tensor that broadcasts to x, {tuple(x.shape)}, got"
         if not isinstance(change, Tensor):
-            raise ValueError(f"{expected} {type(change).__name__}")
+            raise ValueError(f"{expected} {masks.described(change)}")
         try:
             changed = x + change.to(x).expand_as(x)
         except RuntimeError:
@@ -345,9 +358,10 @@ class BigLearnVAE:
 
         For S empty they are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
         """
-        _at_least_one("samples", samples)
+        samples = masks.whole_number("samples", samples, 1)
+        masks.check_seed(seed)
         variance = self.variance if variance is None else variance
-        if not 0 < variance < math.inf:
+        if not 0 < masks.real_number(variance) < math.inf:
             raise ValueError(f"variance must be positive, got {variance}: give one, log_prob(..., variance=0.01)")
         tokens, S, T, single = self._tasks(x, T, given)
         q, p = self._encode(tokens, S | T).double(), self._encode(tokens, S).double()
@@ -363,14 +377,14 @@ class BigLearnVAE:
 
     def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Tokens, S, T and whether there was no batch axis, for `log_prob`."""
-        tokens, _, single = self._tokens(x)
+        tokens, images, single = self._tokens(x)
         S = self._mask(given, len(tokens), default=False)
         T = ~S if T is None else self._mask(T, len(tokens), default=True)
         if (S & T).any():
             raise ValueError(f"T and given must be disjoint, {int((S & T).sum())} patches are in both")
         if not T.any(-1).all():
             raise ValueError("T must hold at least one patch of each image; a patch counts if all of its pixels do")
-        return self._seen(tokens, S | T), S, T, single
+        return self._seen(tokens, images, S | T), S, T, single
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> DiagGaussian:
         parts = [self.net(*part) for part in zip(tokens.split(self.chunk), mask.split(self.chunk), strict=True)]
@@ -417,16 +431,26 @@ class BigLearnVAE:
         tokens, images = zeros(1, self.num_tokens, self.net.token_dim), zeros(1, *self.image_shape)
         return Observed(tokens, self._mask(None, 1, default=False), images, False)
 
-    def _seen(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Tokens (B, L, D) with zeros where they are not observed; they must be finite where they are."""
+    def _seen(self, tokens: Tensor, images: Tensor | None, mask: Tensor) -> Tensor:
+        """Tokens (B, L, D) with zeros where they are not observed; where they are they must be finite, and the pixels
+        of the images that they are of, if any, within the limit."""
         tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0)
-        bad = ~tokens.isfinite()
+        bad = ~tokens.isfinite().all(-1)  # (B, L)
+        beyond = torch.zeros_like(bad)
+        if images is not None:
+            beyond = mask & ~masks.from_pixels(images.abs().amax(1) <= PIXEL_LIMIT, self.grid)
+        if not (bad | beyond).any():  # one question for both: on a GPU the answer is waited for
+            return tokens
         if bad.any():
             raise ValueError(
-                f"expected finite values where S says observed, got NaN or infinity in {int(bad.any(-1).sum())} "
+                f"expected finite values where S says observed, got NaN or infinity in {int(bad.sum())} "
                 "observed patches: leave them out of S, such as by S = ~x.isnan().any(1), pixels (B, H, W)"
             )
-        return tokens
+        low, high = images.masked_select(self.pixel_mask(mask)).aminmax()
+        raise ValueError(
+            f"expected images with values in [0, 1], got values from {low:g} to {high:g} where S says observed: "
+            "divide those in 0..255 by 255, x / 255"
+        )
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None, bool]:
         """Images or tokens, a batch or one -> tokens (B, L, D) on the device, the images (B, C, H, W) if it was images,
@@ -435,7 +459,7 @@ class BigLearnVAE:
         if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
             raise ValueError(
                 "expected a tensor of images in [0, 1] or tokens as floating-point numbers, or of uint8 images, "
-                f"got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+                f"got {masks.described(x)}"
             )
         x = self._numbers(x)
         for shape in (self.image_shape, token_shape):
@@ -458,9 +482,11 @@ class BigLearnVAE:
         """A mask over patches or pixels, one for all or one each -> boolean (B, L); `default` everywhere without S."""
         if S is None:
             return torch.full((batch, self.num_tokens), default, device=self.device)
-        if not isinstance(S, Tensor) or S.dtype != torch.bool:
-            got = S.dtype if isinstance(S, Tensor) else type(S).__name__
-            raise ValueError(f"expected a boolean mask, a tensor with True = observed, got {got}")
+        if not masks.is_mask(S):
+            advice = "; S.bool() makes one of zeros and ones" if isinstance(S, Tensor) else ""
+            raise ValueError(
+                f"expected a boolean mask, a tensor with True = observed, got {masks.described(S)}{advice}"
+            )
         # Patches are tried first: a mask (B, L) may look like one of pixels, (H, W).
         mask = S.to(self.device)
         if tuple(S.shape) != (batch, self.num_tokens) and tuple(S.shape[-2:]) == self.image_shape[1:]:
@@ -473,9 +499,30 @@ class BigLearnVAE:
         return mask.expand(batch, -1)
 
 
-def _at_least_one(name: str, count: int | None) -> None:
-    if count is not None and count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
+def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:
+    """Raise a ValueError unless this is a module with all of these."""
+    if not isinstance(part, nn.Module) or not all(hasattr(part, name) for name in names):
+        raise ValueError(f"expected {expected}, got {type(part).__name__}")
+
+
+def _draws(draws: int | None, seed: int | None) -> int | None:
+    """How many draws; refused with their seed before anything is computed."""
+    masks.check_seed(seed)
+    return None if draws is None else masks.whole_number("draws", draws, 1)
+
+
+def _deltas(delta: float | Sequence[float] | Tensor, count: int) -> Tensor:
+    """Finite numbers, one or `count` of them, as a tensor."""
+    expected = f"delta must be one number or one for each of the {count} dims, finite, got"
+    try:
+        result = torch.as_tensor(delta)
+    except (TypeError, ValueError, RuntimeError):  # what torch makes no tensor of
+        raise ValueError(f"{expected} {delta!r}") from None
+    if tuple(result.shape) not in ((), (1,), (count,)):
+        raise ValueError(f"{expected} {tuple(result.shape)}")
+    if not result.isfinite().all():
+        raise ValueError(f"{expected} {delta}")
+    return result
 
 
 def _noise(draws: int, like: Tensor, at_once: int, seed: int | None) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from biglearn_vae import masks
 from biglearn_vae.distributed import StepRandom
 from biglearn_vae.gaussian import LOG_2PI
-from biglearn_vae.masks import MaskSampler
+from biglearn_vae.masks import MaskSampler, described, is_mask, real_number, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +86,15 @@ class BigLearnELBO:
         beta_warmup_steps: int = 0,
         beta_warmup_start: float = 0.0,
     ):
-        if not 0 <= beta < float("inf"):
+        if not 0 <= real_number(beta) < math.inf:
             raise ValueError(f"beta must be a number not below 0, got {beta}")
         check_prior(prior)
-        if beta_warmup_steps < 0:
-            raise ValueError(f"beta_warmup_steps must not be negative, got {beta_warmup_steps}")
-        if not 0 <= beta_warmup_start <= 1:
+        whole_number("beta_warmup_steps", beta_warmup_steps, 0)
+        if not 0 <= real_number(beta_warmup_start) <= 1:
             raise ValueError(f"beta_warmup_start must be a share of beta in [0, 1], got {beta_warmup_start}")
         self.beta, self.prior = beta, prior
         self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
-        self.masks = masks or MaskSampler()
+        self.masks = _sampler(masks)
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def compiled(self, **options: Any) -> "BigLearnELBO":
@@ -133,19 +132,27 @@ class BigLearnELBO:
             net: a network with the forward of `models.MaskedViT`, wrapped or not.
             x: tokens (B, L, D), or a pair of tokens and a boolean mask (B, L) of those that were ever recorded. A NaN
                 in a token means that it was not, too. What was not recorded is in neither S nor T.
-            S, T: disjoint boolean masks (B, L), T not empty; drawn by `masks` if not given.
+            S, T: disjoint boolean masks (B, L) or one for all, T not empty; drawn by `masks` if not given.
             noise: standard normal numbers (B, Z) that become z; drawn if not given.
             random: where what is not given is drawn from.
             step: training step, for the warm-up of beta; without it beta is final.
 
         Raises:
-            ValueError: if something is to be drawn and there is no `random`.
+            ValueError: if something is to be drawn and there is no `random`, on arguments of another shape or type,
+                and, unless `step` is given, if S and T are not disjoint or T is empty. (A step of training does not
+                ask: on a GPU the answer would have to be waited for.)
         """
         if random is None and (S is None or T is None or noise is None):
             raise ValueError("give S, T and noise, or random to draw them from")
-        x, S, T = _task(self.masks, x, S, T, random)
+        _check_call(net, random)
+        x, S, T = _task(self.masks, x, S, T, random, step)
+        shape = (len(x), _unwrapped(net).z_dim)
         if noise is None:
-            noise = random.normal((len(x), _unwrapped(net).z_dim), x.dtype)
+            noise = random.normal(shape, x.dtype)
+        elif not isinstance(noise, Tensor) or tuple(noise.shape) != shape:
+            raise ValueError(
+                f"expected noise, a tensor of standard normal numbers of shape {shape}, got {described(noise)}"
+            )
         reconstruction, kl = (self._compiled or self.terms)(net, x, S, T, noise)
         return ELBO(reconstruction, kl, self.weight(step), T.sum(-1), x.shape[-1])
 
@@ -171,25 +178,62 @@ def check_prior(prior: str) -> None:
         raise ValueError(f"prior must be 'learned' or 'standard', got {prior!r}")
 
 
+def _sampler(given: MaskSampler | None) -> MaskSampler:
+    """This q(S, T), or the default one."""
+    if given is not None and not isinstance(given, MaskSampler):
+        raise ValueError(f"masks must be a MaskSampler, q(S, T), got {given!r}: S and T are given in the call")
+    return given or MaskSampler()
+
+
+def _check_call(net: nn.Module, random: StepRandom | None) -> None:
+    """Raise a ValueError unless a loss can be had of this network, by these random numbers if any."""
+    if not isinstance(net, nn.Module):
+        raise ValueError(
+            f"expected a network such as UniversalViT (of a BigLearnVAE its .net), got {type(net).__name__}"
+        )
+    if random is not None and not isinstance(random, StepRandom):
+        raise ValueError(
+            "random must be a StepRandom, such as StepRandom(torch.Generator().manual_seed(0)), "
+            f"got {type(random).__name__}"
+        )
+
+
 def _task(
-    masks: MaskSampler,
+    sampler: MaskSampler,
     batch: Tensor | tuple[Tensor, Tensor],
     S: Tensor | None,
     T: Tensor | None,
     random: StepRandom | None,
+    step: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens of a batch, and S and T, drawn if not given, of what was recorded."""
     if (S is None) != (T is None):
         raise ValueError("give both S and T, or neither to have them drawn")
-    for name, mask in (("S", S), ("T", T)):
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"expected a boolean mask {name}, got {mask.dtype}")
     x, recorded = _recorded(batch)
     if S is None:
         # What is random is drawn for all processes together, of whose data this one knows its own alone.
-        drawn = random.rows(len(x), lambda rows, generator: masks.draw(rows, x.shape[1], generator))
-        S, T = masks.assign(*drawn, recorded)
+        drawn = random.rows(len(x), lambda rows, generator: sampler.draw(rows, x.shape[1], generator))
+        S, T = sampler.assign(*drawn, recorded)
+    else:
+        _check_masks(S, T, recorded, values=step is None and not torch.compiler.is_compiling())
     return x, S & recorded, T & recorded
+
+
+def _check_masks(S: Tensor, T: Tensor, recorded: Tensor, values: bool) -> None:
+    """Raise a ValueError unless S and T are masks of tokens (B, L) and, if asked, disjoint, with T empty only where
+    nothing was recorded. To ask for the values is to wait for the device."""
+    shape = tuple(recorded.shape)
+    for name, mask in (("S", S), ("T", T)):
+        if not is_mask(mask) or tuple(mask.shape) not in (shape, (1, shape[1]), shape[1:]):
+            raise ValueError(f"expected a boolean mask {name} of shape {shape}, got {described(mask)}")
+    if not values:
+        return
+    both, empty = S & T, ~T.any(-1) & recorded.any(-1)
+    if (both.any(-1) | empty).any():
+        raise ValueError(
+            f"S and T must be disjoint and T hold at least one token of each image, got {int(both.sum())} tokens in "
+            f"both and {int(empty.sum())} images without T: T & ~S is disjoint from S"
+        )
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, T: Tensor) -> Tensor:
@@ -199,16 +243,16 @@ def _log_likelihood(x: Tensor, mean: Tensor, T: Tensor) -> Tensor:
 
 def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The tokens of a batch and which of them were recorded."""
-    x, given = (batch, None) if isinstance(batch, Tensor) else batch
-    if x.ndim != 3:
-        raise ValueError(f"expected tokens (B, L, D), got {tuple(x.shape)}; `Patchify` makes them of images")
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    x, given = batch if pair else (batch, None)
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        raise ValueError(f"expected tokens (B, L, D), got {described(x)}; `Patchify` makes them of images")
     recorded = masks.recorded(x)
     if given is None:
         return x, recorded
-    if given.dtype != torch.bool or given.shape != recorded.shape:
+    if not is_mask(given) or given.shape != recorded.shape:
         raise ValueError(
-            f"expected a boolean mask of what was recorded, of shape {tuple(recorded.shape)}, "
-            f"got {given.dtype} {tuple(given.shape)}"
+            f"expected a boolean mask of what was recorded, of shape {tuple(recorded.shape)}, got {described(given)}"
         )
     return x, recorded & given
 
@@ -243,9 +287,9 @@ class PatchAELoss:
     """
 
     def __init__(self, share: float = 0.25, border_weight: float = 1.0):
-        if not 0 < share <= 1:
+        if not 0 < real_number(share) <= 1:
             raise ValueError(f"share must be in (0, 1], got {share}")
-        if not 1 <= border_weight < math.inf:
+        if not 1 <= real_number(border_weight) < math.inf:
             raise ValueError(f"border_weight must be at least 1, got {border_weight}")
         self.share, self.border_weight = share, border_weight
 
@@ -257,7 +301,13 @@ class PatchAELoss:
             patches: all patches of the images of a batch, (B, L, C, P, P).
             random: where the choice of patches is drawn from.
             step: not used.
+
+        Raises:
+            ValueError: on arguments of another type, and patches of another shape.
         """
+        _check_call(net, random)
+        if not isinstance(patches, Tensor) or patches.ndim != 5:
+            raise ValueError(f"expected patches (B, L, C, P, P), got {described(patches)}; `Patchify.cut` makes them")
         batch, count = patches.shape[:2]
         order = random.rows(
             batch, lambda rows, generator: torch.rand(rows, count, generator=generator, device=generator.device)
@@ -286,7 +336,7 @@ class InpaintingRegression:
     """
 
     def __init__(self, masks: MaskSampler | None = None):
-        self.masks = masks or MaskSampler()
+        self.masks = _sampler(masks)
 
     def __call__(
         self,
@@ -302,14 +352,15 @@ class InpaintingRegression:
 
         Args:
             net, x, S, T, random: see `BigLearnELBO`.
-            step: not used.
+            step: training step; S and T that are given are checked without one alone.
 
         Raises:
-            ValueError: if S and T are to be drawn and there is no `random`.
+            ValueError: if S and T are to be drawn and there is no `random`, and on what `BigLearnELBO` refuses.
         """
         if random is None and S is None and T is None:
             raise ValueError("give S and T, or random to draw them from")
-        x, S, T = _task(self.masks, x, S, T, random)
+        _check_call(net, random)
+        x, S, T = _task(self.masks, x, S, T, random, step)
         mean = net(x, S, x.new_zeros(len(x), _unwrapped(net).z_dim), T)
         reconstruction = _log_likelihood(x, mean, T)
         return ELBO(reconstruction, torch.zeros_like(reconstruction), 0.0, T.sum(-1), x.shape[-1])

@@ -42,14 +42,12 @@ class MaskedViT(nn.Module):
     def __init__(self, grid, token_dim: int, dim: int, z_dim: int, mlp_ratio: int, hidden: str):
         super().__init__()
         for name, value in dict(token_dim=token_dim, dim=dim, z_dim=z_dim, mlp_ratio=mlp_ratio).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not isinstance(grid, Sequence) or len(grid) != 2 or min(grid) < 1:
-            raise ValueError(f"grid must be two numbers, rows and columns of tokens, each at least 1, got {grid}")
+            masks.whole_number(name, value, 1)
+        self.grid = masks.check_grid(grid)
         if hidden not in HIDDEN:
             raise ValueError(f"hidden must be one of {', '.join(HIDDEN)}, got {hidden!r}")
-        self.grid, self.token_dim, self.z_dim, self.hidden = tuple(grid), token_dim, z_dim, hidden
-        self.num_tokens = grid[0] * grid[1]
+        self.token_dim, self.z_dim, self.hidden = token_dim, z_dim, hidden
+        self.num_tokens = self.grid[0] * self.grid[1]
         self.token_in = nn.Linear(token_dim, dim)
         self.latent_in = mlp(z_dim, 2 * dim, 2 * dim, dim)
         self.token_mask, self.latent_mask, self.token_type, self.latent_type = (
@@ -58,7 +56,7 @@ class MaskedViT(nn.Module):
         self.latent_norm, self.token_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.latent_out = mlp(dim, mlp_ratio * dim, 2 * z_dim)
         self.token_out = mlp(dim, 2 * dim, token_dim)
-        self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
+        self.register_buffer("positions", sincos_positions(self.grid, dim), persistent=False)
 
     def forward(self, x: Tensor, S: Tensor, z: Tensor | None = None, T: Tensor | None = None) -> DiagGaussian | Tensor:
         """p(z | x_S), or, with z, the mean of p(x_T | z, x_S).
@@ -73,6 +71,10 @@ class MaskedViT(nn.Module):
             p(z | x_S), or means (B, L, D). With hidden="mask" there is one at every position, whatever is asked for:
             T is indexing. With hidden="drop" there is one at each position of T, 0 elsewhere, and it depends on which
             others are asked for with it.
+
+        Raises:
+            ValueError: on tensors of another shape or type. What they hold is not looked at: on a GPU that would wait
+                for the device.
         """
         self._check(x, S, z, T)
         if z is None:
@@ -130,20 +132,20 @@ class MaskedViT(nn.Module):
         nn.init.constant_(self.latent_out[-1].bias[self.z_dim :], INITIAL_LOGVAR)
 
     def _check(self, x: Tensor, S: Tensor, z: Tensor | None, T: Tensor | None) -> None:
-        if not x.is_floating_point():
-            raise ValueError(f"expected floating-point tokens, pixels in [0, 1], got {x.dtype}")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError(f"expected floating-point tokens, pixels in [0, 1], got {masks.described(x)}")
         expected = (*x.shape[:1], self.num_tokens, self.token_dim)
         if tuple(x.shape) != expected:
             raise ValueError(
                 f"expected tokens x of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(x.shape)}"
             )
         for name, mask in (("S", S), ("T", T)):
-            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != expected[:2]):
-                raise ValueError(
-                    f"expected a boolean mask {name} of shape {expected[:2]}, got {mask.dtype} {tuple(mask.shape)}"
-                )
-        if z is not None and tuple(z.shape) != (len(x), self.z_dim):
-            raise ValueError(f"expected latents z of shape {(len(x), self.z_dim)}, got {tuple(z.shape)}")
+            if mask is None and name == "T":
+                continue
+            if not masks.is_mask(mask) or tuple(mask.shape) != expected[:2]:
+                raise ValueError(f"expected a boolean mask {name} of shape {expected[:2]}, got {masks.described(mask)}")
+        if z is not None and (not isinstance(z, Tensor) or tuple(z.shape) != (len(x), self.z_dim)):
+            raise ValueError(f"expected latents z of shape {(len(x), self.z_dim)}, got {masks.described(z)}")
 
 
 class UniversalViT(MaskedViT):
@@ -232,14 +234,12 @@ def _through(
 
 
 def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:
-    if not isinstance(depth, int):
+    if isinstance(depth, Sequence):
         raise ValueError(f"depth must be one number of blocks for each stack, got {depth!r}")
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
+    masks.whole_number("depth", depth, 1)
     if heads is None:  # one for each 64 dimensions, as far as that divides them
         heads = max(h for h in range(1, max(1, dim // 64) + 1) if dim % h == 0)
-    if heads < 1:
-        raise ValueError(f"heads must be at least 1, got {heads}")
+    masks.whole_number("heads", heads, 1)
     return nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
 
 

@@ -3,6 +3,9 @@
 B batch, C channels, H x W pixels, P patch size, L = (H/P)(W/P) tokens, D = P P C numbers per token.
 """
 
+from collections.abc import Sequence
+from numbers import Integral
+
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -18,12 +21,18 @@ class Patchify(nn.Module):
         channels: channels per pixel.
 
     Raises:
-        ValueError: if the patch size does not divide the image.
+        ValueError: if the sizes are not whole numbers, or the patch size does not divide the image.
     """
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, channels: int = 3):
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+        if len(sides) != 2 or not all(isinstance(n, Integral) for n in (*sides, patch_size, channels)) or channels < 1:
+            raise ValueError(
+                "expected image_size as one whole number or two, patch_size and channels as one each, channels at "
+                f"least 1, got {image_size!r}, {patch_size!r} and {channels!r}"
+            )
+        height, width, patch_size, channels = (int(n) for n in (*sides, patch_size, channels))
         if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
             raise ValueError(
                 f"patch_size must divide the image: a {height} x {width} image cannot be cut into "
@@ -41,23 +50,29 @@ class Patchify(nn.Module):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L, D) -> images (B, C, H, W)."""
-        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != (self.num_tokens, self.token_dim):
-            raise ValueError(
-                f"expected tokens of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(tokens.shape)}"
-            )
+        _check_shape("tokens", tokens, (self.num_tokens, self.token_dim))
         p = self.patch_size
         return self.join(rearrange(tokens, "b l (p1 p2 c) -> b l c p1 p2", p1=p, p2=p))
 
     def cut(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> patches (B, L, C, P, P)."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"expected images of shape {of_batch(self.image_shape)}, got {tuple(images.shape)}")
+        _check_shape("images", images, self.image_shape)
         p = self.patch_size
         return rearrange(images, "b c (h p1) (w p2) -> b (h w) c p1 p2", p1=p, p2=p)
 
     def join(self, patches: Tensor) -> Tensor:
         """Patches (B, L, C, P, P) -> images (B, C, H, W)."""
+        _check_shape("patches", patches, (self.num_tokens, self.image_shape[0], self.patch_size, self.patch_size))
         return rearrange(patches, "b (h w) c p1 p2 -> b c (h p1) (w p2)", h=self.grid[0])
+
+
+def _check_shape(name: str, batch: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless each of the batch is of this shape."""
+    given = getattr(batch, "shape", None)  # NumPy's arrays are as good
+    if given is None or tuple(given[1:]) != shape:
+        raise ValueError(
+            f"expected {name} of shape {of_batch(shape)}, got {type(batch).__name__ if given is None else tuple(given)}"
+        )
 
 
 def of_batch(shape: tuple[int, ...]) -> str:

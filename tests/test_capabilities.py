@@ -2,13 +2,14 @@ import math
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from linear_gaussian import LinearGaussian, noise
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 
-from biglearn_vae import BigLearnVAE, DiagGaussian, Patchify, TwoStackViT, UniversalViT, gaussian, masks
+from biglearn_vae import BigLearnVAE, DiagGaussian, PatchAE, Patchify, TwoStackViT, UniversalViT, gaussian, masks
 from biglearn_vae.capabilities import Sensitivity
 
 B, Z = 5, 3
@@ -785,13 +786,24 @@ def test_models_that_make_no_sense():
     net = make().net
     for settings, words in (
         (dict(prior="Learned"), "'learned' or 'standard', got 'Learned'"),
-        (dict(chunk=0), "got 0"),
+        (dict(prior=None), "'learned' or 'standard', got None"),
+        (dict(chunk=0), "chunk must be at least 1, got 0"),
+        (dict(chunk=1.5), r"chunk must be a whole number, got 1\.5"),
+        (dict(chunk=None), "chunk must be a whole number, got None"),
+        *((dict(variance=v), f"not below 0, got {v!r}") for v in (-1, float("nan"), float("inf"), None, "1")),
     ):
         with pytest.raises(ValueError, match=words):
             make(**settings)
     for other in (Patchify((4, 16), 2, 1), Patchify(8, 2, 3)):  # as many tokens, or as many rows and columns
         with pytest.raises(ValueError, match=r"must give the network's \(4, 4\) tokens of 4 numbers, got"):
             BigLearnVAE(net, other)
+    for part, got in (("outputs/run", "str"), (None, "NoneType"), (UniversalViT, "type"), (nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ValueError, match=message("a network such as UniversalViT, unwrapped", f"got {got}")):
+            BigLearnVAE(part, Patchify(8, 2, 1))
+        with pytest.raises(ValueError, match=message("a tokenizer such as Patchify", f"got {got}")):
+            BigLearnVAE(net, part)
+    with pytest.raises(ValueError, match=message("a network such as UniversalViT, unwrapped", "got Patchify")):
+        BigLearnVAE(Patchify(8, 2, 1), net)
 
 
 def test_where_the_sizes_fit_both_masks_are_of_patches_and_data_are_images():
@@ -865,6 +877,116 @@ def test_dims_outside_the_latent_space(dims):
         vae.decoding_sensitivity(pictures(vae), some(vae), dims)
 
 
+# What a notebook may get wrong beside the above. x are two images, S patches of them.
+NAN, INF = float("nan"), float("inf")
+MISUSE = {
+    "sample a fraction": (lambda vae, x, S: vae.sample(2.5), "number of samples must be a whole number, got 2.5"),
+    "sample a word": (lambda vae, x, S: vae.sample("3"), "number of samples must be a whole number, got '3'"),
+    "sample a truth": (lambda vae, x, S: vae.sample(True), "number of samples must be a whole number, got True"),
+    "sample nothing": (lambda vae, x, S: vae.sample(None), "number of samples must be a whole number, got None"),
+    "draws": (lambda vae, x, S: vae.inpaint(x, S, draws=1.5), "draws must be a whole number, got 1.5"),
+    "draws in a list": (lambda vae, x, S: vae.reconstruct(x, draws=[2]), "draws must be a whole number, got [2]"),
+    "seed of samples": (lambda vae, x, S: vae.sample(2, seed=1.5), "seed must be a whole number, got 1.5"),
+    "seed of inpaint": (lambda vae, x, S: vae.inpaint(x, S, seed="a"), "seed must be a whole number, got 'a'"),
+    "seed of reconstruct": (lambda vae, x, S: vae.reconstruct(x, seed=2**70), f"in [-2^63, 2^64), got {2**70}"),
+    "seed of log_prob": (lambda vae, x, S: vae.log_prob(x, seed=-(2**64)), f"in [-2^63, 2^64), got {-(2**64)}"),
+    "samples": (lambda vae, x, S: vae.log_prob(x, samples=2.5), "samples must be a whole number, got 2.5"),
+    "no samples": (lambda vae, x, S: vae.log_weights(x, samples=None), "samples must be a whole number, got None"),
+    "steps": (lambda vae, x, S: vae.interpolate(x, x, steps=2.5), "steps must be a whole number, got 2.5"),
+    "no steps": (lambda vae, x, S: vae.interpolate(x, x, None), "steps must be a whole number, got None"),
+    "dims not in a list": (lambda vae, x, S: vae.decoding_sensitivity(x, S, 3), "dims must be a list of latent"),
+    "a tensor of one dim": (
+        lambda vae, x, S: vae.decoding_sensitivity(x, S, torch.tensor(1)),
+        "dims must be a list of latent",
+    ),
+    "fractions of dims": (lambda vae, x, S: vae.decoding_sensitivity(x, S, [0, 1.5]), "at least one, got [0, 1.5]"),
+    "dims in a word": (lambda vae, x, S: vae.decoding_sensitivity(x, S, "12"), "at least one, got 12"),
+    "delta NaN": (lambda vae, x, S: vae.decoding_sensitivity(x, S, [0], NAN), "finite, got nan"),
+    "delta infinite": (lambda vae, x, S: vae.decoding_sensitivity(x, S, [0, 1], [1, INF]), "finite, got [1, inf]"),
+    "delta a word": (lambda vae, x, S: vae.decoding_sensitivity(x, S, [0], "5"), "finite, got '5'"),
+    "delta None": (lambda vae, x, S: vae.decoding_sensitivity(x, S, [0], None), "finite, got None"),
+    "deltas": (lambda vae, x, S: vae.decoding_sensitivity(x, S, [0, 1], [[1], [1, 2]]), "got [[1], [1, 2]]"),
+    "no pairs": (lambda vae, x, S: vae.combine(x, S), "pairs of data and a mask, combine((x1, S1), (x2, S2)), got"),
+    "half a pair": (lambda vae, x, S: vae.combine((x, S), (x,)), "pairs of data and a mask"),
+    "a path": (lambda vae, x, S: vae.encode("faces/1.png"), "a tensor of images in [0, 1] or tokens"),
+    "an array": (lambda vae, x, S: vae.encode(x.numpy()), "got ndarray: torch.as_tensor(...) makes a tensor of it"),
+    "a mask in an array": (lambda vae, x, S: vae.encode(x, S.numpy()), "got ndarray: torch.as_tensor(...) makes"),
+    "a mask of numbers": (lambda vae, x, S: vae.encode(x, S.float()), "S.bool() makes one of zeros and ones"),
+    "pixels of an array": (lambda vae, x, S: vae.pixel_mask(S.numpy()), "boolean mask of shape (..., 16), got nda"),
+    "pixels of numbers": (lambda vae, x, S: vae.pixel_mask(S.float()), "boolean mask of shape (..., 16), got torch.f"),
+    "pixels of few": (lambda vae, x, S: vae.pixel_mask(S[:, :3]), "(..., 16), got torch.bool (2, 3)"),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), MISUSE.values(), ids=MISUSE)
+def test_misuse_is_named(call, words):
+    vae = make()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call(vae, pictures(vae, 2), some(vae, 2))
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [255, 16, -20])
+def test_images_that_were_not_divided(scale, precision):
+    vae, S = make(), torch.ones(2, 16, dtype=torch.bool)
+    S[:, 3] = False
+    x = (scale * pictures(vae, 2)).to(precision)
+    x[0, 0, 0, 0] = scale
+    low, high = sorted((x.min().item(), x.max().item()))
+    for call in (*attempts(vae, x, S), *attempts_without_mask(vae, x)):
+        with pytest.raises(ValueError, match=message("images with values in [0, 1]", "divide those in 0..255", "255")):
+            call()
+    with pytest.raises(ValueError, match=message(f"from {low:g} to {high:g} where S says observed")):
+        vae.encode(x)
+
+
+@every_masked_call
+def test_hidden_pixels_may_be_of_any_size(vae, call):
+    x, S = pictures(vae), some(vae)
+    bright = torch.where(pixels_of(vae, S).unsqueeze(1), x, 255.0)
+    assert same(call(vae, bright, S), call(vae, x, S))
+    assert same(call(vae, bright, pixels_of(vae, S)), call(vae, x, S))
+
+
+@every_call
+def test_pixels_may_lie_somewhat_outside_of_0_and_1(vae, call):
+    x = 8 * pictures(vae) - 3.5
+    assert all(part.isfinite().all() for part in parts(call(vae, x, some(vae))))
+
+
+@every_call
+def test_tokens_may_be_of_any_size(call):
+    """Those of a PatchAE are codes; its images must be within the limit like any."""
+    torch.manual_seed(0)
+    tokenizer = PatchAE(image_size=8, patch_size=2, channels=1, width=4)
+    vae = BigLearnVAE(make().net, tokenizer)
+    x, S = pictures(vae), some(vae)
+    for data in (x, 300 * noise(5, B, 16, 4)):
+        assert all(part.isfinite().all() for part in parts(call(vae, data, S)))
+    with pytest.raises(ValueError, match="divide those in"):
+        call(vae, 255 * x, S)
+
+
+@pytest.mark.parametrize("size", [-5.0, 0.5, 5.0])
+def test_changes_that_lead_outside_of_0_and_1(vae, size):
+    x, S = pictures(vae), some(vae)
+    result = vae.encoding_sensitivity(x, S, torch.tensor(size))
+    assert same(result.after, vae.encode(x + size, S))
+
+
+def test_numbers_may_be_of_any_type(vae):
+    x, S = pictures(vae, 2), some(vae, 2)
+    for of in (np.int64, torch.tensor):
+        assert torch.equal(vae.sample(of(2), seed=of(3)), vae.sample(2, seed=3))
+        assert torch.equal(vae.inpaint(x, S, of(2), of(3)), vae.inpaint(x, S, 2, 3))
+        assert torch.equal(vae.interpolate(x, x / 2, of(3)), vae.interpolate(x, x / 2, 3))
+        assert torch.equal(vae.log_prob(x, samples=of(2), seed=of(3)), vae.log_prob(x, samples=2, seed=3))
+        assert same(vae.decoding_sensitivity(x, S, [of(1)]), vae.decoding_sensitivity(x, S, [1]))
+    assert torch.equal(vae.log_prob(x, variance=np.float32(0.5), seed=3), vae.log_prob(x, variance=0.5, seed=3))
+    for seed in (-1, -(2**63), 2**64 - 1):
+        assert torch.equal(vae.sample(2, seed=seed), vae.sample(2, seed=seed))
+
+
 @pytest.mark.parametrize("delta", [[1.0, 2.0, 3.0], torch.ones(2, 2), []])
 def test_wrong_delta(delta):
     vae = make()
@@ -914,16 +1036,19 @@ def test_wrong_tasks(method):
         ask(x, S, ~S[:2])
 
 
-@pytest.mark.parametrize("variance", [0, -1.0, float("nan"), float("inf")])
-def test_wrong_variance(variance):
-    vae, of_the_model = make(), make(variance=variance)
-    for method in ("log_prob", "log_weights"):
-        for call in (
-            lambda method=method: getattr(vae, method)(pictures(vae), variance=variance),
-            lambda method=method: getattr(of_the_model, method)(pictures(vae)),
-        ):
-            with pytest.raises(ValueError, match=f"variance must be positive.*got {variance}"):
-                call()
+@pytest.mark.parametrize("method", ["log_prob", "log_weights"])
+@pytest.mark.parametrize("variance", [0, -1.0, float("nan"), float("inf"), "0.1", [1]])
+def test_wrong_variance(method, variance):
+    vae = make()
+    with pytest.raises(ValueError, match=message("variance must be positive", f"got {variance}")):
+        getattr(vae, method)(pictures(vae), variance=variance)
+
+
+def test_a_model_without_a_variance_wants_one_in_each_call():
+    vae = make(variance=0)
+    with pytest.raises(ValueError, match=message("variance must be positive, got 0: give one")):
+        vae.log_prob(pictures(vae))
+    assert vae.log_prob(pictures(vae), variance=0.1).isfinite().all()
 
 
 def test_unknown_unit():

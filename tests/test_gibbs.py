@@ -253,6 +253,16 @@ def test_the_network_takes_no_more_than_a_chunk(vae):
         (dict(start=torch.full((N, 3, 4, 6), math.nan)), "finite"),
         (dict(start=torch.zeros(N + 1, 3, 4, 6)), "start for each"),
         (dict(start=torch.zeros(N, 6)), "start|images"),
+        (dict(start=torch.zeros(N, 3, 4, 6).numpy()), "start must be a tensor, got ndarray: torch.as_tensor"),
+        (dict(start=torch.full((N, 3, 4, 6), 255.0)), "from 255 to 255 where S says observed: divide"),
+        (dict(iterations=3), "iterations must be a list of numbers from 1 on, at least one, got 3"),
+        (dict(iterations=(1.5,)), r"iterations must be a list .*got \(1\.5,\)"),
+        (dict(iterations="12"), "iterations must be a list .*got 12"),
+        (dict(draws=1.5), r"draws must be a whole number, got 1\.5"),
+        (dict(pseudo=None), "pseudo must be a whole number, got None"),
+        (dict(variance="0.1"), r"variance must be positive, got 0\.1"),
+        (dict(seed=1.5), r"seed must be a whole number, got 1\.5"),
+        (dict(seed=2**70), r"seed must be in \[-2\^63, 2\^64\)"),
     ],
 )
 def test_refusals(settings, message):
@@ -263,3 +273,15 @@ def test_refusals(settings, message):
         gibbs.metropolis_within_gibbs(vae, x, observed(vae), **settings)
     with pytest.raises(ValueError, match="finite values where S says observed"):
         gibbs.pseudo_gibbs(vae, x.index_fill(0, torch.tensor(1), math.nan), observed(vae))
+    with pytest.raises(ValueError, match="divide those in"):
+        gibbs.pseudo_gibbs(vae, 255 * x, observed(vae))
+    with pytest.raises(ValueError, match=r"expected a BigLearnVAE.*got TwoStackViT"):
+        gibbs.pseudo_gibbs(vae.net, x, observed(vae))
+
+
+def test_states_far_outside_of_0_and_1_are_gone_on_with(vae):
+    """x_hid is drawn from a Gaussian: pixels beyond any that would be taken as observed are no error."""
+    x, S = pictures(vae), observed(vae)
+    states = list(itertools.islice(gibbs.chain(vae, x, S, draws=3, variance=1e4, seed=0), 4))
+    assert states[-1].x.abs().max() > 100
+    assert gibbs.pseudo_gibbs(vae, x, S, (3,), variance=1e4, start=5 * x - 2, seed=0).images[3].isfinite().all()

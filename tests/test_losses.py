@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from biglearn_vae import BigLearnELBO, MaskSampler, Optim, StepRandom, Trainer, UniversalViT, World
+from biglearn_vae import BigLearnELBO, MaskSampler, Optim, PatchAELoss, StepRandom, Trainer, UniversalViT, World
 from biglearn_vae.losses import InpaintingRegression
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)
@@ -253,11 +253,90 @@ def test_missing_random_is_named(tiny_net, missing):
         (dict(beta=1, beta_warmup_steps=-1), "beta_warmup_steps .*-1"),
         (dict(beta=1, beta_warmup_start=-0.5), r"beta_warmup_start .*-0\.5"),
         (dict(beta=1, beta_warmup_start=1.5), r"beta_warmup_start .*1\.5"),
+        (dict(beta="0.1"), "beta must be a number not below 0, got 0.1"),
+        (dict(beta=None), "beta .*None"),
+        (dict(beta=1, beta_warmup_steps=2.5), r"beta_warmup_steps must be a whole number, got 2\.5"),
+        (dict(beta=1, beta_warmup_start="half"), "beta_warmup_start .*half"),
+        (dict(beta=1, masks=MaskSampler), "masks must be a MaskSampler, .*class"),
+        (dict(beta=1, masks=(1, 2)), r"masks must be a MaskSampler, .*\(1, 2\)"),
     ],
 )
 def test_objective_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         BigLearnELBO(**settings)
+
+
+MISUSE = {  # of either loss, as arguments that replace the right ones
+    "tokens as an array": (dict(x=data()[0].numpy()), r"tokens \(B, L, D\), got ndarray.*torch.as_tensor"),
+    "tokens as lists": (dict(x=data()[0].tolist()), r"tokens \(B, L, D\), got list"),
+    "images": (dict(x=torch.zeros(6, 1, 8, 8)), r"tokens \(B, L, D\), got .*\(6, 1, 8, 8\); `Patchify`"),
+    "whole numbers": (dict(x=data()[0].long()), "floating-point tokens.*got torch.int64"),
+    "no pair": (dict(x=(data()[0],)), r"tokens \(B, L, D\), got tuple"),
+    "what was recorded as an array": (dict(x=(data()[0], tasks()[0].numpy())), "what was recorded.*got ndarray"),
+    "S as an array": (dict(S=tasks()[0].numpy()), r"boolean mask S of shape \(6, 6\), got ndarray"),
+    "T as lists": (dict(T=tasks()[1].tolist()), r"boolean mask T of shape \(6, 6\), got list"),
+    "S of numbers": (dict(S=tasks()[0].float()), r"boolean mask S of shape \(6, 6\), got torch.float32"),
+    "T too short": (dict(T=tasks()[1][:, :5]), r"boolean mask T of shape \(6, 6\), got torch.bool \(6, 5\)"),
+    "T of another batch": (dict(T=tasks()[1][:3]), r"boolean mask T of shape \(6, 6\), got torch.bool \(3, 6\)"),
+    "S in T": (dict(T=tasks()[0] | tasks()[1]), "disjoint.*got 6 tokens in both and 0 images without T: T & ~S"),
+    "S is T": (dict(S=tasks()[1]), "disjoint.*got 17 tokens in both"),
+    "no T": (dict(T=tasks()[1] & False), "got 0 tokens in both and 6 images without T"),
+    "an image without T": (dict(T=tasks()[1].index_fill(0, torch.tensor(2), False)), "and 1 images without T"),
+    "a generator": (dict(random=torch.Generator()), r"random must be a StepRandom, such as .*got Generator"),
+    "a seed": (dict(random=0), "random must be a StepRandom.*got int"),
+    "no network": (dict(net="model.pt"), r"network such as UniversalViT \(of a BigLearnVAE its .net\), got str"),
+}
+
+
+@pytest.mark.parametrize("loss", [BigLearnELBO(BETA), InpaintingRegression()], ids=["ELBO", "regression"])
+@pytest.mark.parametrize(("changed", "message"), MISUSE.values(), ids=MISUSE)
+def test_misuse_is_named(tiny_net, loss, changed, message):
+    (x, noise), (S, T) = data(), tasks()
+    arguments = dict(net=tiny_net, x=x, S=S, T=T) | (dict(noise=noise) if isinstance(loss, BigLearnELBO) else {})
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        loss(**arguments | changed)
+
+
+@pytest.mark.parametrize("wrong", [0, data()[1].numpy(), data()[1][:, :2], data()[1].expand(2, 6, 3)])
+def test_wrong_noise_is_named(tiny_net, wrong):
+    with pytest.raises(ValueError, match=r"noise, a tensor of standard normal numbers of shape \(6, 3\), got"):
+        BigLearnELBO(BETA)(tiny_net, data()[0], *tasks(), wrong)
+
+
+@pytest.mark.parametrize("loss", [BigLearnELBO(BETA), InpaintingRegression()], ids=["ELBO", "regression"])
+def test_training_does_not_wait_for_what_masks_hold(loss, monkeypatch):
+    """Neither where they are drawn, nor with a step, nor in a compiled graph, which the question would break."""
+    net = UniversalViT(grid=(2, 3), token_dim=5, dim=16, depth=1, z_dim=3).double()
+    (x, noise), (S, T) = data(), tasks()
+    given = dict(noise=noise) if isinstance(loss, BigLearnELBO) else {}
+    expected = loss(net, x, S, T, **given).loss
+
+    def wait(_):
+        raise AssertionError("a value was asked for")
+
+    random = StepRandom.at(0, 0, World())
+    monkeypatch.setattr(torch.Tensor, "__bool__", wait)
+    found = loss(net, x, S, T, **given, step=0).loss
+    loss(net, x, random=random, step=0)
+    loss(net, x, random=random)
+    with pytest.raises(AssertionError, match="asked for"):
+        loss(net, x, S, T, **given)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    loss(net, x, S, T, **given)
+    monkeypatch.undo()
+    assert torch.equal(found, expected)
+
+
+def test_masks_for_all_images_and_images_of_which_nothing_was_recorded(tiny_net):
+    (x, noise), (S, T) = data(), tasks()
+    objective = BigLearnELBO(BETA)
+    for one in (lambda mask: mask[4], lambda mask: mask[4:5]):
+        found = objective(tiny_net, x, one(S), one(T), noise)
+        assert torch.equal(found.elbo, objective(tiny_net, x, S[4].expand(6, 6), T[4].expand(6, 6), noise).elbo)
+    recorded = unrecorded()
+    S, T = MaskSampler()(6, 6, torch.Generator().manual_seed(0), recorded)
+    assert not T[-1].any()
+    assert objective(tiny_net, (x, recorded), S, T, noise).elbo.isfinite().all()
 
 
 # --- data that is incomplete itself ---
@@ -309,6 +388,7 @@ def test_an_image_of_which_nothing_was_recorded_counts_for_nothing(tiny_net):
 
 def test_recorded_tokens_alone_are_a_margin_elbo(tiny_net):
     (x, noise), recorded = data(), unrecorded()
+    recorded[-1, 0] = True  # T is to hold something of each image
     nothing = torch.zeros(6, 6, dtype=torch.bool)
     incomplete = BigLearnELBO(BETA)(tiny_net, (x, recorded), nothing, ~nothing, noise)
     margin = BigLearnELBO(BETA)(tiny_net, x, nothing, recorded, noise)
@@ -444,3 +524,20 @@ def test_regression_refuses(tiny_net):
     for given in (dict(S=S), dict(T=T)):
         with pytest.raises(ValueError, match="both S and T"):
             InpaintingRegression()(tiny_net, x, **given)
+
+
+# --- the loss of a PatchAE ---
+
+
+@pytest.mark.parametrize("settings", [dict(share="all"), dict(share=None), dict(border_weight="2")])
+def test_patch_loss_refuses_what_is_no_number(settings):
+    with pytest.raises(ValueError, match="|".join(settings)):
+        PatchAELoss(**settings)
+
+
+@pytest.mark.parametrize(
+    "patches", [torch.zeros(2, 16, 4), torch.zeros(2, 1, 8, 8), torch.zeros(2, 4, 1, 2, 2).numpy()]
+)
+def test_patch_loss_wants_patches(patches):
+    with pytest.raises(ValueError, match=r"patches \(B, L, C, P, P\), got .*; `Patchify.cut`"):
+        PatchAELoss()(torch.nn.Identity(), patches, random=StepRandom(torch.Generator()))

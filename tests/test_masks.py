@@ -1,6 +1,7 @@
 from collections import Counter
 from math import comb
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -138,6 +139,10 @@ def test_same_seed_same_masks():
         (dict(joint=-0.1), r"joint .*\[0, 1\].*-0\.1"),
         (dict(joint=1.5), r"joint .*\[0, 1\].*1\.5"),
         (dict(ratios_per="batch"), r"'sample' or 'step', got 'batch'"),
+        (dict(s_ratio=("1", 2)), r"s_ratio .*\['1', 2\]"),
+        (dict(t_ratio="12"), "t_ratio must be two positive"),
+        (dict(joint="0.1"), r"joint .*0\.1"),
+        (dict(joint=None), "joint .*None"),
     ],
 )
 def test_sampler_refuses(settings, message):
@@ -181,6 +186,61 @@ def test_box_must_lie_in_the_grid(place):
     message = f"4 x 6 patches, got rows {top} to {top + height} and columns {left} to {left + width}"
     with pytest.raises(ValueError, match=message):
         masks.box((4, 6), *place)
+
+
+SOME = masks.random(2, 16, 0.5, seed=0)
+GRID = "grid must be two numbers, rows and columns of tokens, each at least 1, got"
+MISUSE = {
+    "rows": (lambda: masks.random(2.5, 16, 0.5), "batch_size must be a whole number, got 2.5"),
+    "negative rows": (lambda: masks.random(-1, 16, 0.5), "batch_size must be at least 0, got -1"),
+    "no tokens": (lambda: masks.random(2, 0, 0.5), "num_tokens must be at least 1, got 0"),
+    "a mask as size": (lambda: masks.random(2, SOME, 0.5), "num_tokens must be a whole number, got tensor"),
+    "ratio": (lambda: masks.random(2, 16, "0.5"), r"ratio must be in \[0, 1\], got 0.5"),
+    "ratios": (lambda: masks.random(2, 16, [0.1, 0.5]), r"ratio must be in \[0, 1\], got \[0.1, 0.5\]"),
+    "seed": (lambda: masks.random(2, 16, 0.5, seed=1.5), "seed must be a whole number, got 1.5"),
+    "huge seed": (lambda: masks.random(2, 16, 0.5, seed=2**70), r"seed must be in \[-2\^63, 2\^64\), got 1180"),
+    "grid of a box": (lambda: masks.box(4, 0, 0, 1, 1), f"{GRID} 4"),
+    "place of a box": (lambda: masks.box((4, 4), 0.5, 0, 1, 1), "top must be a whole number, got 0.5"),
+    "size of a box": (lambda: masks.box((4, 4), 0, 0, 1, None), "width must be a whole number, got None"),
+    "grid of a centre": (lambda: masks.centre("44"), f"{GRID} 44"),
+    "grid of a half": (lambda: masks.half((4, 4, 1)), rf"{GRID} \(4, 4, 1\)"),
+    "fractions of a grid": (lambda: masks.half((2.5, 2)), rf"{GRID} \(2.5, 2\)"),
+    "pixels as lists": (lambda: masks.from_pixels([[True]], (1, 1)), "boolean mask .*got list: torch.as_tensor"),
+    "pixels as an array": (lambda: masks.from_pixels(SOME.numpy(), (1, 1)), "boolean mask .*got ndarray"),
+    "grid of pixels": (lambda: masks.from_pixels(SOME, 4), f"{GRID} 4"),
+    "patches as an array": (lambda: masks.to_pixels(SOME.numpy(), (4, 4), (8, 8)), "boolean mask .*got ndarray"),
+    "patches as numbers": (lambda: masks.to_pixels(SOME.float(), (4, 4), (8, 8)), "boolean .*got torch.float32"),
+    "patches of another grid": (lambda: masks.to_pixels(SOME, (3, 4), (9, 8)), r"\(..., 12\), got .*\(2, 16\)"),
+    "size of pixels": (lambda: masks.to_pixels(SOME, (4, 4), (9, 8)), "9 x 8 pixels does not fit a grid of 4 x 4"),
+    "one number for a size": (lambda: masks.to_pixels(SOME, (4, 4), 8), "size must be two numbers.*got 8"),
+    "one image": (lambda: masks.recorded_patches(torch.zeros(4, 8, 8), (4, 4)), r"\(B, C, H, W\), got .*\(4, 8, 8\)"),
+    "tokens as an array": (lambda: masks.recorded(SOME.numpy()), r"tokens \(B, L, D\), got ndarray"),
+    "a seed to draw from": (lambda: MaskSampler()(2, 16, 0), r"torch.Generator\(\).manual_seed\(0\), got int"),
+    "rows to draw": (lambda: MaskSampler()(2.0, 16, torch.Generator()), "batch_size must be a whole number, got 2.0"),
+    "tokens to draw": (lambda: MaskSampler()(2, 0, torch.Generator()), "num_tokens must be at least 1, got 0"),
+    "recorded numbers": (
+        lambda: MaskSampler()(2, 16, torch.Generator(), SOME.float()),
+        r"what was recorded, of shape \(2, 16\), got torch.float32",
+    ),
+    "recorded of another batch": (lambda: MaskSampler()(3, 16, torch.Generator(), SOME), r"\(3, 16\), got .*\(2, 16\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), MISUSE.values(), ids=MISUSE)
+def test_misuse_is_named(call, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()
+
+
+def test_numbers_may_be_of_any_type():
+    expected = masks.random(2, 16, 0.5, seed=3)
+    for of in (np.int64, np.uint8, torch.tensor):
+        assert torch.equal(masks.random(of(2), of(16), np.float32(0.5), seed=of(3)), expected)
+        assert torch.equal(masks.box((of(4), of(4)), of(1), of(1), of(2), of(2)), masks.centre([4, 4]))
+    for seed in (-1, -(2**63), 2**64 - 1):
+        assert torch.equal(masks.random(2, 16, 0.5, seed=seed), masks.random(2, 16, 0.5, seed=seed))
+    assert masks.random(0, 16, 0.5).shape == (0, 16)
+    assert MaskSampler(joint=torch.tensor(0.5), s_ratio=np.array([1.0, 2.0]).tolist()).joint == 0.5
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (3, 5), (1, 2)])

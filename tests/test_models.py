@@ -239,6 +239,24 @@ def test_wrong_latents_are_named(tiny_net, shape):
     assert "latents z of shape (4, 3)" in str(error.value) and str(shape) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(x=batch()[0].numpy()), "floating-point tokens.*got ndarray: torch.as_tensor"),
+        (dict(x="tokens"), "floating-point tokens.*got str"),
+        (dict(x=batch()[0].long()), r"floating-point tokens.*got torch.int64 \(4, 6, 5\)"),
+        (dict(S=batch()[1].numpy()), r"mask S of shape \(4, 6\), got ndarray: torch.as_tensor"),
+        (dict(S=None), r"mask S of shape \(4, 6\), got NoneType"),
+        (dict(T=batch()[1].tolist()), r"mask T of shape \(4, 6\), got list"),
+        (dict(z=batch()[2].numpy()), r"latents z of shape \(4, 3\), got ndarray: torch.as_tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_named(tiny_net, changed, message):
+    x, S, z = batch()
+    with pytest.raises(ValueError, match=message):
+        tiny_net(**dict(x=x, S=S, z=z) | changed)
+
+
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize(
     ("changed", "message"),
@@ -250,6 +268,15 @@ def test_wrong_latents_are_named(tiny_net, shape):
         (dict(dim=18), "multiple of 4.*18"),
         (dict(heads=3), "heads=3 and dim=16"),
         (dict(heads=0), "heads must be at least 1, got 0"),
+        (dict(heads=1.5), "heads must be a whole number, got 1.5"),
+        (dict(token_dim=4.5), "token_dim must be a whole number, got 4.5"),
+        (dict(dim="16"), "dim must be a whole number, got '16'"),
+        (dict(z_dim=None), "z_dim must be a whole number, got None"),
+        (dict(mlp_ratio=1.5), "mlp_ratio must be a whole number, got 1.5"),
+        (dict(grid=4), "grid must be two numbers.*got 4"),
+        (dict(grid="44"), "grid must be two numbers.*got 44"),
+        (dict(grid=(2.0, 3)), r"grid must be two numbers.*got \(2.0, 3\)"),
+        (dict(grid=(2, 0)), r"grid must be two numbers.*got \(2, 0\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(kind, changed, message):
@@ -265,6 +292,9 @@ def test_sizes_that_do_not_fit_are_refused(kind, changed, message):
         ("two-stack", (2, 0), "depth must be at least 1, got 0"),
         ("two-stack", (1, 2, 3), r"two numbers.*\(1, 2, 3\)"),
         ("two-stack", 4, "two numbers.*got 4"),
+        ("universal", 1.5, r"depth must be a whole number, got 1\.5"),
+        ("universal", True, "depth must be a whole number, got True"),
+        ("two-stack", (1, 1.5), r"depth must be a whole number, got 1\.5"),
         ("universal", (4, 4), r"one number of blocks for each stack, got \(4, 4\)"),
     ],
 )

@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +49,29 @@ def test_one_number_is_a_square():
 def test_patch_that_does_not_divide_is_refused(size, patch):
     with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} image.* {patch} x {patch}"):
         Patchify(size, patch)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(8.0, 2, 1), ("8", 2, 1), (None, 2, 1), ((8, 8, 3), 2, 1), (8, 2.0, 1), (8, 2, 1.5), (8, 2, 0), (8, 2, -3)],
+)
+def test_sizes_that_are_no_whole_numbers_are_refused(sizes):
+    with pytest.raises(ValueError, match=re.escape(f"got {sizes[0]!r}, {sizes[1]!r} and {sizes[2]!r}")):
+        Patchify(*sizes)
+
+
+def test_sizes_of_another_type():
+    patchify = Patchify(np.array([8, 4]).tolist(), np.int64(2), np.int64(1))
+    assert (patchify.image_shape, patchify.grid) == ((1, 8, 4), (4, 2)) and type(patchify.token_dim) is int
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [("encode", "(B, 3, 4, 8)"), ("decode", "(B, 2, 48)"), ("join", "(B, 2, 3, 4, 4)")]
+)
+@pytest.mark.parametrize(("wrong", "got"), [([[0.0]], "list"), ("a.png", "str"), (torch.zeros(2, 4), "(2, 4)")])
+def test_what_is_no_batch_is_refused(method, expected, wrong, got):
+    with pytest.raises(ValueError, match=re.escape(f"of shape {expected}, got {got}")):
+        getattr(Patchify((4, 8), 4), method)(wrong)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 4), (2, 1, 4, 8), (3, 4, 8), (2, 3, 4, 8, 1)])
