@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from biglearn_vae import gaussian, masks
+from biglearn_vae import checks, gaussian
 from biglearn_vae.gaussian import DiagGaussian
 
 LEAPFROG = 3  # steps of a transition
@@ -44,9 +44,9 @@ def log_weights(
         ValueError: if draws or steps are not whole numbers or below 1, power is not positive, or the seed none of
             torch's.
     """
-    draws, steps = masks.whole_number("draws", draws), masks.whole_number("steps", steps)
-    masks.check_seed(seed)
-    if draws < 1 or steps < 1 or not 0 < masks.real_number(power) < math.inf:
+    draws, steps = checks.whole_number("draws", draws), checks.whole_number("steps", steps)
+    checks.check_seed(seed)
+    if draws < 1 or steps < 1 or not 0 < checks.real_number(power) < math.inf:
         raise ValueError(f"draws and steps must be at least 1 and power positive, got {draws}, {steps} and {power}")
     generator = gaussian.generator(base.mean.device, seed)
     path = _Path(target, base.double(), [(t / steps) ** power for t in range(steps + 1)], generator)

@@ -11,7 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import gaussian, masks
+from biglearn_vae import checks, gaussian, masks
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import check_prior
 from biglearn_vae.patches import of_batch
@@ -82,8 +82,8 @@ class BigLearnVAE:
         chunk: int = 1024,
     ):
         check_prior(prior)
-        chunk = masks.whole_number("chunk", chunk, 1)
-        if not 0 <= masks.real_number(variance) < math.inf:
+        chunk = checks.whole_number("chunk", chunk, 1)
+        if not 0 <= checks.real_number(variance) < math.inf:
             raise ValueError(f"variance must be a number not below 0, got {variance!r}")
         network = "a network such as UniversalViT, unwrapped (`load` makes a model of a run's folder)"
         _check_part(network, net, ("grid", "num_tokens", "token_dim", "z_dim"))
@@ -160,7 +160,7 @@ class BigLearnVAE:
         if not tensor or z.ndim not in (1, 2, 3) or z.shape[-1] != self.z_dim or not z.numel():
             raise ValueError(
                 f"expected latents z, a tensor of shape (B, {self.z_dim}), (K, B, {self.z_dim}) or ({self.z_dim},), "
-                f"got {tuple(z.shape) if tensor else masks.described(z)}"
+                f"got {tuple(z.shape) if tensor else checks.described(z)}"
             )
         data = self._nothing() if x is None else self.observe(x, S)
         batch = z.shape[-2] if z.ndim > 1 else 1
@@ -173,8 +173,8 @@ class BigLearnVAE:
     @torch.no_grad()
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """n new images (n, C, H, W): z from the prior, then the mean of p(x | z)."""
-        n = masks.whole_number("the number of samples", n, 1)
-        masks.check_seed(seed)
+        n = checks.whole_number("the number of samples", n, 1)
+        checks.check_seed(seed)
         data = self._nothing()
         return self._complete(self._encode(data.tokens, data.mask)[0].sample(draws=n, seed=seed), data)
 
@@ -249,7 +249,7 @@ class BigLearnVAE:
         Returns:
             (steps, B, C, H, W), or (steps, C, H, W) for two single images.
         """
-        steps = masks.whole_number("steps", steps, 2)
+        steps = checks.whole_number("steps", steps, 2)
         start, end = self.encode(x_a).mean, self.encode(x_b).mean
         if start.shape != end.shape:
             raise ValueError(f"expected as many images at both ends, got {tuple(x_a.shape)} and {tuple(x_b.shape)}")
@@ -271,7 +271,7 @@ class BigLearnVAE:
             `.before` (B, C, H, W), the mean of p(x_T | z, x_S), and `.after` (len(dims), B, C, H, W), that of
             p(x_T | z + delta, x_S).
         """
-        given, dims = dims, masks.whole_numbers(dims, 0)
+        given, dims = dims, checks.whole_numbers(dims, 0)
         if not dims or max(dims) >= self.z_dim:
             raise ValueError(
                 f"dims must be a list of latent dimensions in [0, {self.z_dim}), at least one, got {given}"
@@ -299,7 +299,7 @@ class BigLearnVAE:
         x = self._numbers(x)
         expected = f"expected a change, a tensor that broadcasts to x, {tuple(x.shape)}, got"
         if not isinstance(change, Tensor):
-            raise ValueError(f"{expected} {masks.described(change)}")
+            raise ValueError(f"{expected} {checks.described(change)}")
         try:
             changed = x + change.to(x).expand_as(x)
         except RuntimeError:
@@ -358,10 +358,10 @@ class BigLearnVAE:
 
         For S empty they are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
         """
-        samples = masks.whole_number("samples", samples, 1)
-        masks.check_seed(seed)
+        samples = checks.whole_number("samples", samples, 1)
+        checks.check_seed(seed)
         variance = self.variance if variance is None else variance
-        if not 0 < masks.real_number(variance) < math.inf:
+        if not 0 < checks.real_number(variance) < math.inf:
             raise ValueError(f"variance must be positive, got {variance}: give one, log_prob(..., variance=0.01)")
         tokens, S, T, single = self._tasks(x, T, given)
         q, p = self._encode(tokens, S | T).double(), self._encode(tokens, S).double()
@@ -459,7 +459,7 @@ class BigLearnVAE:
         if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
             raise ValueError(
                 "expected a tensor of images in [0, 1] or tokens as floating-point numbers, or of uint8 images, "
-                f"got {masks.described(x)}"
+                f"got {checks.described(x)}"
             )
         x = self._numbers(x)
         for shape in (self.image_shape, token_shape):
@@ -482,10 +482,10 @@ class BigLearnVAE:
         """A mask over patches or pixels, one for all or one each -> boolean (B, L); `default` everywhere without S."""
         if S is None:
             return torch.full((batch, self.num_tokens), default, device=self.device)
-        if not masks.is_mask(S):
+        if not checks.is_mask(S):
             advice = "; S.bool() makes one of zeros and ones" if isinstance(S, Tensor) else ""
             raise ValueError(
-                f"expected a boolean mask, a tensor with True = observed, got {masks.described(S)}{advice}"
+                f"expected a boolean mask, a tensor with True = observed, got {checks.described(S)}{advice}"
             )
         # Patches are tried first: a mask (B, L) may look like one of pixels, (H, W).
         mask = S.to(self.device)
@@ -507,8 +507,8 @@ def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:
 
 def _draws(draws: int | None, seed: int | None) -> int | None:
     """How many draws; refused with their seed before anything is computed."""
-    masks.check_seed(seed)
-    return None if draws is None else masks.whole_number("draws", draws, 1)
+    checks.check_seed(seed)
+    return None if draws is None else checks.whole_number("draws", draws, 1)
 
 
 def _deltas(delta: float | Sequence[float] | Tensor, count: int) -> Tensor:

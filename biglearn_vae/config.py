@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from biglearn_vae import checkpoint, data
+from biglearn_vae import checkpoint, checks, data
 from biglearn_vae.data import Splits
 from biglearn_vae.distributed import derive_seed
 from biglearn_vae.losses import BigLearnELBO
@@ -478,10 +478,9 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Raise a ValueError unless this is a seed that every library takes."""
+    """Raise a ValueError unless this is a seed."""
     check_types({"seed": int}, {"seed": seed}, "")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+    checks.check_seed(seed)
 
 
 def typed(value: Any) -> str:

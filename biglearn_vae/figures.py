@@ -435,6 +435,7 @@ def _plane(points: np.ndarray, seed: int) -> np.ndarray:
     start *= 1e-4 / max(start.std(), 1e-12)
     perplexity = min(30, (len(points) - 1) / 3)
     with threadpool_limits(1):  # several threads add up in any order
+        seed %= 2**32  # scikit-learn takes no other
         return TSNE(init=start, perplexity=perplexity, max_iter=400, random_state=seed).fit_transform(points)
 
 

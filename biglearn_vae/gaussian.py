@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from biglearn_vae import checks
+
 LOG_2PI = math.log(2 * math.pi)
 NOISE = 0x6E6F6973  # of the seeds of noise
 
@@ -47,9 +49,12 @@ class DiagGaussian:
             seed: makes the noise repeatable.
 
         Raises:
-            ValueError: if noise is given of another shape, or together with draws or a seed.
+            ValueError: if noise is given of another shape, or together with draws or a seed; for draws below 1, or a seed
+                that is none of torch's.
         """
         if noise is None:
+            if draws is not None:
+                draws = checks.whole_number("draws", draws, 1)
             shape = self.mean.shape if draws is None else (draws, *self.mean.shape)
             noise = normal(shape, like=self.mean, seed=seed)
         elif draws is not None or seed is not None:
@@ -90,6 +95,7 @@ def normal(shape, *, like: Tensor, seed: int | None = None) -> Tensor:
 def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
     """For noise. On CPUs normal numbers are made of uniform ones: of the same seed, `masks.random` would choose
     patches by the very numbers that become z, so the seed is another here."""
+    checks.check_seed(seed)
     result = torch.Generator(device)
     result.manual_seed(int(seed) ^ NOISE) if seed is not None else result.seed()
     return result

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from biglearn_vae import gaussian, masks
+from biglearn_vae import checks, gaussian
 from biglearn_vae.capabilities import BigLearnVAE, Observed
 from biglearn_vae.gaussian import DiagGaussian
 
@@ -141,8 +141,8 @@ def chain(
     """
     if not isinstance(vae, BigLearnVAE):
         raise ValueError(f"expected a BigLearnVAE, which has a network and its tokenizer, got {type(vae).__name__}")
-    draws, pseudo = masks.whole_number("draws", draws, 1), masks.whole_number("pseudo", pseudo, 0)
-    masks.check_seed(seed)
+    draws, pseudo = checks.whole_number("draws", draws, 1), checks.whole_number("pseudo", pseudo, 0)
+    checks.check_seed(seed)
     chains = _Chains(vae, x, S, noisy, vae.variance if variance is None else variance, seed)
     filled = None if start is None else chains.filled(start, draws)
     return chains.states(draws, pseudo, filled)
@@ -152,7 +152,7 @@ class _Chains:
     """The two kinds of iteration, for any number of chains of these images."""
 
     def __init__(self, vae: BigLearnVAE, x: Tensor, S: Tensor, noisy: bool, variance: float, seed: int | None):
-        if not 0 < masks.real_number(variance) < math.inf:
+        if not 0 < checks.real_number(variance) < math.inf:
             raise ValueError(f"variance must be positive, got {variance}")
         self.vae, self.noisy, self.variance = vae, noisy, variance
         observed = vae.observe(x, S)
@@ -219,7 +219,7 @@ class _Chains:
     def filled(self, start: Tensor, draws: int) -> Tensor:
         """Tokens (K, N, L, D): those observed, and those of `start` where nothing is."""
         if not isinstance(start, Tensor):
-            raise ValueError(f"start must be a tensor, got {masks.described(start)}")
+            raise ValueError(f"start must be a tensor, got {checks.described(start)}")
         if not start.isfinite().all():
             raise ValueError("start must be a tensor of finite numbers; without a start, chains start from p(z)")
         item = 3 if tuple(start.shape[-3:]) == self.vae.image_shape else 2
@@ -242,7 +242,7 @@ class _Chains:
 
 
 def _counts(iterations: Sequence[int]) -> list[int]:
-    counts = masks.whole_numbers(iterations, 1)
+    counts = checks.whole_numbers(iterations, 1)
     if not counts:
         raise ValueError(f"iterations must be a list of numbers from 1 on, at least one, got {iterations}")
     return sorted(set(counts))

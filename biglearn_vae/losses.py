@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import masks
+from biglearn_vae import checks, masks
 from biglearn_vae.distributed import StepRandom
 from biglearn_vae.gaussian import LOG_2PI
-from biglearn_vae.masks import MaskSampler, described, is_mask, real_number, whole_number
+from biglearn_vae.masks import MaskSampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +86,11 @@ class BigLearnELBO:
         beta_warmup_steps: int = 0,
         beta_warmup_start: float = 0.0,
     ):
-        if not 0 <= real_number(beta) < math.inf:
+        if not 0 <= checks.real_number(beta) < math.inf:
             raise ValueError(f"beta must be a number not below 0, got {beta}")
         check_prior(prior)
-        whole_number("beta_warmup_steps", beta_warmup_steps, 0)
-        if not 0 <= real_number(beta_warmup_start) <= 1:
+        checks.whole_number("beta_warmup_steps", beta_warmup_steps, 0)
+        if not 0 <= checks.real_number(beta_warmup_start) <= 1:
             raise ValueError(f"beta_warmup_start must be a share of beta in [0, 1], got {beta_warmup_start}")
         self.beta, self.prior = beta, prior
         self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
@@ -151,7 +151,7 @@ class BigLearnELBO:
             noise = random.normal(shape, x.dtype)
         elif not isinstance(noise, Tensor) or tuple(noise.shape) != shape:
             raise ValueError(
-                f"expected noise, a tensor of standard normal numbers of shape {shape}, got {described(noise)}"
+                f"expected noise, a tensor of standard normal numbers of shape {shape}, got {checks.described(noise)}"
             )
         reconstruction, kl = (self._compiled or self.terms)(net, x, S, T, noise)
         return ELBO(reconstruction, kl, self.weight(step), T.sum(-1), x.shape[-1])
@@ -224,8 +224,8 @@ def _check_masks(S: Tensor, T: Tensor, recorded: Tensor, values: bool) -> None:
     nothing was recorded. To ask for the values is to wait for the device."""
     shape = tuple(recorded.shape)
     for name, mask in (("S", S), ("T", T)):
-        if not is_mask(mask) or tuple(mask.shape) not in (shape, (1, shape[1]), shape[1:]):
-            raise ValueError(f"expected a boolean mask {name} of shape {shape}, got {described(mask)}")
+        if not checks.is_mask(mask) or tuple(mask.shape) not in (shape, (1, shape[1]), shape[1:]):
+            raise ValueError(f"expected a boolean mask {name} of shape {shape}, got {checks.described(mask)}")
     if not values:
         return
     both, empty = S & T, ~T.any(-1) & recorded.any(-1)
@@ -246,13 +246,14 @@ def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     pair = isinstance(batch, tuple | list) and len(batch) == 2
     x, given = batch if pair else (batch, None)
     if not isinstance(x, Tensor) or x.ndim != 3:
-        raise ValueError(f"expected tokens (B, L, D), got {described(x)}; `Patchify` makes them of images")
+        raise ValueError(f"expected tokens (B, L, D), got {checks.described(x)}; `Patchify` makes them of images")
     recorded = masks.recorded(x)
     if given is None:
         return x, recorded
-    if not is_mask(given) or given.shape != recorded.shape:
+    if not checks.is_mask(given) or given.shape != recorded.shape:
         raise ValueError(
-            f"expected a boolean mask of what was recorded, of shape {tuple(recorded.shape)}, got {described(given)}"
+            f"expected a boolean mask of what was recorded, of shape {tuple(recorded.shape)}, "
+            f"got {checks.described(given)}"
         )
     return x, recorded & given
 
@@ -287,9 +288,9 @@ class PatchAELoss:
     """
 
     def __init__(self, share: float = 0.25, border_weight: float = 1.0):
-        if not 0 < real_number(share) <= 1:
+        if not 0 < checks.real_number(share) <= 1:
             raise ValueError(f"share must be in (0, 1], got {share}")
-        if not 1 <= real_number(border_weight) < math.inf:
+        if not 1 <= checks.real_number(border_weight) < math.inf:
             raise ValueError(f"border_weight must be at least 1, got {border_weight}")
         self.share, self.border_weight = share, border_weight
 
@@ -307,7 +308,9 @@ class PatchAELoss:
         """
         _check_call(net, random)
         if not isinstance(patches, Tensor) or patches.ndim != 5:
-            raise ValueError(f"expected patches (B, L, C, P, P), got {described(patches)}; `Patchify.cut` makes them")
+            raise ValueError(
+                f"expected patches (B, L, C, P, P), got {checks.described(patches)}; `Patchify.cut` makes them"
+            )
         batch, count = patches.shape[:2]
         order = random.rows(
             batch, lambda rows, generator: torch.rand(rows, count, generator=generator, device=generator.device)

@@ -5,13 +5,13 @@ for a trained model. At the end are the checks of arguments that other modules s
 """
 
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from biglearn_vae import checks
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class MaskSampler:
         for name in ("s_ratio", "t_ratio"):
             parameters = getattr(self, name)
             shown = list(parameters) if isinstance(parameters, Sequence) else parameters
-            if shown is parameters or len(shown) != 2 or not all(0 < real_number(p) < math.inf for p in shown):
+            if shown is parameters or len(shown) != 2 or not all(0 < checks.real_number(p) < math.inf for p in shown):
                 raise ValueError(f"{name} must be two positive Beta parameters, got {shown}")
-        if not 0 <= real_number(self.joint) <= 1:
+        if not 0 <= checks.real_number(self.joint) <= 1:
             raise ValueError(f"joint must be a share in [0, 1], got {self.joint}")
         if self.ratios_per not in ("sample", "step"):
             raise ValueError(f"ratios_per must be 'sample' or 'step', got {self.ratios_per!r}")
@@ -60,17 +60,17 @@ class MaskSampler:
         Raises:
             ValueError: on sizes that are no whole numbers, and arguments of another type or shape.
         """
-        shape = (whole_number("batch_size", batch_size, 0), whole_number("num_tokens", num_tokens, 1))
+        shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
         if not isinstance(generator, torch.Generator):
             raise ValueError(
                 "expected a torch.Generator to draw masks from, such as torch.Generator().manual_seed(0), "
-                f"got {described(generator)}"
+                f"got {checks.described(generator)}"
             )
         if recorded is None:
             recorded = torch.ones(shape, dtype=torch.bool, device=generator.device)
-        elif not is_mask(recorded) or tuple(recorded.shape) != shape:
+        elif not checks.is_mask(recorded) or tuple(recorded.shape) != shape:
             raise ValueError(
-                f"expected a boolean mask of what was recorded, of shape {shape}, got {described(recorded)}"
+                f"expected a boolean mask of what was recorded, of shape {shape}, got {checks.described(recorded)}"
             )
         return self.assign(*self.draw(*shape, generator), recorded)
 
@@ -126,10 +126,10 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
 
 def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = None) -> Tensor:
     """Masks (B, L) in which a random `ratio` of the patches, rounded, is observed: the same ones for the same seed."""
-    shape = (whole_number("batch_size", batch_size, 0), whole_number("num_tokens", num_tokens, 1))
-    if not 0 <= real_number(ratio) <= 1:
+    shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
+    if not 0 <= checks.real_number(ratio) <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
-    check_seed(seed)
+    checks.check_seed(seed)
     generator = torch.Generator()
     generator.manual_seed(int(seed)) if seed is not None else generator.seed()
     return torch.rand(shape, generator=generator).argsort(dim=-1) < round(float(ratio) * shape[1])
@@ -137,9 +137,9 @@ def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = No
 
 def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
     """Mask (L,) in which a box of patches is hidden and all else is observed. All arguments count patches."""
-    mask = torch.ones(check_grid(grid), dtype=torch.bool)
+    mask = torch.ones(checks.check_grid(grid), dtype=torch.bool)
     for name, value in dict(top=top, left=left, height=height, width=width).items():
-        whole_number(name, value)
+        checks.whole_number(name, value)
     if top < 0 or left < 0 or height < 0 or width < 0 or top + height > grid[0] or left + width > grid[1]:
         raise ValueError(
             f"the box must lie in the grid of {grid[0]} x {grid[1]} patches, got rows {top} to {top + height} "
@@ -151,13 +151,13 @@ def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> 
 
 def centre(grid: tuple[int, int]) -> Tensor:
     """Mask (L,) in which the middle of the image, half of its height and width, is hidden."""
-    rows, columns = check_grid(grid)
+    rows, columns = checks.check_grid(grid)
     return box(grid, rows // 4, columns // 4, -(-rows // 2), -(-columns // 2))
 
 
 def half(grid: tuple[int, int], observed: str = "top") -> Tensor:
     """Mask (L,) in which one half of the image is observed: "top", "bottom", "left" or "right"."""
-    mask = torch.zeros(check_grid(grid), dtype=torch.bool)
+    mask = torch.zeros(checks.check_grid(grid), dtype=torch.bool)
     parts = {
         "top": (slice(None, grid[0] // 2), slice(None)),
         "bottom": (slice(grid[0] // 2, None), slice(None)),
@@ -172,8 +172,8 @@ def half(grid: tuple[int, int], observed: str = "top") -> Tensor:
 
 def from_pixels(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Pixel masks (H, W) or (B, H, W) -> patch masks (L,) or (B, L): a patch is observed if all of its pixels are."""
-    if not is_mask(pixels) or pixels.ndim not in (2, 3):
-        raise ValueError(f"expected a boolean mask of shape (H, W) or (B, H, W), got {described(pixels)}")
+    if not checks.is_mask(pixels) or pixels.ndim not in (2, 3):
+        raise ValueError(f"expected a boolean mask of shape (H, W) or (B, H, W), got {checks.described(pixels)}")
     _patch_size(pixels.shape[-2:], grid)
     cells = pixels.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1))  # (..., rows, P, columns, P)
     return cells.all(dim=-1).all(dim=-2).flatten(-2)
@@ -182,14 +182,14 @@ def from_pixels(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 def to_pixels(S: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Patch masks (..., L) -> pixel masks (..., H, W), for images of `size` = (H, W)."""
     height, width = _patch_size(size, grid)
-    if not is_mask(S) or S.shape[-1:] != (grid[0] * grid[1],):
-        raise ValueError(f"expected a boolean mask of shape (..., {grid[0] * grid[1]}), got {described(S)}")
+    if not checks.is_mask(S) or S.shape[-1:] != (grid[0] * grid[1],):
+        raise ValueError(f"expected a boolean mask of shape (..., {grid[0] * grid[1]}), got {checks.described(S)}")
     return S.unflatten(-1, grid).repeat_interleave(height, dim=-2).repeat_interleave(width, dim=-1)
 
 
 def _patch_size(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
     """Height and width in pixels of the patches that make an image of `size` = (H, W)."""
-    (rows, columns), sides = check_grid(grid), whole_numbers(size, 0)
+    (rows, columns), sides = checks.check_grid(grid), checks.whole_numbers(size, 0)
     if len(sides) != 2:
         raise ValueError(f"size must be two numbers, height and width in pixels, got {size}")
     height, width = sides
@@ -201,73 +201,12 @@ def _patch_size(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]
 def recorded_patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Which patches of images (B, C, H, W) were recorded, (B, L): those without a NaN."""
     if not isinstance(images, Tensor) or images.ndim != 4:
-        raise ValueError(f"expected images (B, C, H, W), got {described(images)}")
+        raise ValueError(f"expected images (B, C, H, W), got {checks.described(images)}")
     return from_pixels(~images.isnan().any(dim=1), grid)
 
 
 def recorded(tokens: Tensor) -> Tensor:
     """Which tokens of (B, L, D) were recorded, (B, L): those without a NaN."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 3:
-        raise ValueError(f"expected tokens (B, L, D), got {described(tokens)}")
+        raise ValueError(f"expected tokens (B, L, D), got {checks.described(tokens)}")
     return ~tokens.isnan().any(dim=-1)
-
-
-# ---- Checks of arguments ---------------------------------------------------------------------------------------------
-
-
-def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """A whole number of any type, such as NumPy's, as an int; a ValueError if it is none or below `least`."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return number
-
-
-def whole_numbers(values: Any, least: int) -> list[int]:
-    """Whole numbers not below `least` as ints; none if it is anything else, which the caller then refuses."""
-    try:
-        return [whole_number("each", value, least) for value in values]
-    except (TypeError, ValueError):
-        return []
-
-
-def real_number(value: Any) -> float:
-    """A number of any type as a float; if it is none, NaN, which is in no range."""
-    if isinstance(value, str | bool):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last by a tensor of several numbers
-        return math.nan
-
-
-def check_seed(seed: int | None) -> None:
-    """Raise a ValueError unless torch takes this as a seed, or there is none."""
-    if seed is not None and not -(2**63) <= whole_number("seed", seed) < 2**64:
-        raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
-
-
-def check_grid(grid: Iterable[int]) -> tuple[int, int]:
-    """Rows and columns of patches; a ValueError unless they are two numbers from 1 on."""
-    numbers = whole_numbers(grid, 1)
-    if len(numbers) != 2:
-        raise ValueError(f"grid must be two numbers, rows and columns of tokens, each at least 1, got {grid}")
-    return numbers[0], numbers[1]
-
-
-def is_mask(value: Any) -> bool:
-    """Whether it is a boolean tensor."""
-    return isinstance(value, Tensor) and value.dtype == torch.bool
-
-
-def described(value: Any) -> str:
-    """What was given, for messages: type and shape of a tensor, else what it is instead of one."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)}"
-    array = hasattr(value, "__array__") or isinstance(value, list | tuple)
-    return f"{type(value).__name__}{': torch.as_tensor(...) makes a tensor of it' if array else ''}"

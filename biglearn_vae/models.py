@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biglearn_vae import masks
+from biglearn_vae import checks, masks
 from biglearn_vae.gaussian import DiagGaussian
 from biglearn_vae.layers import Block, init_weights, mlp, sincos_positions
 
@@ -42,8 +42,8 @@ class MaskedViT(nn.Module):
     def __init__(self, grid, token_dim: int, dim: int, z_dim: int, mlp_ratio: int, hidden: str):
         super().__init__()
         for name, value in dict(token_dim=token_dim, dim=dim, z_dim=z_dim, mlp_ratio=mlp_ratio).items():
-            masks.whole_number(name, value, 1)
-        self.grid = masks.check_grid(grid)
+            checks.whole_number(name, value, 1)
+        self.grid = checks.check_grid(grid)
         if hidden not in HIDDEN:
             raise ValueError(f"hidden must be one of {', '.join(HIDDEN)}, got {hidden!r}")
         self.token_dim, self.z_dim, self.hidden = token_dim, z_dim, hidden
@@ -133,7 +133,7 @@ class MaskedViT(nn.Module):
 
     def _check(self, x: Tensor, S: Tensor, z: Tensor | None, T: Tensor | None) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ValueError(f"expected floating-point tokens, pixels in [0, 1], got {masks.described(x)}")
+            raise ValueError(f"expected floating-point tokens, pixels in [0, 1], got {checks.described(x)}")
         expected = (*x.shape[:1], self.num_tokens, self.token_dim)
         if tuple(x.shape) != expected:
             raise ValueError(
@@ -142,10 +142,12 @@ class MaskedViT(nn.Module):
         for name, mask in (("S", S), ("T", T)):
             if mask is None and name == "T":
                 continue
-            if not masks.is_mask(mask) or tuple(mask.shape) != expected[:2]:
-                raise ValueError(f"expected a boolean mask {name} of shape {expected[:2]}, got {masks.described(mask)}")
+            if not checks.is_mask(mask) or tuple(mask.shape) != expected[:2]:
+                raise ValueError(
+                    f"expected a boolean mask {name} of shape {expected[:2]}, got {checks.described(mask)}"
+                )
         if z is not None and (not isinstance(z, Tensor) or tuple(z.shape) != (len(x), self.z_dim)):
-            raise ValueError(f"expected latents z of shape {(len(x), self.z_dim)}, got {masks.described(z)}")
+            raise ValueError(f"expected latents z of shape {(len(x), self.z_dim)}, got {checks.described(z)}")
 
 
 class UniversalViT(MaskedViT):
@@ -236,10 +238,10 @@ def _through(
 def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:
     if isinstance(depth, Sequence):
         raise ValueError(f"depth must be one number of blocks for each stack, got {depth!r}")
-    masks.whole_number("depth", depth, 1)
+    checks.whole_number("depth", depth, 1)
     if heads is None:  # one for each 64 dimensions, as far as that divides them
         heads = max(h for h in range(1, max(1, dim // 64) + 1) if dim % h == 0)
-    masks.whole_number("heads", heads, 1)
+    checks.whole_number("heads", heads, 1)
     return nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
 
 

@@ -4,10 +4,11 @@ B batch, C channels, H x W pixels, P patch size, L = (H/P)(W/P) tokens, D = P P 
 """
 
 from collections.abc import Sequence
-from numbers import Integral
 
 from einops import rearrange
 from torch import Tensor, nn
+
+from biglearn_vae import checks
 
 
 class Patchify(nn.Module):
@@ -27,12 +28,13 @@ class Patchify(nn.Module):
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, channels: int = 3):
         super().__init__()
         sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
-        if len(sides) != 2 or not all(isinstance(n, Integral) for n in (*sides, patch_size, channels)) or channels < 1:
-            raise ValueError(
-                "expected image_size as one whole number or two, patch_size and channels as one each, channels at "
-                f"least 1, got {image_size!r}, {patch_size!r} and {channels!r}"
-            )
-        height, width, patch_size, channels = (int(n) for n in (*sides, patch_size, channels))
+        if len(sides) != 2:
+            raise ValueError(f"image_size must be one whole number or two, height and width, got {image_size!r}")
+        height, width = (checks.whole_number("image_size", side) for side in sides)
+        patch_size, channels = (
+            checks.whole_number("patch_size", patch_size),
+            checks.whole_number("channels", channels, 1),
+        )
         if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
             raise ValueError(
                 f"patch_size must divide the image: a {height} x {width} image cannot be cut into "
@@ -68,11 +70,8 @@ class Patchify(nn.Module):
 
 def _check_shape(name: str, batch: Tensor, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless each of the batch is of this shape."""
-    given = getattr(batch, "shape", None)  # NumPy's arrays are as good
-    if given is None or tuple(given[1:]) != shape:
-        raise ValueError(
-            f"expected {name} of shape {of_batch(shape)}, got {type(batch).__name__ if given is None else tuple(given)}"
-        )
+    if not hasattr(batch, "shape") or tuple(batch.shape[1:]) != shape:  # NumPy's arrays are as good
+        raise ValueError(f"expected {name} of shape {of_batch(shape)}, got {checks.described(batch)}")
 
 
 def of_batch(shape: tuple[int, ...]) -> str:

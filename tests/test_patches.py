@@ -52,11 +52,19 @@ def test_patch_that_does_not_divide_is_refused(size, patch):
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [(8.0, 2, 1), ("8", 2, 1), (None, 2, 1), ((8, 8, 3), 2, 1), (8, 2.0, 1), (8, 2, 1.5), (8, 2, 0), (8, 2, -3)],
+    ("sizes", "message"),
+    [
+        ((8.0, 2, 1), "image_size must be a whole number, got 8.0"),
+        (("8", 2, 1), "image_size must be one whole number or two, height and width, got '8'"),
+        ((None, 2, 1), "image_size must be a whole number, got None"),
+        (((8, 8, 3), 2, 1), "image_size must be one whole number or two"),
+        ((8, 2.0, 1), "patch_size must be a whole number, got 2.0"),
+        ((8, 2, 1.5), "channels must be a whole number, got 1.5"),
+        ((8, 2, 0), "channels must be at least 1, got 0"),
+    ],
 )
-def test_sizes_that_are_no_whole_numbers_are_refused(sizes):
-    with pytest.raises(ValueError, match=re.escape(f"got {sizes[0]!r}, {sizes[1]!r} and {sizes[2]!r}")):
+def test_sizes_that_are_no_whole_numbers_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Patchify(*sizes)
 
 
@@ -68,7 +76,9 @@ def test_sizes_of_another_type():
 @pytest.mark.parametrize(
     ("method", "expected"), [("encode", "(B, 3, 4, 8)"), ("decode", "(B, 2, 48)"), ("join", "(B, 2, 3, 4, 4)")]
 )
-@pytest.mark.parametrize(("wrong", "got"), [([[0.0]], "list"), ("a.png", "str"), (torch.zeros(2, 4), "(2, 4)")])
+@pytest.mark.parametrize(
+    ("wrong", "got"), [([[0.0]], "list"), ("a.png", "str"), (torch.zeros(2, 4), "torch.float32 (2, 4)")]
+)
 def test_what_is_no_batch_is_refused(method, expected, wrong, got):
     with pytest.raises(ValueError, match=re.escape(f"of shape {expected}, got {got}")):
         getattr(Patchify((4, 8), 4), method)(wrong)

@@ -1,0 +1,67 @@
+"""Checks of what a caller gave: what was expected and what came, as a ValueError, before it fails somewhere deep."""
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number of any type, such as NumPy's, as an int; a ValueError if it is none or below `least`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return number
+
+
+def whole_numbers(values: Any, least: int) -> list[int]:
+    """Whole numbers not below `least` as ints; none if it is anything else, which the caller then refuses."""
+    try:
+        return [whole_number("each", value, least) for value in values]
+    except (TypeError, ValueError):
+        return []
+
+
+def real_number(value: Any) -> float:
+    """A number of any type as a float; if it is none, NaN, which is in no range."""
+    if isinstance(value, str | bool):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last by a tensor of several numbers
+        return math.nan
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise a ValueError unless torch takes this as a seed, or there is none."""
+    if seed is not None and not -(2**63) <= whole_number("seed", seed) < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
+
+
+def check_grid(grid: Iterable[int]) -> tuple[int, int]:
+    """Rows and columns of patches; a ValueError unless they are two numbers from 1 on."""
+    numbers = whole_numbers(grid, 1)
+    if len(numbers) != 2:
+        raise ValueError(f"grid must be two numbers, rows and columns of tokens, each at least 1, got {grid}")
+    return numbers[0], numbers[1]
+
+
+def is_mask(value: Any) -> bool:
+    """Whether it is a boolean tensor."""
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
+def described(value: Any) -> str:
+    """What was given, for messages: type and shape of a tensor, else what it is instead of one."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    array = hasattr(value, "__array__") or isinstance(value, list | tuple)
+    return f"{type(value).__name__}{': torch.as_tensor(...) makes a tensor of it' if array else ''}"
