@@ -32,6 +32,8 @@ from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+PROGRAMS = {"train": ("train", config.PATCH_AE)}  # the settings files that a script takes, where there are several
+
 
 def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -> None:
     """The main program of a script: compose the settings of the command line and call task(settings, overrides).
@@ -45,7 +47,9 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
         warnings.simplefilter("ignore")
-    typed = get_args_parser().parse_args()
+    typed = get_args_parser().parse_intermixed_args()
+    # Hydra itself takes no flag between settings.
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in typed.overrides] + typed.overrides
     chosen = typed.config_name or config_name
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
@@ -64,6 +68,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     try:
         own = typed.config_dir or typed.config_path  # files of the user's may have settings of their own
         if not own:
+            config.check_choice("--config-name", chosen, PROGRAMS.get(config_name, (config_name,)))
             _check(typed.overrides, chosen, typed.multirun)
         if typed.help:
             print(config.help_text(chosen, typed.overrides))
@@ -88,7 +93,7 @@ def _check(words: Sequence[str], config_name: str, sweep: bool) -> None:
     if sweep and under_torchrun():
         raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
     if sweep:
-        config.check(words, config_name, sweep)
+        config.check(words, config_name, sweep=True)
         runs.refuse_shared_folders(words, config_name)
     else:
         config.compose(words, config_name)

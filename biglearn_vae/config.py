@@ -474,7 +474,8 @@ def _saved_in_checkpoint(run: Path) -> "DictConfig":
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise a ValueError unless a setting is one of these."""
     if value not in choices:
-        raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+        allowed = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check_seed(seed: Any) -> None:

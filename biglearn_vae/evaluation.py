@@ -384,7 +384,8 @@ def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, floa
     """How well a tokenizer gives images back: PSNR in dB, and the seams between its patches.
 
     seam_ratio is the mean absolute difference of neighbouring pixels on two sides of a border between patches, over
-    that of neighbours inside a patch; seam_ratio_of_images the same of the images themselves.
+    that of neighbours inside a patch; seam_ratio_of_images the same of the images themselves. They are left out where
+    patches have no borders, or no inside.
 
     Args:
         tokenizer: with `encode`, `decode` and `patch_size`, such as a `PatchAE`.
@@ -398,7 +399,7 @@ def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, floa
         error, numbers = error + (y - x).double().square().sum().item(), numbers + x.numel()
         for name, pixels in (("seam_ratio", y), ("seam_ratio_of_images", x)):
             seams[name] = seams[name] + _differences(pixels, tokenizer.patch_size)
-    means = {name: sums[:, 0] / sums[:, 1] for name, sums in seams.items()}
+    means = {name: sums[:, 0] / sums[:, 1] for name, sums in seams.items() if sums[:, 1].all()}
     return {"psnr": _decibels([(error, numbers)])} | {
         name: (across / inside).item() for name, (across, inside) in means.items()
     }

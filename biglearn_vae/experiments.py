@@ -229,6 +229,8 @@ class Campaign:
         if self._over():
             raise Stopped
         print(f"{script} {run.name}", flush=True)
+        if script != "train":  # what is there is of another network or other settings
+            (self._folder(run) / FILES[script]).unlink(missing_ok=True)
         log = self.output / self.preset.name / f"{run.name}-{script}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:

@@ -49,8 +49,8 @@ class DiagGaussian:
             seed: makes the noise repeatable.
 
         Raises:
-            ValueError: if noise is given of another shape, or together with draws or a seed; for draws below 1, or a seed
-                that is none of torch's.
+            ValueError: if noise is given of another shape, or together with draws or a seed; for draws below 1, or a
+                seed that is none of torch's.
         """
         if noise is None:
             if draws is not None:

@@ -139,13 +139,14 @@ class PatchAEStage:
         }
         saved = config.saved(run)
         case = "case=celeba" if saved.data.name == "celeba" else "case=case1 tokens=patch_ae"
+        seams = [summary.get(f"test_{name}") for name in ("seam_ratio", "seam_ratio_of_images")]
+        compared = "differences across patch borders over those inside: {:.3f} in reconstructions, {:.3f} in the images"
         return "\n".join(
             [
                 *_head(summary),
                 "",
                 f"test reconstructions: PSNR {summary['test_psnr']:.2f} dB",
-                f"differences across patch borders over those inside: {summary['test_seam_ratio']:.3f} in "
-                f"reconstructions, {summary['test_seam_ratio_of_images']:.3f} in the images",
+                *([compared.format(*seams)] if None not in seams else []),
                 "",
                 *_files(files, run),
                 "",

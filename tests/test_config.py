@@ -50,6 +50,12 @@ def test_every_choice_composes_and_builds(group):
         config.build(cfg.optim, "optim")
 
 
+def test_the_cases_for_faces_take_them_unless_something_else_is_given():
+    assert [config.compose([f"case={case}"]).data.name for case in ("celeba", "celeba_small")] == ["celeba"] * 2
+    assert config.compose(["case=celeba_small", "data=mnist"]).data.name == "mnist"
+    assert config.compose(["data=digits", "case=celeba_small"]).data.name == "digits"
+
+
 def test_the_papers_optimizer_settings():
     for case, lr in {"case1": 1e-4, "case2": 1e-4, "case3": 1e-4, "case4": 2e-5}.items():
         optim = config.build(config.compose([f"case={case}"]).optim, "optim")

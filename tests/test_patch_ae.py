@@ -241,7 +241,8 @@ def test_two_stages_and_a_model_that_needs_the_first_no_longer(here, monkeypatch
     vae, x = load(here / "elsewhere", device="cpu"), images(2, 8, 1)
     assert isinstance(vae.tokenizer, PatchAE) and vae.inpaint(x, torch.arange(4) < 2, seed=0).shape == x.shape
     shutil.move(here / "elsewhere", here / "outputs/stage2")
-    capsys.readouterr()
+    assert run_here(monkeypatch, *STAGE_2, "tokens.run=outputs/stage2", "name=stage3") == 2
+    assert "no PatchAE in outputs/stage2 (the run there is a BigLearn-VAE, not of stage 1)" in capsys.readouterr().err
     assert run_here(monkeypatch, *STAGE_2, "tokens.run=outputs/stage1", "name=stage2", "trainer.steps=25") == 0
     assert "going on with" in capsys.readouterr().out
     assert (
@@ -252,6 +253,14 @@ def test_two_stages_and_a_model_that_needs_the_first_no_longer(here, monkeypatch
         run_here(monkeypatch, "run=outputs/stage2", "likelihood_images=4", "samples=2", "images=4", script="evaluate")
         == 0
     )
+
+
+def test_a_patch_that_is_the_whole_image_has_no_seams(here, monkeypatch, capsys):
+    words = [*STAGE_1, "data.patch_size=8", "trainer.steps=2", "name=run"]
+    assert run_here(monkeypatch, "--config-name=patch_ae", *words) == 0
+    out = capsys.readouterr().out
+    assert "test reconstructions: PSNR" in out and "nan" not in out
+    assert "NaN" not in (here / "outputs/run/summary.json").read_text()
 
 
 def test_errors_of_the_pipeline_say_what_to_do(here, monkeypatch, capsys):

@@ -363,6 +363,13 @@ def test_a_loss_that_is_not_finite(here, monkeypatch, capsys):
     assert "the loss is not finite at step" in error and "reconstruction" in error and "Traceback" not in error
 
 
+def test_flags_may_come_anywhere(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL[:4], "-m", *SMALL[4:], "seed=0,1") == 0
+    assert len(list((here / "outputs").glob("*/summary.json"))) == 2
+    assert run_here(monkeypatch, "--config-name=evaluate") == 2
+    assert "--config-name must be train or patch_ae, got 'evaluate'" in capsys.readouterr().err
+
+
 def test_help_explains_the_settings(here, monkeypatch, capsys):
     assert run_here(monkeypatch, "--help", "case=case4") == 0
     printed = capsys.readouterr().out
