@@ -349,6 +349,7 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
         "parameters": count_parameters(vae.net),
         "settings": _measured_with(cfg),
     }
+    print(f"measuring {run}: {len(getattr(splits, cfg.split)):,} {cfg.split} images ...", flush=True)
     result |= measure(vae, config.objective(settings), splits, cfg, cfg.split, cfg.seed)
     if cfg.likelihood_images:
         print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)

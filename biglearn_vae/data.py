@@ -104,13 +104,18 @@ def take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
 def parts(images: Images, device: torch.device, rows: int | None = None) -> Iterator[Tensor]:
     """So many images at a time (n, C, H, W), by default as many as memory allows, as floats on a device.
 
+    On a terminal, a bar shows how far it is where that takes more than a few seconds.
+
     Raises:
         ValueError: if there are none.
     """
     if not len(images):
         raise ValueError("expected at least one image, got none")
+    from tqdm import tqdm
+
     rows = rows or rows_of(images[:1].numel())
-    for start in range(0, len(images), rows):
+    starts = range(0, len(images), rows)
+    for start in tqdm(starts, desc=f"{len(images):,} images", unit="part", delay=5, leave=False, disable=None):
         yield take(images, slice(start, start + rows), device)
 
 

@@ -264,7 +264,7 @@ class LabelledViT(nn.Module):
 
     def __init__(self, net: nn.Module, labels: Tensor):
         super().__init__()
-        self.net = net
+        self.net, self.hidden = net, net.hidden  # whose shapes change from step to step with "drop"
         self.register_buffer("classes", labels.unique() if labels.ndim == 1 else None)
         self.head = nn.Linear(net.z_dim, labels.shape[1] if self.classes is None else len(self.classes))
         nn.init.zeros_(self.head.weight)  # it depends on no random numbers then

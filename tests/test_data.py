@@ -166,8 +166,8 @@ def test_the_ranks_batches_are_those_of_a_single_process(size, count):
 
 
 def test_batch_size_must_be_shared_evenly():
-    for batch_size in (5, 1, 0):
-        with pytest.raises(ValueError, match=f"2 processes.*got {batch_size}"):
+    for batch_size, expected in ((5, "2 processes"), (1, "2 processes"), (0, "at least 1"), (-2, "at least 1")):
+        with pytest.raises(ValueError, match=f"{expected}.*got {batch_size}"):
             Batches(numbered(10), batch_size, world=World(0, 2))
 
 
