@@ -251,7 +251,7 @@ class Trainer:
 
     Raises:
         ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split so, the precision is
-            unknown, or CUDA graphs are asked for with `accumulate` or several processes, or without a GPU.
+            unknown, or CUDA graphs are asked for with `accumulate` or several processes.
     """
 
     def __init__(
@@ -295,8 +295,6 @@ class Trainer:
                 f"compile={CUDA_GRAPHS} needs accumulate=1 and one process, got accumulate={accumulate} and "
                 f"{self.world.size} processes: take compile=true"
             )
-        if self.compiled == CUDA_GRAPHS and self.world.device.type != "cuda":
-            raise ValueError(f"compile={CUDA_GRAPHS} needs a GPU, the device is {self.world.device}: take compile=auto")
         self.loggers: list[Logger] = []
         self.interrupted = False
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None

@@ -253,7 +253,8 @@ def test_share(size, batch_size, share):
 
 @pytest.mark.parametrize(("size", "batch_size"), [(2, 7), (4, 2), (1, 0), (2, 0), (2, -2)])
 def test_share_needs_a_multiple(size, batch_size):
-    with pytest.raises(ValueError, match=f"all {size} processes.* got {batch_size}$"):
+    expected = f"all {size} processes" if batch_size > 0 else "batch_size must be at least 1"
+    with pytest.raises(ValueError, match=f"{expected}.* got {batch_size}$"):
         World(rank=0, size=size).share(batch_size)
 
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from biglearn_vae import image_files
+from biglearn_vae.files import LOCK
 from biglearn_vae.image_files import Files, Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -390,7 +391,7 @@ def test_a_process_waits_for_the_one_that_writes(files, cache):
     image_files.read(files, RECIPE, cache)
     folder, expected = the_cache(cache), in_memory(files)
     (folder / image_files.INDEX).unlink()
-    holder = (folder / files.LOCK).open("w")
+    holder = (folder / LOCK).open("w")
     fcntl.flock(holder, fcntl.LOCK_EX)
     print("process 17 on elsewhere", file=holder, flush=True)
     with warnings.catch_warnings(record=True) as caught:
