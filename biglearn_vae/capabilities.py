@@ -64,7 +64,7 @@ class BigLearnVAE:
 
     Args:
         net: a network of `models`, unwrapped. It is put into evaluation mode.
-        tokenizer: `Patchify`, or anything with its methods and sizes.
+        tokenizer: `Patchify`, or another module with its methods and sizes.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
         variance: of the observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); 0 if each call gives one.
         chunk: most images that pass through the network at once, which bounds the memory.
@@ -304,7 +304,11 @@ class BigLearnVAE:
             changed = x + change.to(x).expand_as(x)
         except RuntimeError:
             raise ValueError(f"{expected} {tuple(change.shape)}") from None
-        return Sensitivity(before=self.encode(x, S), after=self.encode(changed, S))
+        try:
+            after = self.encode(changed, S)
+        except ValueError as error:
+            raise ValueError(f"x + change: {error}") from None
+        return Sensitivity(before=self.encode(x, S), after=after)
 
     def log_prob(
         self,
@@ -502,7 +506,7 @@ class BigLearnVAE:
 def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:
     """Raise a ValueError unless this is a module with all of these."""
     if not isinstance(part, nn.Module) or not all(hasattr(part, name) for name in names):
-        raise ValueError(f"expected {expected}, got {type(part).__name__}")
+        raise ValueError(f"expected {expected}, a module with {', '.join(names)}, got {type(part).__name__}")
 
 
 def _draws(draws: int | None, seed: int | None) -> int | None:

@@ -99,8 +99,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             warnings.warn(f"{problems[0]}; going on from {name}, step {state['step']}", stacklevel=2)
         return state
     if problems:
-        kept = f"; {BEST} in it is the best model so far" if (folder / BEST).exists() else ""
-        raise ValueError(f"{'; '.join(problems)}. Delete {folder} to start anew{kept}")
+        kept = f"; {folder / BEST} is the best model so far" if (folder / BEST).exists() else ""
+        raise ValueError(f"{'; '.join(problems)}. Delete {folder.parent} to start anew{kept}")
     return None
 
 

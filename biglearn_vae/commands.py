@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -49,7 +48,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
         warnings.simplefilter("ignore")
     typed = get_args_parser().parse_intermixed_args()
     # Hydra itself takes no flag between settings.
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in typed.overrides] + typed.overrides
+    sys.argv[1:] = typed.overrides + [word for word in sys.argv[1:] if word not in typed.overrides]
     chosen = typed.config_name or config_name
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
@@ -66,15 +65,19 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             failed.append(str(error))
 
     try:
-        own = typed.config_dir or typed.config_path  # files of the user's may have settings of their own
-        if not own:
+        sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
+        if not (typed.config_dir or typed.config_path or typed.shell_completion):
             config.check_choice("--config-name", chosen, PROGRAMS.get(config_name, (config_name,)))
-            _check(typed.overrides, chosen, typed.multirun)
+            config.check(typed.overrides, chosen, sweep)
         if typed.help:
-            print(config.help_text(chosen, typed.overrides))
+            print(config.help_text(chosen, [o.input_line for o in config.parsed(typed.overrides) if config.is_one(o)]))
         else:
+            if sweep:
+                _refuse_sweep(typed.overrides, chosen)
             run()
     except user_errors() as error:
+        if "HYDRA_FULL_ERROR" in os.environ:
+            raise
         failed.append(str(error))
     except KeyboardInterrupt:  # outside of training, which takes it for itself
         resumes = "; the same command goes on from the last checkpoint" if config_name == "train" else ""
@@ -84,19 +87,11 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     stop()
 
 
-def _check(words: Sequence[str], config_name: str, sweep: bool) -> None:
-    """Refuse a command line that cannot be followed, before anything starts.
-
-    Raises:
-        ValueError: see `config.check` and `runs.refuse_shared_folders`; for a sweep under torchrun.
-    """
-    if sweep and under_torchrun():
+def _refuse_sweep(words: Sequence[str], config_name: str) -> None:
+    """Refuse a sweep under torchrun, and one of which results would be lost (see `runs.refuse_shared_folders`)."""
+    if under_torchrun():
         raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
-    if sweep:
-        config.check(words, config_name, sweep=True)
-        runs.refuse_shared_folders(words, config_name)
-    else:
-        config.compose(words, config_name)
+    runs.refuse_shared_folders(words, config_name)
 
 
 def _complain_and_exit(messages: list[str]) -> None:
@@ -133,7 +128,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     """
     config.check_evaluation(cfg.evaluation, "evaluation.")
     config.check_seed(cfg.seed)
-    hints = {"device": str, "name": str | None, "output_dir": str}
+    hints = {"device": str, "name": str | int | None, "output_dir": str}
     config.check_types(hints, {name: cfg[name] for name in hints}, "")
     run = Path(cfg.output_dir).expanduser() / runs.name_of(cfg, overrides)
     say = print if _is_main() else lambda *_: None
@@ -141,8 +136,6 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if done := finished(run, cfg):
         say(f"{run} is finished: {done['steps']} steps. A larger trainer.steps continues it, name=NAME starts another.")
         say(stages.of(cfg).report(done, run))
-        for line in _measured_otherwise(run, cfg):
-            say(line)
         return done
     stage = stages.of(cfg)(cfg, run, world.device)
     splits = _dataset(cfg, world)
@@ -167,15 +160,6 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if trainer.interrupted:  # at the last step: this run is done, but a sweep must not go on
         sys.exit(0)
     return summary
-
-
-def _measured_otherwise(run: Path, cfg: "DictConfig") -> Iterator[str]:
-    """What to say of a finished run if its numbers were not measured as is asked for now."""
-    if changed := runs.measured_otherwise(run, cfg):
-        yield f"\nthese numbers are of {', '.join(was for was, _ in changed)}, now something else is asked for"
-        if cfg.method.name != config.PATCH_AE:
-            words = shlex.join(now.removeprefix("evaluation.") for _, now in changed)
-            yield f"measure so: python scripts/evaluate.py run={run} {words}"
 
 
 def _dataset(cfg: "DictConfig", world: World) -> Splits:
@@ -251,8 +235,8 @@ def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
     """Write a run's settings and its machine into its folder, and make the loggers."""
     from omegaconf import OmegaConf
 
-    for name in () if first_step else runs.FILES.values():
-        (run / name).unlink(missing_ok=True)  # measured of a network that this one takes the place of
+    for name in () if first_step else (*runs.FILES.values(), config.PATCH_AE_FILE):
+        (run / name).unlink(missing_ok=True)  # of a network that this one takes the place of
     write_text(run / config.CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
     write_json(run / "environment.json", environment(cfg.device))
     return [

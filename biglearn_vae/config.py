@@ -53,22 +53,22 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     Raises:
         ValueError: see `check`.
     """
-    from hydra.errors import HydraException
-
     check(overrides, config_name)
-    try:
-        return _compose(overrides, config_name)
-    except HydraException as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+    return _compose(overrides, config_name)
 
 
-def _compose(overrides: Sequence[str], config_name: str) -> "DictConfig":
+def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = False) -> "DictConfig":
+    """Those of overrides that were checked, with Hydra's own if asked for."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.errors import HydraException
 
     register_resolvers()
     with _without_hydra(), initialize_config_dir(version_base="1.3", config_dir=str(folder())):
-        return hydra_compose(config_name, list(overrides))
+        try:
+            return hydra_compose(config_name, list(overrides), return_hydra_config=with_hydra)
+        except HydraException as error:
+            raise ValueError(str(error).splitlines()[0]) from None
 
 
 def check(words: Sequence[str], config_name: str = "train", sweep: bool = False) -> None:
@@ -86,10 +86,11 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
     """
     overrides = [o for o in parsed(words) if not o.key_or_group.startswith("hydra")]
     for override in () if sweep else overrides:
-        if override.is_sweep_override():
+        if not is_one(override):
+            name = override.key_or_group
             raise ValueError(
-                f"{override.input_line} gives several values: add -m for a sweep over them, or quote one that holds "
-                f"commas, '{override.key_or_group}=\"a,b\"'"
+                f"{override.input_line} gives several values: a sweep over them needs -m, a list is written "
+                f"'{name}=[a,b]', a word with a comma '{name}=\"a,b\"'"
             )
     for choices in _check_choices(overrides, config_name):
         _check_names(overrides, choices, config_name)
@@ -116,11 +117,16 @@ def parsed(words: Sequence[str]) -> "list[Override]":
     return result
 
 
-def _values(override: "Override") -> list[Any]:
+def is_one(override: "Override") -> bool:
+    """Whether a word gives its setting one value, not several as in a sweep."""
+    return not override.is_sweep_override()
+
+
+def values_of(override: "Override") -> list[Any]:
     """The values that a word gives its setting, several in a sweep; nothing where Hydra alone knows them."""
     from hydra.core.override_parser.types import Glob, IntervalSweep
 
-    if not override.is_sweep_override():
+    if is_one(override):
         return [override.value()]
     return [] if isinstance(override.value(), Glob | IntervalSweep) else list(override.sweep_iterator())
 
@@ -128,8 +134,8 @@ def _values(override: "Override") -> list[Any]:
 @functools.cache
 def _groups(config_name: str) -> dict[str, list[str]]:
     """The groups of settings of a program, each with its choices."""
-    settings = _compose((), config_name)
-    found = (path for path in sorted(folder().iterdir()) if path.is_dir() and path.name in settings)
+    chosen = _compose((), config_name, with_hydra=True).hydra.runtime.choices
+    found = (folder() / name for name in sorted(chosen) if not name.startswith("hydra/"))
     return {path.name: sorted(choice.stem for choice in path.glob("*.yaml")) for path in found}
 
 
@@ -141,7 +147,7 @@ def _check_choices(overrides: "Sequence[Override]", config_name: str) -> list[li
         name = override.key_or_group
         if name not in groups or override.package:
             continue
-        values = ["null" if value is None else str(value) for value in _values(override)]
+        values = ["null" if value is None else str(value) for value in values_of(override)]
         for value in values:
             if value not in groups[name]:
                 raise ValueError(f"{name} must be one of {', '.join(groups[name])}, got {value or 'nothing'}")
@@ -165,8 +171,14 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         group = name.split(".")[0]
         if last == "name" and parent in groups.keys() - {"preset"}:
             raise ValueError(f"{name} says what was chosen and chooses nothing: give {parent}={override.value()}")
-        free = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))  # of any names
-        if free or any(key == name or key.startswith(f"{name}.") for key in known):
+        inside = [key for key in known if key.startswith(f"{name}.")]
+        if inside and not (override.is_delete() or isinstance(override.value(), dict)):
+            raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
+        if name in known or inside:
+            continue
+        if parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent)):  # of any names
+            if not (override.is_add() or override.is_force_add()):
+                raise ValueError(f"there is no {name} yet: +{override.input_line} adds it")
             continue
         if name in explained and group in groups:
             having = [f"{group}={c}" for c in groups[group] if _has(name, f"{group}={c}", config_name)]
@@ -531,10 +543,9 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
     cfg = compose(overrides, config_name)
     source = (folder() / f"{config_name}.yaml").read_text()
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]
-    groups = [p for p in sorted(folder().iterdir()) if p.is_dir() and p.name in cfg]
-    if groups:
+    if groups := _groups(config_name):
         lines += ["", "Groups (GROUP=CHOICE):"]
-        lines += [f"  {p.name:<10} {', '.join(sorted(f.stem for f in p.glob('*.yaml')))}" for p in groups]
+        lines += [f"  {name:<10} {', '.join(choices)}" for name, choices in groups.items()]
     lines += ["", "Settings (NAME=VALUE):"]
     explained = explanations(config_name)
     for key, value in _raw_leaves(cfg):

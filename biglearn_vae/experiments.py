@@ -277,11 +277,17 @@ class Campaign:
         known |= {"data": run.data, "case": run.case, "method": run.method, "seed": run.seed}
         if run.levels:
             known["levels"] = dict(run.levels)
+        made, asked = _read(folder / FILES[script]), self.preset.resolved(run, script)
+        if script == "train" and made.get("steps") != asked["trainer.steps"]:  # more, which training calls finished
+            raise ValueError(
+                f"{folder} holds a run of {made.get('steps')} steps, the preset has {asked['trainer.steps']}: delete the "
+                "folder, or give another output_dir"
+            )
         if script == "train":  # what is there was measured of another network
             known = {key: value for key, value in known.items() if key not in (*FILES, "settings", "config")}
-        known[script] = _read(folder / FILES[script])
+        known[script] = made
         known["settings"] = known.get("settings", {}) | {script: self.preset.words(run, script)}
-        known["config"] = known.get("config", {}) | {script: self.preset.resolved(run, script)}
+        known["config"] = known.get("config", {}) | {script: asked}
         if script == "train":
             machine = _read(folder / "environment.json")
             known["environment"] = {k: machine[k] for k in ("commit", "date", "device", "torch")}

@@ -50,7 +50,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what file systems wit
 def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
     """Be the only process that writes into a folder; the kernel takes the lock from a process that ends.
 
-    Where there are no such locks (Windows, some network file systems), nothing is locked.
+    Where there are no such locks (Windows, some network file systems), nothing is locked; of the latter it warns.
 
     Args:
         folder: one that is there.
@@ -77,6 +77,7 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+            warnings.warn(f"{folder} cannot be locked here: let no other process write into it", stacklevel=3)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

@@ -1,7 +1,7 @@
 """Which patches are observed (S) and which are asked for (T).
 
 Masks are boolean (B, L), True = in the set. `MaskSampler` is q(S, T) of the objective; the functions make masks
-for a trained model. At the end are the checks of arguments that other modules share. B batch, L tokens.
+for a trained model. B batch, L tokens.
 """
 
 import math

@@ -14,6 +14,7 @@ from biglearn_vae.distributed import pick_device
 from biglearn_vae.files import locked
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 # What each script leaves in a run's folder.
@@ -24,16 +25,17 @@ MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "
 FREE = (*config.PLACE, "trainer.steps", *MEASURED_WITH)
 IN_NAME = ("data", "case", "method", "seed")
 FOLDER = ("name", "output_dir")  # settings that say where a run is
-MEASURING = ("evaluate", "complete", "probe", "figures")  # scripts that leave their results in the folder of `run`
+# Scripts that leave one result in the folder of `run`, and of which settings there is one for each value.
+MEASURING = {"evaluate": ("run",), "complete": ("run",), "probe": ("run",), "figures": ("run", "figures")}
 
 
 def name_of(cfg: "DictConfig", overrides: Sequence[str]) -> str:
     """data-case-method-seed, and what else was set on the command line: runs of a sweep do not share a folder."""
     if cfg.name is not None:
-        parts = Path(cfg.name).parts
-        if not cfg.name.strip(". /") or ".." in parts or Path(cfg.name).is_absolute():
-            raise ValueError(f"name must be that of a folder in output_dir, got {cfg.name!r}: output_dir= says where")
-        return cfg.name
+        name = str(cfg.name)  # 2024 is one, too
+        if not name.strip(". /") or ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"name must be that of a folder in output_dir, got {name!r}: output_dir= says where")
+        return name
     extra = [o for o in overrides if not _is_free(key := o.lstrip("+~").split("=")[0]) and key not in IN_NAME]
     tag, case = "-".join(sorted(extra)), cfg.case.name if "case" in cfg else None
     if len(tag) > 120:  # file systems take names of 255 characters at most
@@ -54,25 +56,35 @@ def refuse_shared_folders(words: Sequence[str], script: str) -> None:
         script: train, patch_ae, evaluate, ...
     """
     overrides = config.parsed(words)
-    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
-    if script in MEASURING and (other := [key for key in swept if key != "run"]):
+    swept = {o.key_or_group: o for o in overrides if o.is_sweep_override()}
+    if script in MEASURING and (other := [key for key in swept if key not in MEASURING[script]]):
         raise ValueError(
             f"a sweep over {other[0]} would keep the last result alone, in the run's folder: sweep over run=, or start "
             "them one by one"
         )
-    if script not in ("train", "patch_ae"):
-        return
-    for key in swept:
-        if key not in FOLDER and _is_free(key):
+    fixed = {o.key_or_group: str(o.value()) for o in overrides if o.key_or_group not in swept}
+    if script == "benchmark" and swept and fixed.get("json", "null") != "null" and "${" not in fixed["json"]:
+        raise ValueError(f"json={fixed['json']} would be the file of several benchmarks of a sweep: leave it out")
+    if script in ("train", config.PATCH_AE):
+        _refuse_shared_runs(swept, [o for o in overrides if o.key_or_group == "name"], fixed.get("data"))
+
+
+def _refuse_shared_runs(swept: "dict[str, Override]", name: "list[Override]", data: str | None) -> None:
+    """The same of a sweep of trainings over these settings, of which at most one gives the name of the runs."""
+    for key, override in swept.items():
+        folders = [Path(str(value)).name for value in config.values_of(override)] if key == "data.root" else []
+        named_after = data == "image_folder" and len(set(folders)) == len(folders) > 0
+        if key not in FOLDER and _is_free(key) and not named_after:
             raise ValueError(
                 f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
             )
-    named = [o.input_line for o in overrides if o.key_or_group == "name" and "${" not in o.input_line]
-    if named and (other := [key for key in swept if key not in FOLDER]):
-        raise ValueError(
-            f"{named[0]} would be the folder of several runs of a sweep over {other[0]}: leave name= out, and each is "
-            f"named after its settings, or give 'name=NAME-${{{other[0]}}}'"
-        )
+    for key in (key for key in swept if key not in FOLDER and name):
+        part = f"${{{key}.name}}" if key in ("data", "case", "method", "tokens") else f"${{{key}}}"
+        if part not in name[0].input_line:
+            raise ValueError(
+                f"{name[0].input_line} would be the folder of several runs of a sweep over {key}: leave name= out, and "
+                f"each is named after its settings, or let it hold '{part}'"
+            )
 
 
 def differences(old: "DictConfig", new: "DictConfig") -> list[str]:
@@ -85,18 +97,13 @@ def _changes(old: "DictConfig", new: "DictConfig") -> dict[str, tuple[Any, Any]]
     return {key: (before.get(key, "absent"), after.get(key, "absent")) for key in config.changed(before, after)}
 
 
-def measured_otherwise(run: Path, cfg: "DictConfig") -> list[tuple[str, str]]:
-    """Settings NAME=VALUE of the measurement of a finished run that differ from what is asked for: was and now."""
-    changes = _changes(config.saved(run), cfg)
-    return [
-        (f"{key}={config.typed(was)}", f"{key}={config.typed(now)}")
-        for key, (was, now) in changes.items()
-        if key in MEASURED_WITH
-    ]
+def _measured_so(old: "DictConfig", new: "DictConfig") -> bool:
+    """Whether a run was measured as is asked for now."""
+    return not set(_changes(old, new)) & set(MEASURED_WITH)
 
 
 def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
-    """The summary of a run that has all the steps asked for; None if there is something to train.
+    """The summary of a run that has all the steps asked for; None if there is something to train or to measure.
 
     Raises:
         ValueError: if the folder holds a run that training with these settings would spoil.
@@ -111,13 +118,15 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
             f"{run} holds a run with other settings ({'; '.join(changed[:4])}{more}). "
             "Give name=NAME for another run, or delete the folder."
         )
+    # Moved, or other images under the same name: what is read will tell.
     same_place = cfg.data.name != "image_folder" or config.data_root(old) == config.data_root(cfg)
-    if found and found["steps"] >= cfg.trainer.steps and same_place:
-        return found  # else moved, or other images under the same name: what is read will tell
+    whole = not resumable or (run / "checkpoints" / checkpoint.BEST).exists()
+    if found and found["steps"] >= cfg.trainer.steps and same_place and whole and _measured_so(old, cfg):
+        return found
     if not resumable:
         raise ValueError(
-            f"{run} holds a run of {found['steps']} steps whose checkpoints are gone, so that it cannot go on. "
-            "Give name=NAME for another run, or delete the folder."
+            f"{run} holds a run of {found['steps']} steps whose checkpoints are gone, so that it cannot go on nor be "
+            "measured. Give name=NAME for another run, or delete the folder."
         )
     return None
 

@@ -1,5 +1,6 @@
 """What `scripts/train.py` trains, measures and reports: a BigLearn-VAE, or the PatchAE that makes its tokens."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -150,7 +151,7 @@ class PatchAEStage:
                 "",
                 *_files(files, run),
                 "",
-                f"next: python scripts/train.py {case} {config.data_words(saved)} tokens.run={run}",
+                f"next: python scripts/train.py {case} {config.data_words(saved)} {shlex.quote(f'tokens.run={run}')}",
             ]
         )
 
@@ -248,9 +249,9 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
             *_likelihood_lines(result),
             *_files(files, run),
             "",
-            f"next: python scripts/evaluate.py run={run}",
-            f"      python scripts/figures.py run={run}",
-            f"      tensorboard --logdir {run.parent}",
+            f"next: python scripts/evaluate.py {shlex.quote(f'run={run}')}",
+            f"      python scripts/figures.py {shlex.quote(f'run={run}')}",
+            f"      tensorboard --logdir {shlex.quote(str(run.parent))}",
             f'      in Python: import biglearn_vae as blv; vae = blv.load("{run}")',
         ]
     )

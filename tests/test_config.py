@@ -127,7 +127,7 @@ def test_every_setting_that_is_explained_can_be_given(program):
 
 
 @pytest.mark.parametrize(
-    "word", ["preset.settings.train=[]", "preset.seeds.case1=[3]", "preset.more.vae.complete=[]", "hydra.verbose=true"]
+    "word", ["preset.settings.train=[]", "+preset.seeds.case1=[3]", "preset.more.vae.complete=[]", "hydra.verbose=true"]
 )
 def test_names_that_are_free_are_not_refused(word):
     config.check([word], "reproduce")
@@ -152,8 +152,19 @@ def test_names_that_are_free_are_not_refused(word):
         (["method.name=vae"], "train", "method.name says what was chosen and chooses nothing: give method=vae"),
         (["case"], "train", "'case' cannot be read: expected NAME=VALUE"),
         (["masks.s_ratio=[1,"], "train", "cannot be read: expected NAME=VALUE"),
-        (["seed=1,2"], "train", "seed=1,2 gives several values: add -m"),
-        (["trainer.steps=range(3)"], "train", "gives several values: add -m"),
+        (
+            ["seed=1,2"],
+            "train",
+            "seed=1,2 gives several values: a sweep over them needs -m",
+        ),
+        (["trainer.steps=range(3)"], "train", "gives several values"),
+        (["optim.betas=0.9,0.95"], "train", "a list is written 'optim.betas=[a,b]'"),
+        (["method=vae"], "patch_ae", "method has no value of its own but holds method.name"),
+        (
+            ["preset.seeds.case1=[3]"],
+            "reproduce",
+            "no preset.seeds.case1 yet: +preset.seeds.case1=[3] adds it",
+        ),
     ],
 )
 def test_words_that_are_no_settings(words, program, expected):

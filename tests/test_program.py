@@ -364,6 +364,20 @@ def test_a_loss_that_is_not_finite(here, monkeypatch, capsys):
     assert "the loss is not finite at step" in error and "reconstruction" in error and "Traceback" not in error
 
 
+def test_what_is_typed_beside_settings(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, "--help", "-m", "seed=0,1", "case=case4") == 0
+    assert "model.dim=512" in capsys.readouterr().out
+    assert run_here(monkeypatch, "seed=1", "--info", "defaults") == 0
+    assert run_here(monkeypatch, "seed=0,1", "name=x", "hydra.mode=MULTIRUN") == 2
+    assert "name=x would be the folder of several runs" in capsys.readouterr().err
+    (here / "own").mkdir()
+    assert run_here(monkeypatch, "-m", "--config-dir=own", "seed=0,1", "name=x") == 2
+    assert "name=x would be the folder of several runs" in capsys.readouterr().err
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="case must be one of"):
+        run_here(monkeypatch, "case=case9")
+
+
 def test_flags_may_come_anywhere(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL[:4], "-m", *SMALL[4:], "seed=0,1") == 0
     assert len(list((here / "outputs").glob("*/summary.json"))) == 2

@@ -1,5 +1,6 @@
 """Runs: names, what is in a folder, and that nothing in one is lost."""
 
+import errno
 import json
 import signal
 import time
@@ -24,7 +25,7 @@ def test_run_names():
     for bad in (".", "..", "../up", "a/../../b", "/absolute"):
         with pytest.raises(ValueError, match="name must be that of a folder in output_dir"):
             name(f"name={bad}")
-    assert name("name=a/b") == "a/b"
+    assert name("name=a/b") == "a/b" and name("name=2024") == "2024"
 
 
 def test_differences_ignore_what_may_change():
@@ -50,7 +51,12 @@ def test_differences_ignore_what_may_change():
         (["trainer.steps=range(3)"], "train", "a sweep over trainer.steps would use one folder"),
         (["device=cpu,cuda"], "patch_ae", "a sweep over device would use one folder"),
         (["name=x", "seed=0,1"], "train", "name=x would be the folder of several runs of a sweep over seed"),
-        (["name=x,y", "optim.lr=1,2"], "train", "'name=NAME-${optim.lr}'"),
+        (["name=x,y", "optim.lr=1,2"], "train", "let it hold '${optim.lr}'"),
+        (["name=x-${seed}", "seed=0,1", "case=case1,case2"], "train", "over case: leave name= out"),
+        (["name=x-${case}", "case=case1,case2"], "train", "let it hold '${case.name}'"),
+        (["data=mnist", "data.root=a,b"], "train", "a sweep over data.root would use one folder"),
+        (["data=image_folder", "data.root=a/x,b/x"], "train", "a sweep over data.root would use one folder"),
+        (["json=x.json", "case=case1,case2"], "benchmark", "json=x.json would be the file of several benchmarks"),
         (["run=x", "draws=4,8"], "evaluate", "a sweep over draws would keep the last result alone"),
         (["run=x,y", "seed=0,1"], "probe", "a sweep over seed would keep the last result alone"),
     ],
@@ -67,7 +73,10 @@ def test_sweeps_that_would_write_over_their_own_results(words, script, expected)
         (["seed=0,1", "masks.s_ratio=[1,2]"], "train"),
         (["name=x1,x2"], "train"),
         (["output_dir=a,b", "name=x"], "train"),
-        (["name=x-${seed}", "seed=0,1"], "train"),
+        (["name=x-${seed}-${case.name}", "seed=0,1", "case=case1,case2"], "train"),
+        (["data=image_folder", "data.root=a/x,a/y"], "train"),
+        (["json=${case.name}.json", "case=case1,case2"], "benchmark"),
+        (["run=x", "figures=inpainting,inference"], "figures"),
         (["run=x,y", "draws=4", "ratios=[0.1,0.3]"], "evaluate"),
         (["preset=mnist,masks"], "reproduce"),
     ],
@@ -143,7 +152,6 @@ def test_a_lost_best_checkpoint_is_made_again(here, monkeypatch):
     assert run_here(monkeypatch, *SMALL, "name=run") == 0
     run = here / "outputs" / "run"
     (run / "checkpoints" / checkpoint.BEST).unlink()
-    (run / "summary.json").unlink()
     assert run_here(monkeypatch, *SMALL, "name=run") == 0
     assert_same_runs(here / "outputs" / "whole", run, but=1)  # the evaluation that made it
     elbo = [
@@ -169,10 +177,27 @@ def test_numbers_of_an_earlier_network_do_not_stay_beside_another(here, monkeypa
     assert not (run / "evaluation.json").exists() and metrics(run)[0]["step"] == 0
 
 
-def test_a_finished_run_says_what_its_numbers_were_measured_with(here, monkeypatch, capsys):
+def test_a_finished_run_is_measured_anew_if_that_is_asked_for(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "name=run") == 0
-    assert "now something else is asked for" not in capsys.readouterr().out
-    assert run_here(monkeypatch, *SMALL, "name=run", "evaluation.draws=3", "evaluation.ratios=[0.5]") == 0
-    said = capsys.readouterr().out
-    assert "these numbers are of evaluation.draws=2, evaluation.ratios=[0.1,0.3,0.5,0.7]" in said
-    assert "python scripts/evaluate.py run=outputs/run draws=3 'ratios=[0.5]'" in said
+    before, rows = json.loads((here / "outputs/run/summary.json").read_text()), metrics(here / "outputs/run")
+    words = [*SMALL, "name=run", "evaluation.draws=3", "evaluation.ratios=[0.5]"]
+    assert run_here(monkeypatch, *words) == 0
+    assert "is finished" not in capsys.readouterr().out
+    after = json.loads((here / "outputs/run/summary.json").read_text())
+    was, now = before["inpainting_psnr"], after["inpainting_psnr"]
+    assert list(now) == ["0.5"] and now["0.5"] != was["0.5"]
+    assert after["test_joint_elbo"] == before["test_joint_elbo"] and after["seconds"] == before["seconds"]
+    assert metrics(here / "outputs/run") == rows
+    assert run_here(monkeypatch, *words) == 0
+    assert "is finished: 24 steps" in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="cannot be locked here"), files.locked(tmp_path, "is busy"):
+        pass
