@@ -278,10 +278,11 @@ class Campaign:
         if run.levels:
             known["levels"] = dict(run.levels)
         made, asked = _read(folder / FILES[script]), self.preset.resolved(run, script)
-        if script == "train" and made.get("steps") != asked["trainer.steps"]:  # more, which training calls finished
+        steps = made.get("steps")
+        if script == "train" and steps != asked["trainer.steps"]:  # more, which training calls finished
             raise ValueError(
-                f"{folder} holds a run of {made.get('steps')} steps, the preset has {asked['trainer.steps']}: delete the "
-                "folder, or give another output_dir"
+                f"{folder} holds a run of {steps} steps, the preset has {asked['trainer.steps']}: delete the folder, or "
+                "give another output_dir"
             )
         if script == "train":  # what is there was measured of another network
             known = {key: value for key, value in known.items() if key not in (*FILES, "settings", "config")}
