@@ -281,7 +281,7 @@ class Campaign:
         steps = made.get("steps")
         if script == "train" and steps != asked["trainer.steps"]:  # more, which training calls finished
             raise ValueError(
-                f"{folder} holds a run of {steps} steps, the preset has {asked['trainer.steps']}: delete the folder, or "
+                f"{folder} holds a run of {steps} steps, the preset has {asked['trainer.steps']}: delete the folder or "
                 "give another output_dir"
             )
         if script == "train":  # what is there was measured of another network

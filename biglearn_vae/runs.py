@@ -66,7 +66,8 @@ def refuse_shared_folders(words: Sequence[str], script: str) -> None:
     if script == "benchmark" and swept and fixed.get("json", "null") != "null" and "${" not in fixed["json"]:
         raise ValueError(f"json={fixed['json']} would be the file of several benchmarks of a sweep: leave it out")
     if script in ("train", config.PATCH_AE):
-        _refuse_shared_runs(swept, [o for o in overrides if o.key_or_group == "name"], fixed.get("data"))
+        named = [o for o in overrides if o.key_or_group == "name" and o.value() is not None]
+        _refuse_shared_runs(swept, named, fixed.get("data"))
 
 
 def _refuse_shared_runs(swept: "dict[str, Override]", name: "list[Override]", data: str | None) -> None:

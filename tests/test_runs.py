@@ -72,6 +72,7 @@ def test_sweeps_that_would_write_over_their_own_results(words, script, expected)
     [
         (["seed=0,1", "masks.s_ratio=[1,2]"], "train"),
         (["name=x1,x2"], "train"),
+        (["name=null", "seed=0,1"], "train"),
         (["output_dir=a,b", "name=x"], "train"),
         (["name=x-${seed}-${case.name}", "seed=0,1", "case=case1,case2"], "train"),
         (["data=image_folder", "data.root=a/x,a/y"], "train"),
