@@ -45,7 +45,6 @@ def log_weights(
             torch's.
     """
     draws, steps = checks.whole_number("draws", draws), checks.whole_number("steps", steps)
-    checks.check_seed(seed)
     if draws < 1 or steps < 1 or not 0 < checks.real_number(power) < math.inf:
         raise ValueError(f"draws and steps must be at least 1 and power positive, got {draws}, {steps} and {power}")
     generator = gaussian.generator(base.mean.device, seed)

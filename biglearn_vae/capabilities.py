@@ -174,7 +174,6 @@ class BigLearnVAE:
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """n new images (n, C, H, W): z from the prior, then the mean of p(x | z)."""
         n = checks.whole_number("the number of samples", n, 1)
-        checks.check_seed(seed)
         data = self._nothing()
         return self._complete(self._encode(data.tokens, data.mask)[0].sample(draws=n, seed=seed), data)
 

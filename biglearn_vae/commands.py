@@ -70,7 +70,8 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             config.check_choice("--config-name", chosen, PROGRAMS.get(config_name, (config_name,)))
             config.check(typed.overrides, chosen, sweep)
         if typed.help:
-            print(config.help_text(chosen, [o.input_line for o in config.parsed(typed.overrides) if config.is_one(o)]))
+            words = [o.input_line for o in config.parsed(typed.overrides) if not o.is_sweep_override()]
+            print(config.help_text(chosen, words))
         else:
             if sweep:
                 _refuse_sweep(typed.overrides, chosen)

@@ -86,7 +86,7 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
     """
     overrides = [o for o in parsed(words) if not o.key_or_group.startswith("hydra")]
     for override in () if sweep else overrides:
-        if not is_one(override):
+        if override.is_sweep_override():
             name = override.key_or_group
             raise ValueError(
                 f"{override.input_line} gives several values: a sweep over them needs -m, a list is written "
@@ -117,16 +117,11 @@ def parsed(words: Sequence[str]) -> "list[Override]":
     return result
 
 
-def is_one(override: "Override") -> bool:
-    """Whether a word gives its setting one value, not several as in a sweep."""
-    return not override.is_sweep_override()
-
-
 def values_of(override: "Override") -> list[Any]:
     """The values that a word gives its setting, several in a sweep; nothing where Hydra alone knows them."""
     from hydra.core.override_parser.types import Glob, IntervalSweep
 
-    if is_one(override):
+    if not override.is_sweep_override():
         return [override.value()]
     return [] if isinstance(override.value(), Glob | IntervalSweep) else list(override.sweep_iterator())
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from biglearn_vae import checks
+
 
 @dataclass(frozen=True)
 class World:
@@ -30,8 +32,7 @@ class World:
 
     def share(self, batch_size: int) -> int:
         """How many of a global batch's images are this process's."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = checks.whole_number("batch_size", batch_size, 1)
         if batch_size % self.size:
             raise ValueError(
                 f"batch_size counts the images of all {self.size} processes and must be a multiple, got {batch_size}"

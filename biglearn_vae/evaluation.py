@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from biglearn_vae import annealing, masks
+from biglearn_vae import annealing, checks, masks
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed
@@ -71,8 +71,7 @@ def inpainting_psnr(
     Raises:
         ValueError: if draws is below 1, and on what `hidden_masks` refuses.
     """
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    draws = checks.whole_number("draws", draws, 1)
     rows = rows_of(draws * math.prod(vae.image_shape))  # all draws of a part at a time
     return _psnr_by_task(vae, images, ratios, lambda x, S, k: vae.inpaint(x, S, draws, seed + k).mean(0), seed, rows)
 

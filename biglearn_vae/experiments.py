@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from biglearn_vae import config
-from biglearn_vae.files import write_json
+from biglearn_vae.files import read_json, write_json
 from biglearn_vae.runs import FILES
 from biglearn_vae.trainer import Interruption
 
@@ -208,12 +208,12 @@ class Campaign:
 
     def _lacking(self, run: Run) -> list[str]:
         """Scripts whose numbers of a run are not there, or were made with other settings."""
-        known = _read(self.path(run))
+        known = read_json(self.path(run))
         asked = [script for script in TARGETS[self.target] if script in self.preset.scripts]
         made_with = known.get("config", {})
         lacking = [s for s in asked if config.changed(made_with.get(s, {}), self.preset.resolved(run, s))]
         # All is measured of one network: if that is made anew, or isn't the one in the folder, so is the rest.
-        elsewhere = _read(self._folder(run) / FILES["train"]) != known.get("train")
+        elsewhere = read_json(self._folder(run) / FILES["train"]) != known.get("train")
         if lacking and (elsewhere or "train" in lacking):
             there = [script for script in self.preset.scripts if known.get(script)]
             return [script for script in FILES if script in (*asked, *there)]
@@ -273,11 +273,11 @@ class Campaign:
 
     def _keep(self, run: Run, script: str) -> None:
         """Put what a script left into the run's numbers."""
-        folder, known = self._folder(run), _read(self.path(run))
+        folder, known = self._folder(run), read_json(self.path(run))
         known |= {"data": run.data, "case": run.case, "method": run.method, "seed": run.seed}
         if run.levels:
             known["levels"] = dict(run.levels)
-        made, asked = _read(folder / FILES[script]), self.preset.resolved(run, script)
+        made, asked = read_json(folder / FILES[script]), self.preset.resolved(run, script)
         steps = made.get("steps")
         if script == "train" and steps != asked["trainer.steps"]:  # more, which training calls finished
             raise ValueError(
@@ -290,19 +290,11 @@ class Campaign:
         known["settings"] = known.get("settings", {}) | {script: self.preset.words(run, script)}
         known["config"] = known.get("config", {}) | {script: asked}
         if script == "train":
-            machine = _read(folder / "environment.json")
+            machine = read_json(folder / "environment.json")
             known["environment"] = {k: machine[k] for k in ("commit", "date", "device", "torch")}
             known["course"] = list(_course(folder / "metrics.jsonl"))
         self.path(run).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path(run), known)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing if it is not there or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _course(path: Path, points: int = 50) -> Iterator[dict[str, float]]:
@@ -316,7 +308,7 @@ def load(results: Path) -> dict[str, list[dict[str, Any]]]:
     """All numbers that are there, by preset."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((results / "runs").glob("*/*.json")):
-        found.setdefault(path.parent.name, []).append(_read(path))
+        found.setdefault(path.parent.name, []).append(read_json(path))
     return {preset: [run for run in runs if "train" in run] for preset, runs in found.items()}
 
 

@@ -36,6 +36,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of `write_json` holds; nothing if it is not there, damaged or holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def to_disk(file: BinaryIO | TextIO) -> None:
     """Wait until an open file is on the disk, so that what is written later never tells of what a crash has lost."""
     file.flush()

@@ -31,10 +31,8 @@ class Patchify(nn.Module):
         if len(sides) != 2:
             raise ValueError(f"image_size must be one whole number or two, height and width, got {image_size!r}")
         height, width = (checks.whole_number("image_size", side) for side in sides)
-        patch_size, channels = (
-            checks.whole_number("patch_size", patch_size),
-            checks.whole_number("channels", channels, 1),
-        )
+        patch_size = checks.whole_number("patch_size", patch_size)
+        channels = checks.whole_number("channels", channels, 1)
         if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
             raise ValueError(
                 f"patch_size must divide the image: a {height} x {width} image cannot be cut into "

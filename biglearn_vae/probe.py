@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biglearn_vae import masks
+from biglearn_vae import checks, masks
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import CHUNK, Batches, ImageSet, parts, shuffled
 from biglearn_vae.distributed import StepRandom, World, derive_seed
@@ -431,8 +431,7 @@ def linear_probe(
 
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    draws = checks.whole_number("draws", draws, 1)
     # Plain patches are cut in no time, and travel to a GPU as bytes.
     costly = isinstance(vae.tokenizer, PatchAE)
     raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw

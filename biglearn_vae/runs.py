@@ -1,7 +1,6 @@
 """Runs: what their folders are called, what is in one, who trains in it, and the model that is loaded from it."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from biglearn_vae import checkpoint, config
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.distributed import pick_device
-from biglearn_vae.files import locked
+from biglearn_vae.files import locked, read_json
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -109,8 +108,10 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
     Raises:
         ValueError: if the folder holds a run that training with these settings would spoil.
     """
-    resumable, found = checkpoint.is_resumable(run / "checkpoints"), _summary(run)
-    if not resumable and found is None:  # no run, or one that ended before its first checkpoint
+    resumable, found = checkpoint.is_resumable(run / "checkpoints"), read_json(run / FILES["train"])
+    # A damaged summary counts as none: it is made again from the checkpoint.
+    steps = found["steps"] if isinstance(found.get("steps"), int) else 0
+    if not resumable and not steps:  # no run, or one that ended before its first checkpoint
         return None
     old = config.saved(run)
     if changed := differences(old, cfg):
@@ -122,23 +123,14 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
     # Moved, or other images under the same name: what is read will tell.
     same_place = cfg.data.name != "image_folder" or config.data_root(old) == config.data_root(cfg)
     whole = not resumable or (run / "checkpoints" / checkpoint.BEST).exists()
-    if found and found["steps"] >= cfg.trainer.steps and same_place and whole and _measured_so(old, cfg):
+    if steps >= cfg.trainer.steps and same_place and whole and _measured_so(old, cfg):
         return found
     if not resumable:
         raise ValueError(
-            f"{run} holds a run of {found['steps']} steps whose checkpoints are gone, so that it cannot go on nor be "
+            f"{run} holds a run of {steps} steps whose checkpoints are gone, so that it cannot go on nor be "
             "measured. Give name=NAME for another run, or delete the folder."
         )
     return None
-
-
-def _summary(run: Path) -> dict[str, Any] | None:
-    """The summary that a run has written, if any; a damaged one is made again from the checkpoint."""
-    try:
-        found = json.loads((run / FILES["train"]).read_text())
-        return found if isinstance(found["steps"], int) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 @contextmanager
