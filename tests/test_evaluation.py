@@ -42,10 +42,10 @@ def pictures(vae: BigLearnVAE, count: int = N, seed: int = 0) -> Tensor:
     return torch.rand(count, *vae.image_shape, generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
 def direct_elbo(vae, x: Tensor, S: Tensor, T: Tensor, noise: Tensor, beta: float, prior: str) -> dict[str, float]:
     """Eq. 6 from the network's outputs, image by image, with torch's own distributions."""
-    q, mean_of_kl, rows = vae.net(x, S | T), [], []
-    p = vae.net(x, S)
+    q, p, rows = vae.net(x, S | T), vae.net(x, S), []
     means = vae.net(x, S, q.mean + q.std * noise)
     for n in range(len(x)):
         target = x[n][T[n]].double()
@@ -53,7 +53,6 @@ def direct_elbo(vae, x: Tensor, S: Tensor, T: Tensor, noise: Tensor, beta: float
         constant = -0.5 * target.numel() * math.log(2 * math.pi)
         other = Normal(p.mean[n], p.std[n]) if prior == "learned" else Normal(torch.zeros(Z), torch.ones(Z))
         kl = kl_divergence(Normal(q.mean[n], q.std[n]), other).sum()
-        mean_of_kl.append(kl)
         rows.append((likelihood - constant - beta * kl, likelihood - constant, kl, likelihood - beta * kl))
     values = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
     return dict(zip(("elbo", "reconstruction", "kl", "elbo_nats"), values, strict=True))

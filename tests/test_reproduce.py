@@ -25,14 +25,14 @@ def preset(**settings) -> Preset:
     return Preset(**values | settings)
 
 
-def run_numbers(method="biglearn_u", seed=0, elbo=-1.0) -> dict:
+def run_numbers(method="biglearn_u", seed=0, elbo=-1.0, case="tiny") -> dict:
     """The numbers of a run, as `Campaign` writes them."""
     nats = {"mean": 20.0, "error": 0.5}
     tasks = {
         "0.5": {"nats": nats, "one pass": {"psnr_draw": 12.0, "psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}}
     }
     return {
-        **{"data": "digits", "case": "tiny", "method": method, "seed": seed},
+        **{"data": "digits", "case": case, "method": method, "seed": seed},
         "train": {
             **{"test_joint_elbo": elbo, "test_reconstruction": elbo / 2, "test_kl": 7.0},
             **{"images_per_second": 100.0, "seconds": 9.0, "steps": 3, "epochs": 4.5},
@@ -45,7 +45,7 @@ def run_numbers(method="biglearn_u", seed=0, elbo=-1.0) -> dict:
         "course": [{"step": 3, "seconds": 1.0, "loss": 2.5}],
         "environment": {"commit": "abcdefghij", "date": "now", "device": "cpu", "torch": "2"},
         "settings": {"train": ["trainer.steps=3"]},
-        "config": {"train": preset().resolved(Run("digits", "tiny", method, seed), "train")},
+        "config": {"train": preset().resolved(Run("digits", case, method, seed), "train")},
     }
 
 
@@ -92,6 +92,29 @@ def test_verdicts_are_within_a_standard_error_or_not():
         ours, other = {0: gap - 1, 1: gap + 5, 2: gap + 1, 3: 100}, {0: 0, 1: 5, 2: 0}  # the fourth seed has no pair
         assert results_page.verdict(ours, other).startswith(f"{word} ({gap:+.3f}")
     assert results_page.verdict({0: 1.0}, {1: 1.0}) == "no seed in common: no verdict"
+
+
+def test_growth_of_the_gain_is_from_the_smallest_to_the_largest_case():
+    elbo = {  # of case, method and seed; the gains are 1 and 2 at case1, 3 and 5 at case3, the third seed has no pair
+        ("case1", "vae"): (-10.0, -10.0, -10.0),
+        ("case1", "biglearn_u"): (-9.0, -8.0),
+        ("case3", "vae"): (-6.0, -7.0),
+        ("case3", "biglearn_u"): (-3.0, -2.0),
+        ("case4", "vae"): (-1.0,),  # nothing to compare it with
+    }
+    runs = [
+        run_numbers(method, seed, value, case)
+        for (case, method), values in elbo.items()
+        for seed, value in enumerate(values)
+    ]
+    text = results_page.page({"p": runs}, {})
+    assert (
+        "- (iii) gain of `biglearn_u` over `vae` at case3 beside that at case1, digits: "
+        "better (+2.500, standard error 0.500 over 2 seeds)\n" in text
+    )
+    assert text.count("(iii)") == 1
+    of_one = results_page.page({"p": [run for run in runs if run["case"] == "case1"]}, {})
+    assert "- (iii) growth of the gain from Case1 to Case4: not measured here\n" in of_one
 
 
 def test_runs_come_seed_by_seed():
