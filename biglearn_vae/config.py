@@ -37,6 +37,8 @@ EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", 
 EVALUATION_COUNTS += ("statistics_images",)
 CONFIG_FILE = "config.yaml"
 _ONE_HYDRA = threading.Lock()
+# Launchers of Hydra, each with the extra of this package that installs it.
+LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 PATCH_AE, PATCH_AE_FILE = "patch_ae", "patch_ae.pt"  # the method of stage 1, and what it leaves in its run's folder
 
 
@@ -84,7 +86,10 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
         ValueError: for the first word that is not NAME=VALUE, or whose name or choice there is not, with those near it;
             for several values without -m.
     """
-    overrides = [o for o in parsed(words) if not o.key_or_group.startswith("hydra")]
+    overrides = parsed(words)
+    for of_hydra in (o for o in overrides if o.key_or_group == "hydra/launcher"):
+        _check_launcher(of_hydra.value())
+    overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
     for override in () if sweep else overrides:
         if override.is_sweep_override():
             name = override.key_or_group
@@ -94,6 +99,18 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
             )
     for choices in _check_choices(overrides, config_name):
         _check_names(overrides, choices, config_name)
+
+
+def _check_launcher(name: Any) -> None:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with _without_hydra(), initialize_config_dir(version_base="1.3", config_dir=str(folder())):
+        known = GlobalHydra.instance().config_loader().get_group_options("hydra/launcher")
+    if name not in known:
+        extra = LAUNCHERS.get(name)
+        hint = f": pip install -e '.[{extra}]' adds it" if extra else f"; extras have {', '.join(LAUNCHERS)}"
+        raise ValueError(f"hydra/launcher must be one of {', '.join(sorted(known))}, got {name!r}{hint}")
 
 
 def parsed(words: Sequence[str]) -> "list[Override]":

@@ -1,5 +1,6 @@
 """Settings: every choice composes and builds, every setting is explained, bad ones are refused by name."""
 
+import importlib.util
 import itertools
 import math
 import zipfile
@@ -165,6 +166,7 @@ def test_names_that_are_free_are_not_refused(word):
             "reproduce",
             "no preset.seeds.case1 yet: +preset.seeds.case1=[3] adds it",
         ),
+        (["hydra/launcher=slurm"], "train", "got 'slurm'; extras have joblib, submitit_local, submitit_slurm"),
     ],
 )
 def test_words_that_are_no_settings(words, program, expected):
@@ -175,7 +177,7 @@ def test_words_that_are_no_settings(words, program, expected):
 
 def test_words_of_a_sweep():
     config.check(["case=case1,case2", "data=mnist,celeba", "data.root=x", "optim.lr=1e-3,1e-4"], sweep=True)
-    config.check(["case=glob(*)", "seed=range(3)", "hydra/launcher=joblib", "hydra.launcher.n_jobs=4"], sweep=True)
+    config.check(["case=glob(*)", "seed=range(3)", "hydra/launcher=basic", "hydra.launcher.n_jobs=4"], sweep=True)
     for words in (["case=case1,case9"], ["data=mnist,digits", "data.root=x"], ["optim.rate=1,2"]):
         with pytest.raises(ValueError, match=r"case9|data=digits has no such setting|optim\.rate: there"):
             config.check(words, sweep=True)
@@ -221,3 +223,14 @@ def test_the_wheel_carries_the_configs(tmp_path):
     )
     file, folder, dim = done.stdout.split()
     assert file.startswith(str(tmp_path)) and folder.startswith(str(tmp_path)) and dim == "512"
+
+
+@pytest.mark.parametrize(("launcher", "extra"), config.LAUNCHERS.items())
+def test_a_launcher_is_there_or_has_an_extra(launcher, extra):
+    plugin = f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher"
+    words = [f"hydra/launcher={launcher}"]
+    if importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec(plugin):
+        return config.check(words, sweep=True)
+    with pytest.raises(ValueError) as caught:
+        config.check(words, sweep=True)
+    assert f"got '{launcher}': pip install -e '.[{extra}]' adds it" in str(caught.value)
