@@ -162,6 +162,8 @@ class BigLearnVAE:
                 f"expected latents z, a tensor of shape (B, {self.z_dim}), (K, B, {self.z_dim}) or ({self.z_dim},), "
                 f"got {tuple(z.shape) if tensor else checks.described(z)}"
             )
+        if not z.isfinite().all():
+            raise ValueError(f"expected finite latents z, got NaN or infinity in {int((~z.isfinite()).sum())} numbers")
         data = self._nothing() if x is None else self.observe(x, S)
         batch = z.shape[-2] if z.ndim > 1 else 1
         if len(data.tokens) not in (1, batch):

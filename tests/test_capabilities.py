@@ -830,6 +830,8 @@ def test_other_wrong_arguments():
         vae.decode(latents(3), x, S[0])
     with pytest.raises(ValueError, match=message("3 latents", "got 2")):
         vae.decode(noise(0, 2, 3, Z), x, S)
+    with pytest.raises(ValueError, match="expected finite latents z, got NaN or infinity in 2 numbers"):
+        vae.decode(torch.tensor([[0.0, math.nan, 1.0], [0.0, 1.0, -math.inf]]))
     with pytest.raises(ValueError, match=message("1 latents", "got 2")):
         vae.decode(latents(1)[0], x, S)
     for count in (0, -1):
