@@ -16,10 +16,11 @@ from biglearn_vae.gaussian import DiagGaussian
 from biglearn_vae.losses import ELBO, BigLearnELBO, PatchAELoss
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import TwoStackViT, UniversalViT, count_parameters
+from biglearn_vae.optim import Optim
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify
 from biglearn_vae.runs import load
-from biglearn_vae.trainer import Optim, Trainer, TrainingError
+from biglearn_vae.trainer import Trainer, TrainingError
 
 __version__ = "0.1.0"
 __all__ = [

@@ -30,7 +30,8 @@ from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import MaskedViT
-from biglearn_vae.trainer import CUDA_GRAPHS, Optim, Trainer
+from biglearn_vae.optim import Optim
+from biglearn_vae.trainer import CUDA_GRAPHS, Trainer
 
 # What a stage changes. Each stage has its own measure and all of those above it.
 MEASURES = {
@@ -116,6 +117,9 @@ class Plan:
         Without names these are all that training in this precision on this kind of device ("cpu", "cuda") goes through.
         A precision that it does not use is no measure of any stage, unless its stage is asked for; nor is what it does
         not do with hidden tokens. Whole trainings are of the first and the last of them, unless others are named.
+
+        Raises:
+            ValueError: for tokens that are left out in what is compiled.
         """
         compiled = self.compile if self.compile is not None else device == "cuda" and hidden == "mask"
         used = {"bfloat16": precision == "bfloat16", "drop": hidden == "drop"}
@@ -124,6 +128,10 @@ class Plan:
         if self.evaluations is not None and not self.asked:
             names = [names[0], names[-1]]
         in_force = [name for name in MEASURES if used.get(name, True) or name in names]
+        if "drop" in in_force and {"compile", "cuda_graphs"} & {*names}:
+            raise ValueError(
+                "hidden=drop has other shapes at every step and is not compiled: leave out drop or compile"
+            )
         return {
             name: frozenset(m for m in in_force if STAGES.index(m) <= STAGES.index(name))
             for name in STAGES

@@ -43,6 +43,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     from hydra._internal.utils import get_args_parser
 
     failed: list[str] = []
+    torch.backends.cudnn.allow_tf32 = False  # what is computed in float32 is float32, in convolutions, too
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
         warnings.simplefilter("ignore")
@@ -83,6 +84,10 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     except KeyboardInterrupt:  # outside of training, which takes it for itself
         resumes = "; the same command goes on from the last checkpoint" if config_name == "train" else ""
         failed.append(f"interrupted{resumes}")
+    except SystemExit as end:
+        if not end.code:  # of a run that was interrupted, in all processes alike
+            stop()
+        raise
     if failed:
         _complain_and_exit(failed)
     stop()
@@ -134,6 +139,8 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     run = Path(cfg.output_dir).expanduser() / runs.name_of(cfg, overrides)
     say = print if _is_main() else lambda *_: None
     world = start(cfg.device)
+    if "torch._dynamo" in sys.modules:  # in a sweep: what was compiled for other runs counts towards a limit
+        torch.compiler.reset()
     if done := finished(run, cfg):
         say(f"{run} is finished: {done['steps']} steps. A larger trainer.steps continues it, name=NAME starts another.")
         say(stages.of(cfg).report(done, run))

@@ -20,7 +20,8 @@ from biglearn_vae.distributed import World, derive_seed
 from biglearn_vae.evaluation import Task
 from biglearn_vae.losses import InpaintingRegression
 from biglearn_vae.masks import MaskSampler
-from biglearn_vae.trainer import Optim, Trainer
+from biglearn_vae.optim import Optim
+from biglearn_vae.trainer import Trainer
 
 
 @dataclass(frozen=True)

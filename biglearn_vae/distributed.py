@@ -93,7 +93,10 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         # The main process evaluates alone while the others wait, so the limit is generous.
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        on_gpu = chosen.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), device_id=chosen if on_gpu else None
+        )
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
@@ -137,10 +140,11 @@ def shard(net: nn.Module, world: World) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is split over the processes; every process must call it."""
-    return tensor.full_tensor() if _is_split(tensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
-def _is_split(value) -> bool:
+def is_split(value) -> bool:
+    """Whether a tensor is split over the processes."""
     return hasattr(value, "full_tensor")  # a DTensor, whose module is not worth importing for this
 
 
@@ -154,7 +158,7 @@ def gathered(state, world: World):
     """
 
     def one(value, _):
-        if not _is_split(value):
+        if not is_split(value):
             return value
         value = value.full_tensor()
         return value.cpu() if world.is_main else None
@@ -168,7 +172,7 @@ def split(state, like):
 
     return _mapped(
         lambda value, own: (
-            distribute_tensor(value.to(own.device), own.device_mesh, own.placements) if _is_split(own) else value
+            distribute_tensor(value.to(own.device), own.device_mesh, own.placements) if is_split(own) else value
         ),
         state,
         like,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Attention(nn.Module):
@@ -47,6 +48,9 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(c)) v over (B, heads, N, c), the softmax in float32, over the `valid` (B, N) keys alone."""
     seen = None if valid is None else valid[:, None, None]  # (B, 1, 1, N)
+    if q.is_cuda and valid is not None:  # of other lengths at every step, for each of which cuDNN would plan anew
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     # On CPUs torch's fused attention is slower in bfloat16 than in float32, by a factor of 2 to 3 for 65 tokens; plain

@@ -23,8 +23,9 @@ from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import CHUNK, Batches, ImageSet, parts, shuffled
 from biglearn_vae.distributed import StepRandom, World, derive_seed
 from biglearn_vae.loggers import Logger
+from biglearn_vae.optim import Optim
 from biglearn_vae.patch_ae import PatchAE
-from biglearn_vae.trainer import Optim, Trainer
+from biglearn_vae.trainer import Trainer
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # S-ratios, shares of the patches observed
 CPU_CHUNK = 64  # images at a time on CPUs, where small parts stay in the cache: 1.3 to 2 times as fast
@@ -383,7 +384,7 @@ def train_ceiling(
     trainer = Trainer(
         LabelledViT(net, labels).to(vae.device),
         LabelLoss(labels),
-        LabelledBatches(train, vae, seed),
+        LabelledBatches(train.resident(vae.device), vae, seed),
         Optim(lr=2e-3, muon_lr=muon_lr, warmup_steps=min(300, steps // 5), schedule="cosine", clip_norm=1.0),
         steps=steps,
         seed=seed,

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,125 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from biglearn_vae import checkpoint, distributed
 from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
+from biglearn_vae.optim import Optim, has_fast_bfloat16
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where and what to try."""
-
-
-@dataclass(frozen=True)
-class Optim:
-    """AdamW, or Muon and AdamW, with a warm-up, a schedule, gradient clipping and an average of the weights.
-
-    Args:
-        lr: peak learning rate of AdamW.
-        betas: AdamW's, each in [0, 1).
-        eps: AdamW's.
-        weight_decay: on matrices only; biases, LayerNorms and single learned vectors are not decayed.
-        warmup_steps: steps of linear warm-up.
-        schedule: "constant", or "cosine" to 0 at the last step.
-        clip_norm: largest gradient norm; None does not clip.
-        ema_decay: decay of the exponential moving average of the weights that is evaluated and kept as the result;
-            0 evaluates the weights themselves.
-        muon_lr: peak learning rate of Muon (Jordan et al. 2024), which then takes the matrices between hidden layers,
-            those of the members of a `ModuleList` such as the blocks of a transformer, and the kernels of convolutions,
-            and leaves the rest to AdamW. Its updates are orthogonalised and scaled to the size of AdamW's (Liu et al.
-            2025): their singular values are 0.2 times the root of the larger side, so that what suits a network is
-            too much for a wider one, by the root of the ratio (`optim=muon` sees to it). None leaves everything to
-            AdamW.
-
-    Raises:
-        ValueError: on values outside these.
-    """
-
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    clip_norm: float | None = None
-    ema_decay: float = 0.0
-    muon_lr: float | None = None
-
-    def __post_init__(self):
-        require = {
-            f"lr must be positive, got {self.lr}": 0 < self.lr < math.inf,
-            f"betas must be two numbers in [0, 1), got {list(self.betas)}": len(self.betas) == 2
-            and all(0 <= b < 1 for b in self.betas),
-            f"eps must be positive, got {self.eps}": self.eps > 0,
-            f"weight_decay must not be negative, got {self.weight_decay}": self.weight_decay >= 0,
-            f"warmup_steps must not be negative, got {self.warmup_steps}": self.warmup_steps >= 0,
-            f"schedule must be 'constant' or 'cosine', got {self.schedule!r}": self.schedule in ("constant", "cosine"),
-            f"clip_norm must be positive or null, got {self.clip_norm}": self.clip_norm is None or self.clip_norm > 0,
-            f"ema_decay must be in [0, 1), got {self.ema_decay}": 0 <= self.ema_decay < 1,
-            f"muon_lr must be positive or null, got {self.muon_lr}": self.muon_lr is None
-            or 0 < self.muon_lr < math.inf,
-        }
-        for message, holds in require.items():
-            if not holds:
-                raise ValueError(message)
-
-    def optimizers(self, net: nn.Module, fused: bool | None = None) -> list[torch.optim.Optimizer]:
-        """The optimizers that together take all of the network's parameters; "peak" of a group is its learning rate.
-
-        Args:
-            fused: whether AdamW updates many parameters at once; by default where it can.
-        """
-        hidden = _hidden_weights(net) if self.muon_lr else {}
-        others = [p for p in net.parameters() if p not in hidden]
-        if fused is None:
-            fused = others[0].device.type in ("cpu", "cuda")
-        groups = [
-            {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, "peak": self.lr},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": self.lr},
-        ]
-        adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused, foreach=False)
-        result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
-        if hidden:
-            group = {"params": list(hidden), "peak": self.muon_lr}
-            options = dict(lr=self.muon_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
-            result.append(Muon(group, **options))
-        return result
-
-    def share_at(self, step: int, steps: int) -> float:
-        """Share of the peak learning rate at this step, counted from 0, of a run of `steps`."""
-        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        return warm * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-
-    def schedule_at(self, optimizers: Iterable[torch.optim.Optimizer], step: int, steps: int) -> None:
-        """Give these optimizers their learning rates of this step."""
-        share = self.share_at(step, steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = share * group["peak"]
-
-    def ema_decay_at(self, step: int) -> float:
-        """Decay of the average of the weights at this step, counted from 0: it follows closely at first."""
-        return min(self.ema_decay, (1 + step) / (10 + step))
-
-
-class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, which takes matrices alone, also of kernels (M, N, P, P): as matrices (M, N P P)."""
-
-    def __init__(self, group: dict[str, Any], **options: Any):
-        self._weights = group["params"]
-        # Views, so that an update of the matrix is one of the kernel; `view` fails where it would be a copy.
-        matrices = [p if p.ndim == 2 else p.detach().view(len(p), -1) for p in self._weights]
-        super().__init__([group | {"params": matrices}], **options)
-
-    def step(self, closure: Any = None) -> Any:
-        for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
-            if matrix is not weight:
-                matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        return super().step(closure)
-
-
-def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
-    """The matrices of the members of a network's `ModuleList`s and the kernels of its convolutions, each once."""
-    lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
-    matrices = (p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
-    return dict.fromkeys([*matrices, *(p for p in net.parameters() if p.ndim == 4)])
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -167,14 +52,10 @@ def choose_precision(precision: str, net: nn.Module, images: int) -> str:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision != "auto":
         return precision
-    if next(net.parameters()).is_cuda:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        wide = max((p.shape[-1] for p in net.parameters() if p.ndim == 2), default=0) >= 256
-        large = wide or images * (1 + getattr(net, "num_tokens", 0)) >= 1024
-        able = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        fast = large and any(ask() for ask in able)
-    return "bfloat16" if fast else "float32"
+    device = next(net.parameters()).device
+    wide = max((p.shape[-1] for p in net.parameters() if p.ndim == 2), default=0) >= 256
+    large = device.type == "cuda" or wide or images * (1 + getattr(net, "num_tokens", 0)) >= 1024
+    return "bfloat16" if large and has_fast_bfloat16(device) else "float32"
 
 
 CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that replays CUDA graphs
@@ -187,18 +68,21 @@ def choose_compile(compile: bool | str, net: nn.Module) -> str | None:
     nothing (`scripts/benchmark.py compile=true` shows it), and compiling takes a minute.
 
     Raises:
-        ValueError: on another word.
+        ValueError: on another word, and where it is asked for and the shapes change.
     """
     if compile not in (True, False, "auto", CUDA_GRAPHS):
         raise ValueError(f"compile must be true, false, auto or {CUDA_GRAPHS}, got {compile!r}")
-    if compile == CUDA_GRAPHS:
-        return CUDA_GRAPHS
+    fixed = getattr(net, "hidden", "mask") != "drop"
     if compile == "auto":
         from torch.utils._triton import has_triton
 
-        fixed = getattr(net, "hidden", "mask") != "drop"
         compile = next(net.parameters()).is_cuda and fixed and has_triton()
-    return "default" if compile else None
+    if compile and not fixed:
+        raise ValueError(
+            f"compile={str(compile).lower()} needs shapes that stay, and with hidden=drop every step has others: "
+            "take compile=auto or false"
+        )
+    return CUDA_GRAPHS if compile == CUDA_GRAPHS else "default" if compile else None
 
 
 class Interruption:

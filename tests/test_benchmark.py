@@ -53,8 +53,9 @@ def gradients(net) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
 
 
-def stages(*names: str) -> dict[str, frozenset[str]]:
-    return timing.Plan(stages=list(names) or None, compile="reduce-overhead").chosen("bfloat16", "cuda", "drop")
+def stages() -> dict[str, frozenset[str]]:
+    dropping = timing.Plan().chosen("bfloat16", "cuda", "drop")
+    return dropping | timing.Plan(compile="reduce-overhead").chosen("bfloat16", "cuda")
 
 
 @pytest.mark.parametrize("prior", ["learned", "standard"])
@@ -240,6 +241,9 @@ def test_each_stage_has_its_measure_and_those_above():
     assert list(timing.Plan().chosen("float32", "cuda", "drop"))[-1] == "drop"  # of shapes that change
     without = timing.Plan(compile=True).chosen("float32", "cpu")
     assert "bfloat16" not in without and timing.precision_of(without["compile"]) == "float32"
+    for plan, hidden in ((timing.Plan(compile=True), "drop"), (timing.Plan(stages=["drop", "compile"]), "mask")):
+        with pytest.raises(ValueError, match="hidden=drop has other shapes at every step"):
+            plan.chosen("float32", "cuda", hidden)
     asked = timing.Plan(stages=["compile", "plain"]).chosen("float32", "cpu")
     assert list(asked) == ["plain", "compile"] and "bfloat16" not in asked["compile"]
     assert timing.Plan(stages="bfloat16").chosen("float32", "cpu")["bfloat16"] == everything["bfloat16"]

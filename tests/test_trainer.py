@@ -209,48 +209,6 @@ def test_reports_are_means_over_their_steps():
     assert means == pytest.approx([sum(single[k : k + 5]) / 5 for k in range(0, 20, 5)])
 
 
-def test_schedules():
-    constant = Optim(lr=2.0, warmup_steps=9)
-    assert [constant.share_at(step, 100) for step in (0, 4, 9, 99)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    cosine = Optim(lr=2.0, schedule="cosine")
-    assert [cosine.share_at(step, 100) for step in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
-
-
-@pytest.mark.parametrize("muon_lr", [None, 0.02])
-def test_the_optimizers_take_every_parameter_once(muon_lr):
-    blocks = nn.ModuleList([nn.Linear(2, 4), nn.LayerNorm(4)])
-    net = nn.ModuleDict({"in": nn.Linear(1, 2), "blocks": blocks, "map": nn.Conv2d(1, 2, 3)})
-    optim = Optim(lr=0.1, weight_decay=0.3, muon_lr=muon_lr)
-    optimizers = optim.optimizers(net)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    taken = [p.data_ptr() for group in groups for p in group["params"]]  # a kernel is taken by a view of it
-    assert sorted(taken) == sorted(p.data_ptr() for p in net.parameters())
-    for group in groups:
-        assert group["weight_decay"] == (0.3 if group["params"][0].ndim > 1 else 0.0)
-    optim.schedule_at(optimizers, 0, 10)
-    rates = {p.data_ptr(): group["lr"] for group in groups for p in group["params"]}
-    hidden = {p.data_ptr() for p in (blocks[0].weight, net["map"].weight)}
-    assert {rates[p] for p in hidden} == {muon_lr or 0.1}
-    assert {rate for p, rate in rates.items() if p not in hidden} == {0.1}
-
-
-@pytest.mark.parametrize(("net", "shape"), [(nn.Linear(6, 4), (32, 6)), (nn.Conv2d(3, 4, (1, 2)), (8, 3, 5, 5))])
-def test_muon_orthogonalises_the_update_of_a_matrix(net, shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    before = net.weight.detach().clone()
-    optim = Optim(muon_lr=0.1, weight_decay=0.0)
-    optimizers = optim.optimizers(nn.ModuleList([net]))
-    net(x).square().sum().backward()
-    optim.schedule_at(optimizers, 0, 10)
-    for optimizer in optimizers:
-        optimizer.step()
-    update = (before - net.weight.detach()).flatten(1) / (0.1 * 0.2 * math.sqrt(6))
-    u, _, vh = torch.linalg.svd(net.weight.grad.flatten(1), full_matrices=False)
-    # Newton-Schulz iterations bring singular values near 1, not to it.
-    assert torch.linalg.svdvals(update).min() > 0.6 and torch.linalg.svdvals(update).max() < 1.3
-    assert (update * (u @ vh)).sum() / update.norm() / 2 > 0.97
-
-
 @pytest.mark.parametrize("name", ["steps", "accumulate", "report_every", "evaluate_every", "checkpoint_every"])
 def test_intervals_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
@@ -327,6 +285,11 @@ def test_automatic_compilation():
         make(compile="fast")
     with pytest.raises(ValueError, match="needs accumulate=1 and one process, got accumulate=2 and 1 processes"):
         make(compile="reduce-overhead", accumulate=2)
+    dropping = UniversalViT(grid=(2, 2), token_dim=1, dim=4, z_dim=1, heads=1, depth=1, hidden="drop")
+    assert choose_compile("auto", dropping) is None and choose_compile(False, dropping) is None
+    for word in (True, "reduce-overhead"):
+        with pytest.raises(ValueError, match=f"compile={word} needs shapes that stay".lower()):
+            choose_compile(word, dropping)
 
 
 def on_a_gpu(muon_lr: float | None = None, **settings) -> Trainer:

@@ -1,0 +1,195 @@
+"""Optimizers: AdamW, and Muon for the matrices between hidden layers, with their schedules."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biglearn_vae.distributed import is_split
+
+SMALL = 2**15  # numbers of a matrix below which a CPU is faster at several of them at once
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, or Muon and AdamW, with a warm-up, a schedule, gradient clipping and an average of the weights.
+
+    Args:
+        lr: peak learning rate of AdamW.
+        betas: AdamW's, each in [0, 1).
+        eps: AdamW's.
+        weight_decay: on matrices only; biases, LayerNorms and single learned vectors are not decayed.
+        warmup_steps: steps of linear warm-up.
+        schedule: "constant", or "cosine" to 0 at the last step.
+        clip_norm: largest gradient norm; None does not clip.
+        ema_decay: decay of the exponential moving average of the weights that is evaluated and kept as the result;
+            0 evaluates the weights themselves.
+        muon_lr: peak learning rate of Muon (Jordan et al. 2024), which then takes the matrices between hidden layers,
+            those of the members of a `ModuleList` such as the blocks of a transformer, and the kernels of convolutions,
+            and leaves the rest to AdamW. Its updates are orthogonalised and scaled to the size of AdamW's (Liu et al.
+            2025): their singular values are 0.2 times the root of the larger side, so that what suits a network is
+            too much for a wider one, by the root of the ratio (`optim=muon` sees to it). None leaves everything to
+            AdamW.
+
+    Raises:
+        ValueError: on values outside these.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    clip_norm: float | None = None
+    ema_decay: float = 0.0
+    muon_lr: float | None = None
+
+    def __post_init__(self):
+        require = {
+            f"lr must be positive, got {self.lr}": 0 < self.lr < math.inf,
+            f"betas must be two numbers in [0, 1), got {list(self.betas)}": len(self.betas) == 2
+            and all(0 <= b < 1 for b in self.betas),
+            f"eps must be positive, got {self.eps}": self.eps > 0,
+            f"weight_decay must not be negative, got {self.weight_decay}": self.weight_decay >= 0,
+            f"warmup_steps must not be negative, got {self.warmup_steps}": self.warmup_steps >= 0,
+            f"schedule must be 'constant' or 'cosine', got {self.schedule!r}": self.schedule in ("constant", "cosine"),
+            f"clip_norm must be positive or null, got {self.clip_norm}": self.clip_norm is None or self.clip_norm > 0,
+            f"ema_decay must be in [0, 1), got {self.ema_decay}": 0 <= self.ema_decay < 1,
+            f"muon_lr must be positive or null, got {self.muon_lr}": self.muon_lr is None
+            or 0 < self.muon_lr < math.inf,
+        }
+        for message, holds in require.items():
+            if not holds:
+                raise ValueError(message)
+
+    def optimizers(self, net: nn.Module, fused: bool | None = None) -> list[torch.optim.Optimizer]:
+        """The optimizers that together take all of the network's parameters; "peak" of a group is its learning rate.
+
+        Args:
+            fused: whether AdamW is one kernel, or what torch has by default; None fuses it where it can be.
+        """
+        hidden = _hidden_weights(net) if self.muon_lr else {}
+        others = [p for p in net.parameters() if p not in hidden]
+        if fused is None:
+            fused = others[0].device.type in ("cpu", "cuda")
+        groups = [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, "peak": self.lr},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": self.lr},
+        ]
+        adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused or None)  # None: torch's default
+        result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
+        if hidden:
+            result.append(Muon(list(hidden), self.muon_lr, self.weight_decay))
+        return result
+
+    def share_at(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate at this step, counted from 0, of a run of `steps`."""
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return warm * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    def schedule_at(self, optimizers: Iterable[torch.optim.Optimizer], step: int, steps: int) -> None:
+        """Give these optimizers their learning rates of this step."""
+        share = self.share_at(step, steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak"]
+
+    def ema_decay_at(self, step: int) -> float:
+        """Decay of the average of the weights at this step, counted from 0: it follows closely at first."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` with updates of the size of AdamW's, also of kernels (M, N, P, P): as matrices (M, N P P).
+
+    Its steps, but of many matrices at once, where one by one they would take their time to be started; and in float32
+    where bfloat16 is slow: torch's take 20 times as long on CPUs that do not know it.
+
+    Args:
+        weights: parameters of two axes or four.
+        lr: peak learning rate, "peak" of the group.
+        weight_decay: as AdamW's.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], lr: float, weight_decay: float):
+        self._weights = weights
+        # Views, so that an update of the matrix is one of the kernel; `view` fails where it would be a copy.
+        matrices = [p if p.ndim == 2 else p.detach().view(len(p), -1) for p in weights]
+        group = {"params": matrices, "peak": lr}
+        super().__init__([group], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the weights from their gradients."""
+        group = self.param_groups[0]
+        for weight, matrix in zip(self._weights, group["params"], strict=True):
+            if matrix is not weight:
+                matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        if any(is_split(matrix) for matrix in matrices):
+            super().step()  # which knows how to multiply what is split over processes
+        elif matrices:
+            self._update(matrices, group)
+
+    def _update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
+        gradients = [matrix.grad for matrix in matrices]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        for part in _alike(matrices):
+            own = [directions[i] for i in part]
+            x = torch.stack(own) if len(part) > 1 else own[0]
+            updates = orthogonalised(x, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(x.dtype)
+            rate = 0.2 * math.sqrt(max(x.shape[-2:])) * group["lr"]
+            torch._foreach_add_([matrices[i] for i in part], list(updates.view(-1, *x.shape[-2:])), alpha=-rate)
+
+
+def _alike(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Positions of matrices that are worth orthogonalising together: of one shape, on GPUs or small."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        places.setdefault(tuple(matrix.shape), []).append(i)
+    for part in places.values():
+        first = matrices[part[0]]
+        together = first.is_cuda or first.numel() < SMALL
+        yield from [part] if together else [[i] for i in part]
+
+
+def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """A matrix (M, N) or several (K, M, N), singular values brought near 1 by Newton-Schulz iterations (Jordan 2024).
+
+    In bfloat16 where that is fast, else in their own precision.
+    """
+    a, b, c = coefficients
+    x = matrices.bfloat16() if has_fast_bfloat16(matrices.device) else matrices
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no singular value is above 1
+    multiply = torch.baddbmm if x.ndim == 3 else torch.addmm
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = multiply(x, multiply(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies faster in bfloat16: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in able)
+
+
+def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
+    """The matrices of the members of a network's `ModuleList`s and the kernels of its convolutions, each once."""
+    lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
+    matrices = (p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
+    return dict.fromkeys([*matrices, *(p for p in net.parameters() if p.ndim == 4)])

@@ -1,0 +1,122 @@
+"""Optimizers: their schedules, which parameters they take, and Muon's steps against torch's and against an SVD."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from biglearn_vae import Optim, optim
+
+
+def test_schedules():
+    constant = Optim(lr=2.0, warmup_steps=9)
+    assert [constant.share_at(step, 100) for step in (0, 4, 9, 99)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    cosine = Optim(lr=2.0, schedule="cosine")
+    assert [cosine.share_at(step, 100) for step in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def test_the_optimizers_take_every_parameter_once(muon_lr):
+    blocks = nn.ModuleList([nn.Linear(2, 4), nn.LayerNorm(4)])
+    net = nn.ModuleDict({"in": nn.Linear(1, 2), "blocks": blocks, "map": nn.Conv2d(1, 2, 3)})
+    settings = Optim(lr=0.1, weight_decay=0.3, muon_lr=muon_lr)
+    optimizers = settings.optimizers(net)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    taken = [p.data_ptr() for group in groups for p in group["params"]]  # a kernel is taken by a view of it
+    assert sorted(taken) == sorted(p.data_ptr() for p in net.parameters())
+    for group in groups:
+        assert group["weight_decay"] == (0.3 if group["params"][0].ndim > 1 else 0.0)
+    settings.schedule_at(optimizers, 0, 10)
+    rates = {p.data_ptr(): group["lr"] for group in groups for p in group["params"]}
+    hidden = {p.data_ptr() for p in (blocks[0].weight, net["map"].weight)}
+    assert {rates[p] for p in hidden} == {muon_lr or 0.1}
+    assert {rate for p, rate in rates.items() if p not in hidden} == {0.1}
+
+
+@pytest.mark.parametrize(("net", "shape"), [(nn.Linear(6, 4), (32, 6)), (nn.Conv2d(3, 4, (1, 2)), (8, 3, 5, 5))])
+def test_muon_orthogonalises_the_update_of_a_matrix(net, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before = net.weight.detach().clone()
+    settings = Optim(muon_lr=0.1, weight_decay=0.0)
+    optimizers = settings.optimizers(nn.ModuleList([net]))
+    net(x).square().sum().backward()
+    settings.schedule_at(optimizers, 0, 10)
+    for optimizer in optimizers:
+        optimizer.step()
+    update = (before - net.weight.detach()).flatten(1) / (0.1 * 0.2 * math.sqrt(6))
+    u, _, vh = torch.linalg.svd(net.weight.grad.flatten(1), full_matrices=False)
+    # Newton-Schulz iterations bring singular values near 1, not to it.
+    assert torch.linalg.svdvals(update).min() > 0.6 and torch.linalg.svdvals(update).max() < 1.3
+    assert (update * (u @ vh)).sum() / update.norm() / 2 > 0.97
+
+
+SHAPES = ((6, 4), (4, 6), (6, 4), (4, 4), (200, 180))  # two are stacked, the last is large
+COEFFICIENTS, STEPS, EPS = (3.4445, -4.775, 2.0315), 5, 1e-7  # torch's
+
+
+def matrices(dtype: torch.dtype) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=g, dtype=dtype)) for shape in SHAPES]
+
+
+def steps_of(optimizer: torch.optim.Optimizer, count: int = 3) -> None:
+    """So many steps under gradients that are the same for every optimizer; the second matrix has none at first."""
+    weights, g = optimizer.param_groups[0]["params"], torch.Generator().manual_seed(1)
+    for step in range(count):
+        for i, weight in enumerate(weights):
+            gradient = torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+            weight.grad = None if step == 0 and i == 1 else gradient
+        optimizer.step()
+
+
+def orthogonalised_by_svd(matrix: torch.Tensor) -> torch.Tensor:
+    """What Newton-Schulz iterations do to singular values, done to them alone."""
+    a, b, c = COEFFICIENTS
+    u, s, vh = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    for _ in range(STEPS):
+        s = a * s + b * s**3 + c * s**5
+    return u * s @ vh
+
+
+def test_orthogonalised_matrices(monkeypatch):
+    monkeypatch.setattr(optim, "has_fast_bfloat16", lambda device: False)
+    for shape in SHAPES:
+        several = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        expected = torch.stack([orthogonalised_by_svd(matrix) for matrix in several])
+        for found in (
+            optim.orthogonalised(several, COEFFICIENTS, STEPS, EPS),
+            torch.stack([optim.orthogonalised(matrix, COEFFICIENTS, STEPS, EPS) for matrix in several]),
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_muon_steps_as_torch_does(fast, monkeypatch):
+    monkeypatch.setattr(optim, "has_fast_bfloat16", lambda device: fast)
+    ours, theirs = matrices(torch.float32), matrices(torch.float32)
+    before = copy.deepcopy(ours)
+    options = dict(lr=0.1, weight_decay=0.3)
+    steps_of(mine := optim.Muon(ours, **options))
+    steps_of(other := torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options))
+    for own, their, start in zip(ours, theirs, before, strict=True):
+        moved = (their - start).norm()
+        assert (own - their).norm() < 0.02 * moved, "they differ by more than bfloat16 does"
+        torch.testing.assert_close(mine.state[own]["momentum_buffer"], other.state[their]["momentum_buffer"])
+
+
+def test_muon_goes_on_from_its_state_and_from_that_of_torch(monkeypatch):
+    monkeypatch.setattr(optim, "has_fast_bfloat16", lambda device: False)
+    options = dict(lr=0.1, weight_decay=0.3)
+    for kind in (optim.Muon, torch.optim.Muon):
+        others = {} if kind is optim.Muon else {"adjust_lr_fn": "match_rms_adamw"}
+        first = kind(matrices(torch.float64), **options, **others)
+        steps_of(first)
+        weights = [nn.Parameter(weight.detach().clone()) for weight in first.param_groups[0]["params"]]
+        second = optim.Muon(weights, **options)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        steps_of(first)
+        steps_of(second)
+        for one, other in zip(first.param_groups[0]["params"], weights, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-2 if others else 1e-12, atol=1e-2 if others else 1e-12)
