@@ -373,7 +373,15 @@ class Trainer:
         }
         self._log(lambda logger: logger.scalars(self.step, scalars))
 
+    def _wait(self) -> None:
+        """On a GPU steps that were called for may not have ended; the time until they have is theirs."""
+        if self.world.device.type == "cuda":
+            start = time.perf_counter()
+            torch.cuda.synchronize(self.world.device)
+            self.seconds += time.perf_counter() - start
+
     def _evaluate(self) -> None:
+        self._wait()
         result = self._whole_result() if self.evaluate is not None else None
         if result is not None and self.world.is_main:
             result.eval()
