@@ -62,11 +62,10 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
 def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = False) -> "DictConfig":
     """Those of overrides that were checked, with Hydra's own if asked for."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.errors import HydraException
 
     register_resolvers()
-    with _without_hydra(), initialize_config_dir(version_base="1.3", config_dir=str(folder())):
+    with _own_hydra():
         try:
             return hydra_compose(config_name, list(overrides), return_hydra_config=with_hydra)
         except HydraException as error:
@@ -87,8 +86,8 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
             for several values without -m.
     """
     overrides = parsed(words)
-    for of_hydra in (o for o in overrides if o.key_or_group == "hydra/launcher"):
-        _check_launcher(of_hydra.value())
+    for launcher in (value for o in overrides if o.key_or_group == "hydra/launcher" for value in values_of(o)):
+        _check_launcher(launcher)
     overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
     for override in () if sweep else overrides:
         if override.is_sweep_override():
@@ -102,10 +101,9 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
 
 
 def _check_launcher(name: Any) -> None:
-    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    with _without_hydra(), initialize_config_dir(version_base="1.3", config_dir=str(folder())):
+    with _own_hydra():
         known = GlobalHydra.instance().config_loader().get_group_options("hydra/launcher")
     if name not in known:
         extra = LAUNCHERS.get(name)
@@ -237,15 +235,20 @@ def resolved(overrides: tuple[str, ...], config_name: str = "train") -> dict[str
 
 
 @contextmanager
-def _without_hydra() -> Iterator[None]:
-    """Put aside the Hydra of a program that already runs under one. There is one of a process: threads take turns."""
+def _own_hydra() -> Iterator[None]:
+    """A Hydra of these YAML files, beside that of a program that already runs under one.
+
+    There is one of a process: threads take turns.
+    """
+    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     with _ONE_HYDRA:
         outer = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()
         try:
-            yield
+            with initialize_config_dir(version_base="1.3", config_dir=str(folder())):
+                yield
         finally:
             GlobalHydra.instance().hydra = outer
 

@@ -123,7 +123,7 @@ class Muon(torch.optim.Muon):
         super().__init__([group], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Update the weights from their gradients."""
         group = self.param_groups[0]
         for weight, matrix in zip(self._weights, group["params"], strict=True):
@@ -144,10 +144,12 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        fast = has_fast_bfloat16(matrices[0].device)
         for part in _alike(matrices):
             own = [directions[i] for i in part]
             x = torch.stack(own) if len(part) > 1 else own[0]
-            updates = orthogonalised(x, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(x.dtype)
+            low = x.bfloat16() if fast else x
+            updates = orthogonalised(low, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(x.dtype)
             rate = 0.2 * math.sqrt(max(x.shape[-2:])) * group["lr"]
             torch._foreach_add_([matrices[i] for i in part], list(updates.view(-1, *x.shape[-2:])), alpha=-rate)
 
@@ -164,14 +166,10 @@ def _alike(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """A matrix (M, N) or several (K, M, N), singular values brought near 1 by Newton-Schulz iterations (Jordan 2024).
-
-    In bfloat16 where that is fast, else in their own precision.
-    """
+    """A matrix (M, N) or several (K, M, N), singular values brought near 1 by Newton-Schulz steps (Jordan 2024)."""
     a, b, c = coefficients
-    x = matrices.bfloat16() if has_fast_bfloat16(matrices.device) else matrices
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no singular value is above 1
     multiply = torch.baddbmm if x.ndim == 3 else torch.addmm
     for _ in range(steps):

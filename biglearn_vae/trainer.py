@@ -342,9 +342,8 @@ class Trainer:
 
     def _pending_values(self) -> Tensor:
         """The pending parts, (steps, parts), as the mean over processes, on the CPU; they must be finite."""
-        start = time.perf_counter()
-        values = self.world.mean(torch.stack(self._pending)).cpu()
-        self.seconds += time.perf_counter() - start  # on a GPU the steps themselves end here
+        with self._counted():  # on a GPU the steps themselves end here
+            values = self.world.mean(torch.stack(self._pending)).cpu()
         bad = (~values.isfinite()).any(dim=1).nonzero()
         if len(bad):
             row = int(bad[0])
@@ -376,9 +375,15 @@ class Trainer:
     def _wait(self) -> None:
         """On a GPU steps that were called for may not have ended; the time until they have is theirs."""
         if self.world.device.type == "cuda":
-            start = time.perf_counter()
-            torch.cuda.synchronize(self.world.device)
-            self.seconds += time.perf_counter() - start
+            with self._counted():
+                torch.cuda.synchronize(self.world.device)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """What takes its time in here is training."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
 
     def _evaluate(self) -> None:
         self._wait()
