@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
     {"files", "checks"},
     {"patches", "gaussian", "layers", "distributed", "masks", "image_files"},
-    {"data", "patch_ae", "annealing"},
+    {"data", "patch_ae", "annealing", "optim"},
     {"models", "losses"},
     {"capabilities", "checkpoint", "loggers"},
     {"trainer", "evaluation", "figures", "gibbs", "probe"},
