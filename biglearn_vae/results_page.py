@@ -437,7 +437,8 @@ def _plot_probe(axes, runs: Runs) -> None:
         looks["ceiling"] = (f"{case} trained with labels", "k")
         for name, (label, colour) in looks.items():
             scores = [run["probe"][name] for run in own if name in run["probe"]]
-            if scores and (name == "codes" or method == METHODS[-1]):
+            drawn = axes.get_legend_handles_labels()[1]  # raw pixels are the same for all cases
+            if scores and label not in drawn and (name == "codes" or method == METHODS[-1]):
                 mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
                 shares, marker = [float(ratio) for ratio in scores[0]], "o" if name == "codes" else None
                 axes.plot(shares, mean, LINES.get(case, "-"), marker=marker, color=colour, label=label)
