@@ -26,7 +26,7 @@ from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, Tensor
 from biglearn_vae.models import count_parameters
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.stages import draw, measure, report, size_text
-from biglearn_vae.trainer import CUDA_GRAPHS, Trainer, TrainingError, choose_precision
+from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -201,7 +201,6 @@ def _trainer(cfg: "DictConfig", run: Path, stage: stages.Stage, splits: Splits, 
     from omegaconf import OmegaConf
 
     settings = _trainer_settings(cfg)
-    _check_cuda_graphs(settings["compile"], world.device)
     metadata = {"config": OmegaConf.to_container(cfg, resolve=True), "data": splits.train.fingerprint()}
     optim = config.build(cfg.optim, "optim")
     try:
@@ -231,12 +230,6 @@ def _trainer_settings(cfg: "DictConfig") -> dict[str, Any]:
     settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)
     config.check_types(typing.get_type_hints(Trainer.__init__) | {"batch_size": int}, settings, "trainer")
     return settings
-
-
-def _check_cuda_graphs(compile: bool | str | None, device: torch.device) -> None:
-    """Raise a ValueError if CUDA graphs are asked for where there are none: compiling for them would fail in C++."""
-    if compile == CUDA_GRAPHS and device.type != "cuda":
-        raise ValueError(f"compile={CUDA_GRAPHS} needs a GPU, the device is {device}: take compile=auto")
 
 
 def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
@@ -480,7 +473,6 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     plan = timing.Plan(**asked)
     if under_torchrun():
         raise ValueError("the benchmark measures a single process: start it without torchrun")
-    _check_cuda_graphs(plan.compile, pick_device(cfg.device))
     tokens, machine = _tokenizer_to_measure(cfg, plan), environment(cfg.device)
     work = _work(cfg, plan, tokens)
     print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)

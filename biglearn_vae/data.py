@@ -188,7 +188,7 @@ class Batches:
             # Shuffled on the CPU, so that the order is the same on every device; only two epochs are ever needed.
             order = shuffled(len(self.images), derive_seed("order", self.seed, epoch))
             self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1} | {
-                epoch: order.to(self.images.device)
+                epoch: order.to(self.images.device, non_blocking=True)
             }
         return self._orders[epoch]
 

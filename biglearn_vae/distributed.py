@@ -207,8 +207,13 @@ class StepRandom:
     @classmethod
     def at(cls, seed: int, step: int, world: World) -> "StepRandom":
         """Those of this step, on the world's device."""
-        generator = torch.Generator(world.device).manual_seed(derive_seed("step", seed, step))
+        generator = torch.Generator(world.device).manual_seed(cls.seed_at(seed, step))
         return cls(generator, world.rank, world.size)
+
+    @staticmethod
+    def seed_at(seed: int, step: int) -> int:
+        """Of the generator of this step."""
+        return derive_seed("step", seed, step)
 
     def rows(self, count: int, draw: Callable[[int, torch.Generator], Tensor | tuple[Tensor, ...]]):
         """This process's `count` rows of what `draw(number of rows, generator)` gives, a tensor or several."""

@@ -3,6 +3,7 @@
 B batch, N sequence length, d embedding dimension, r ratio of the MLP's width to d.
 """
 
+import contextlib
 import math
 from itertools import pairwise
 
@@ -11,6 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+attention = None
+if torch.cuda.is_available():
+    with contextlib.suppress(ImportError):  # torch comes without Triton on some systems
+        from biglearn_vae import attention
 
 
 class Attention(nn.Module):
@@ -31,15 +37,18 @@ class Attention(nn.Module):
             queries: how many of the tokens, from the first on, are asked for; all see the whole sequence.
             valid: boolean (B, N), the tokens that are seen at all; None means every one.
         """
-        q, k, v = (
-            rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in self._queries_keys_values(x, queries)
-        )
-        x = attend(q, k, v, valid)
+        if queries is None:
+            together = self.qkv(x)
+            if attention is not None and valid is None and attention.fits(together, self.heads):
+                return self.project(attention.attend(together, self.heads))
+            parts = together.chunk(3, dim=-1)
+        else:
+            parts = self._of_first(x, queries)
+        x = attend(*(rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in parts), valid)
         return self.project(rearrange(x, "b h n c -> b n (h c)"))
 
-    def _queries_keys_values(self, x: Tensor, queries: int | None) -> tuple[Tensor, ...]:
-        if queries is None:
-            return self.qkv(x).chunk(3, dim=-1)
+    def _of_first(self, x: Tensor, queries: int) -> tuple[Tensor, ...]:
+        """Queries of the first tokens, keys and values of all."""
         sizes = (x.shape[-1], 2 * x.shape[-1])
         (q_weight, weight), (q_bias, bias) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
         return F.linear(x[:, :queries], q_weight, q_bias), *F.linear(x, weight, bias).chunk(2, dim=-1)

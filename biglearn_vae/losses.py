@@ -22,14 +22,14 @@ class ELBO:
     Attributes:
         reconstruction: log p(x_T | z, x_S) without its constant, -1/2 sum over T of squared errors.
         kl: KL[p(z | x_{S u T}) || p(z | x_S)] in nats, not weighted.
-        beta: weight of the KL.
+        beta: weight of the KL, a number or a tensor ().
         num_targets: |T|, how many tokens the reconstruction sums over.
         token_dim: D.
     """
 
     reconstruction: Tensor
     kl: Tensor
-    beta: float
+    beta: float | Tensor
     num_targets: Tensor
     token_dim: int
 
@@ -108,12 +108,13 @@ class BigLearnELBO:
         result._compiled = torch.compile(result.terms, **options)
         return result
 
-    def weight(self, step: int | None) -> float:
-        """Beta at this training step, counted from 0; the final beta if step is None."""
-        if step is None or step >= self.beta_warmup_steps:
+    def weight(self, step: int | Tensor | None) -> float | Tensor:
+        """Beta at this training step, counted from 0, a number or a tensor (); the final beta if step is None."""
+        if step is None or not self.beta_warmup_steps:
             return self.beta
-        start = self.beta_warmup_start
-        return self.beta * (start + (1 - start) * step / self.beta_warmup_steps)
+        passed = step / self.beta_warmup_steps
+        passed = passed.clamp(max=1) if isinstance(passed, Tensor) else min(passed, 1)
+        return self.beta * (1 - (1 - self.beta_warmup_start) * (1 - passed))
 
     def __call__(
         self,
@@ -124,7 +125,7 @@ class BigLearnELBO:
         noise: Tensor | None = None,
         *,
         random: StepRandom | None = None,
-        step: int | None = None,
+        step: int | Tensor | None = None,
     ) -> ELBO:
         """The parts of the ELBO of a batch.
 

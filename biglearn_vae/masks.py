@@ -118,7 +118,8 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
     Computed through logarithms, by G_a = G_{a+1} U^(1/a), so that small parameters do not underflow to 0 / 0.
     """
     device = generator.device
-    concentration = torch.tensor(parameters, dtype=torch.float64).to(device, non_blocking=True).expand(count, 2)
+    # Filled there: what is copied from the host could not be part of a CUDA graph.
+    concentration = torch.stack([torch.full((count,), p, dtype=torch.float64, device=device) for p in parameters], -1)
     uniform = torch.rand(count, 2, dtype=torch.float64, device=device, generator=generator)
     logs = torch._standard_gamma(concentration + 1, generator=generator).log() + uniform.log() / concentration
     return torch.sigmoid(logs[:, 0] - logs[:, 1])

@@ -80,7 +80,9 @@ class Optim:
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, "peak": self.lr},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": self.lr},
         ]
-        adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused or None)  # None: torch's default
+        in_graphs = bool(fused) and others[0].is_cuda
+        # None is torch's default.
+        adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused or None, capturable=in_graphs)
         result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
         if hidden:
             result.append(Muon(list(hidden), self.muon_lr, self.weight_decay))
@@ -91,9 +93,8 @@ class Optim:
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
         return warm * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
-    def schedule_at(self, optimizers: Iterable[torch.optim.Optimizer], step: int, steps: int) -> None:
-        """Give these optimizers their learning rates of this step."""
-        share = self.share_at(step, steps)
+    def set_rates(self, optimizers: Iterable[torch.optim.Optimizer], share: float | Tensor) -> None:
+        """Give these optimizers this share (a tensor: ()) of their peak learning rates."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = share * group["peak"]
@@ -101,6 +102,18 @@ class Optim:
     def ema_decay_at(self, step: int) -> float:
         """Decay of the average of the weights at this step, counted from 0: it follows closely at first."""
         return min(self.ema_decay, (1 + step) / (10 + step))
+
+    @staticmethod
+    @torch.no_grad()
+    def average(average: nn.Module, net: nn.Module, change: float | Tensor) -> None:
+        """Move the average of a network's weights towards them, by this share (a tensor: ()) of the way."""
+        means, weights = list(average.parameters()), list(net.parameters())
+        if not isinstance(change, Tensor):
+            torch._foreach_lerp_(means, weights, change)
+            return
+        steps = torch._foreach_sub(weights, means)
+        torch._foreach_mul_(steps, change)
+        torch._foreach_add_(means, steps)
 
 
 class Muon(torch.optim.Muon):
@@ -150,8 +163,8 @@ class Muon(torch.optim.Muon):
             x = torch.stack(own) if len(part) > 1 else own[0]
             low = x.bfloat16() if fast else x
             updates = orthogonalised(low, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(x.dtype)
-            rate = 0.2 * math.sqrt(max(x.shape[-2:])) * group["lr"]
-            torch._foreach_add_([matrices[i] for i in part], list(updates.view(-1, *x.shape[-2:])), alpha=-rate)
+            updates = updates * (-0.2 * math.sqrt(max(x.shape[-2:])) * group["lr"])
+            torch._foreach_add_([matrices[i] for i in part], list(updates.view(-1, *x.shape[-2:])))
 
 
 def _alike(matrices: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -1,6 +1,7 @@
 """Trainer: any network, any loss, any batches. It knows neither the model nor the data.
 
-    loss(net, batch, random=StepRandom, step=int) -> an object with .loss (scalar) and .scalars() (dict of scalars)
+    loss(net, batch, random=StepRandom, step=int) -> an object with .loss (scalar) and .scalars() (dict of scalars);
+        where steps are replayed as a CUDA graph, step is a tensor ()
     loss.compiled(**options), if there is one -> the same loss, compiled together with the networks it is called on
     batches(step) -> a batch; batches.batch_size, how many images one of all processes holds
     evaluate(net) -> (numbers by name, pictures by name)
@@ -13,6 +14,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from biglearn_vae import checkpoint, distributed
+from biglearn_vae.cuda_graph import Recorded
 from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
@@ -58,31 +61,52 @@ def choose_precision(precision: str, net: nn.Module, images: int) -> str:
     return "bfloat16" if large and has_fast_bfloat16(device) else "float32"
 
 
-CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that replays CUDA graphs
+WORTH_COMPILING = 5000  # steps: compiling takes half a minute, and saves some milliseconds of each
 
 
-def choose_compile(compile: bool | str, net: nn.Module) -> str | None:
-    """The mode of torch.compile for this network on its device, None for none; true means its default.
+def choose_compile(compile: bool | str, net: nn.Module, steps: int) -> bool:
+    """Whether torch.compile is used for this network on its device, in a training of so many steps.
 
-    "auto" compiles on GPUs, where Triton is there and the network's shapes are the same at every step. On CPUs it gains
-    nothing (`scripts/benchmark.py compile=true` shows it), and compiling takes a minute.
+    "auto" compiles on GPUs, where Triton is there, the network's shapes are the same at every step and there are steps
+    enough to be worth it. On CPUs it gains nothing (`scripts/benchmark.py compile=true` shows it).
 
     Raises:
         ValueError: on another word, and where it is asked for and the shapes change.
     """
-    if compile not in (True, False, "auto", CUDA_GRAPHS):
-        raise ValueError(f"compile must be true, false, auto or {CUDA_GRAPHS}, got {compile!r}")
-    fixed = getattr(net, "hidden", "mask") != "drop"
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be true, false or auto, got {compile!r}")
+    fixed = _has_fixed_shapes(net)
     if compile == "auto":
         from torch.utils._triton import has_triton
 
-        compile = next(net.parameters()).is_cuda and fixed and has_triton()
+        return next(net.parameters()).is_cuda and fixed and steps >= WORTH_COMPILING and has_triton()
     if compile and not fixed:
         raise ValueError(
-            f"compile={str(compile).lower()} needs shapes that stay, and with hidden=drop every step has others: "
+            "compile=true needs shapes that stay, and with hidden=drop every step has others: "
             "take compile=auto or false"
         )
-    return CUDA_GRAPHS if compile == CUDA_GRAPHS else "default" if compile else None
+    return compile
+
+
+def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World) -> bool:
+    """Whether steps are replayed as a CUDA graph: None does so wherever it can be done.
+
+    Raises:
+        ValueError: where it is asked for and cannot be done.
+    """
+    device, fixed = next(net.parameters()).device, _has_fixed_shapes(net)
+    possible = device.type == "cuda" and world.size == 1 and fixed
+    if cuda_graph and not possible:
+        raise ValueError(
+            "cuda_graph=true needs a GPU, one process and shapes that stay, got "
+            f"{device}, {world.size} process{'es' if world.size > 1 else ''}{'' if fixed else ', hidden=drop'}: "
+            "cuda_graph=null takes one where it can"
+        )
+    return possible if cuda_graph is None else cuda_graph
+
+
+def _has_fixed_shapes(net: nn.Module) -> bool:
+    return getattr(net, "hidden", "mask") != "drop"
 
 
 class Interruption:
@@ -128,14 +152,15 @@ class Trainer:
         accumulate: parts that a step's batch is split into, one after the other, to save memory; a batch is a tensor
             or a tuple of them.
         compile: whether the network goes through torch.compile, or "auto" (see `choose_compile`); with a loss that has
-            a method `compiled`, and in a single process, the loss and the network in it do. "reduce-overhead", for
-            small networks on one GPU, replays what is compiled as CUDA graphs: one launch for each of both directions.
+            a method `compiled`, and in a single process, the loss and the network in it do.
+        cuda_graph: whether a step, from its batch to the new weights, is recorded as a CUDA graph and replayed, so that
+            the GPU does not wait for its launches; None for wherever it can be (see `choose_cuda_graph`).
         shard: split parameters, gradients and the optimizer's state over the processes (FSDP2) instead of keeping all
             of them in each (DistributedDataParallel), for networks that do not fit otherwise.
 
     Raises:
-        ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split so, the precision is
-            unknown, or CUDA graphs are asked for with `accumulate` or several processes.
+        ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split so, or the precision is
+            unknown; see also `choose_compile` and `choose_cuda_graph`.
     """
 
     def __init__(
@@ -158,6 +183,7 @@ class Trainer:
         precision: str = "auto",
         accumulate: int = 1,
         compile: bool | str = "auto",
+        cuda_graph: bool | None = None,
         shard: bool = False,
     ):
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
@@ -172,13 +198,11 @@ class Trainer:
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
         self.precision = choose_precision(precision, net, share // accumulate)
-        self.compiled = choose_compile(compile, net)
-        if self.compiled == CUDA_GRAPHS and (accumulate > 1 or self.world.size > 1):
-            # A replay overwrites the gradients of the one before, to which these would be added.
-            raise ValueError(
-                f"compile={CUDA_GRAPHS} needs accumulate=1 and one process, got accumulate={accumulate} and "
-                f"{self.world.size} processes: take compile=true"
-            )
+        self.compiled = choose_compile(compile, net, steps)
+        # Each part of a batch draws for all of it, and so has a generator of its own.
+        self._generators = [torch.Generator(self.world.device) for _ in range(accumulate)]
+        on_graph = choose_cuda_graph(cuda_graph, net, self.world)
+        self._graph = Recorded(self._advance, self._generators) if on_graph else None
         self.loggers: list[Logger] = []
         self.interrupted = False
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
@@ -192,7 +216,7 @@ class Trainer:
         self.optimizers = optim.optimizers(net)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
-        self._compiles = self.compiled is not None
+        self._compiles = self.compiled
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
         self._names: list[str] = []
         self._reported = (0, 0.0)  # step and seconds at the last report
@@ -200,11 +224,12 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """Compile what is to be compiled; returns the network as the steps call it."""
-        options = dict(dynamic=False, mode=self.compiled)
+        if self.compiled:  # the few products in float32 are to be exact
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores .* available but not enabled")
         if self.compiled and self.world.size == 1 and hasattr(self.loss, "compiled"):
-            self.loss = self.loss.compiled(**options)
+            self.loss = self.loss.compiled(dynamic=False)
             return self.net
-        net = torch.compile(self.net, **options) if self.compiled else self.net
+        net = torch.compile(self.net, dynamic=False) if self.compiled else self.net
         if self.world.size == 1 or self._sharded:
             return net
         ids = [self.world.device.index] if self.world.device.type == "cuda" else None
@@ -249,11 +274,16 @@ class Trainer:
     def _load_optimizers(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self.optimizers, states, strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            groups = [  # how a step is computed is a matter of this device, not of that on which it was kept
+                kept | {name: own[name] for name in ("fused", "foreach", "capturable") if name in own}
+                for kept, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+            ]
             like = {
                 index: {name: parameters[index] if value.ndim else value for name, value in moments.items()}
                 for index, moments in state["state"].items()
             }
-            optimizer.load_state_dict(state | {"state": distributed.split(state["state"], like)})
+            moments = distributed.split(state["state"], like)
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def fit(self, loggers: Iterable[Logger] = ()) -> bool:
         """Train to the last step. Returns False if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written.
@@ -290,32 +320,46 @@ class Trainer:
     def _train_step(self) -> None:
         start = time.perf_counter()
         self.net.train()
-        self.optim.schedule_at(self.optimizers, self.step, self.steps)
-        self.net.zero_grad()
-        scalars = self._backward()
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self._update_average()
-        scalars["grad_norm"] = distributed.whole(norm)
-        self._names = list(scalars)
-        self._pending.append(torch.stack(list(scalars.values())))
+        for generator in self._generators:
+            generator.manual_seed(StepRandom.seed_at(self.seed, self.step))
+        share, decay = self.optim.share_at(self.step, self.steps), self.optim.ema_decay_at(self.step)
+        advance = self._graph or self._advance
+        self._pending.append(advance(self.batches(self.step), self.step, share, 1 - decay))
         self.step += 1
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         if self._compiles:
             self.compile_seconds, self._compiles = self.compile_seconds + elapsed, False
 
-    def _backward(self) -> dict[str, Tensor]:
-        """Gradients of this step's loss, and its parts by name, of a batch that is taken in `accumulate` parts."""
-        batch, total = self.batches(self.step), {}
-        for part in range(self.accumulate):
+    def _advance(self, batch: Any, step: int | Tensor, share: float | Tensor, change: float | Tensor) -> Tensor:
+        """All that a step does with its batch: returns the parts of its loss. Its numbers are tensors in a CUDA graph.
+
+        Args:
+            share: of the peak learning rates.
+            change: how far the average of the weights goes towards the new ones.
+        """
+        self.optim.set_rates(self.optimizers, share)
+        self.net.zero_grad()
+        scalars = self._backward(batch, step)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.average is not None:
+            self.optim.average(self.average, self.net, change)
+        scalars["grad_norm"] = distributed.whole(norm)
+        self._names = list(scalars)
+        return torch.stack(list(scalars.values()))
+
+    def _backward(self, batch: Any, step: int | Tensor) -> dict[str, Tensor]:
+        """Gradients of a step's loss, and its parts by name, of a batch that is taken in `accumulate` parts."""
+        total: dict[str, Tensor] = {}
+        for part, generator in enumerate(self._generators):
             # Each part draws what its rows would draw in one batch: to that end it is a process of its own.
-            of = World(self.world.rank * self.accumulate + part, self.world.size * self.accumulate, self.world.device)
-            random = StepRandom.at(self.seed, self.step, of)
+            rank, size = self.world.rank * self.accumulate + part, self.world.size * self.accumulate
             with self._synchronized(part + 1 == self.accumulate):
                 with self._autocast():
-                    parts = self.loss(self._wrapped, _part(batch, part, self.accumulate), random=random, step=self.step)
+                    own = _part(batch, part, self.accumulate)
+                    parts = self.loss(self._wrapped, own, random=StepRandom(generator, rank, size), step=step)
                 (parts.loss / self.accumulate).backward()
             for name, value in parts.scalars().items():
                 total[name] = total.get(name, 0) + value.detach() / self.accumulate
@@ -332,13 +376,6 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        if self.average is None:
-            return
-        decay = self.optim.ema_decay_at(self.step)
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - decay)
 
     def _pending_values(self) -> Tensor:
         """The pending parts, (steps, parts), as the mean over processes, on the CPU; they must be finite."""
@@ -434,7 +471,7 @@ class Trainer:
             "step": self.step,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [_plain_rates(optimizer.state_dict()) for optimizer in self.optimizers],
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
             "best": self.best,
@@ -448,6 +485,12 @@ class Trainer:
     def _log(self, call: Callable[[Logger], None]) -> None:
         for logger in self.loggers if self.world.is_main else ():
             call(logger)
+
+
+def _plain_rates(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer, its learning rates as numbers; in a CUDA graph they are tensors."""
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
 
 
 def _part(batch: Tensor | tuple[Tensor, ...], part: int, parts: int) -> Tensor | tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
-    {"files", "checks"},
+    {"files", "checks", "attention", "cuda_graph"},
     {"patches", "gaussian", "layers", "distributed", "masks", "image_files"},
     {"data", "patch_ae", "annealing", "optim"},
     {"models", "losses"},

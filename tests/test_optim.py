@@ -28,7 +28,7 @@ def test_the_optimizers_take_every_parameter_once(muon_lr):
     assert sorted(taken) == sorted(p.data_ptr() for p in net.parameters())
     for group in groups:
         assert group["weight_decay"] == (0.3 if group["params"][0].ndim > 1 else 0.0)
-    settings.schedule_at(optimizers, 0, 10)
+    settings.set_rates(optimizers, settings.share_at(0, 10))
     rates = {p.data_ptr(): group["lr"] for group in groups for p in group["params"]}
     hidden = {p.data_ptr() for p in (blocks[0].weight, net["map"].weight)}
     assert {rates[p] for p in hidden} == {muon_lr or 0.1}
@@ -42,7 +42,7 @@ def test_muon_orthogonalises_the_update_of_a_matrix(net, shape):
     settings = Optim(muon_lr=0.1, weight_decay=0.0)
     optimizers = settings.optimizers(nn.ModuleList([net]))
     net(x).square().sum().backward()
-    settings.schedule_at(optimizers, 0, 10)
+    settings.set_rates(optimizers, settings.share_at(0, 10))
     for optimizer in optimizers:
         optimizer.step()
     update = (before - net.weight.detach()).flatten(1) / (0.1 * 0.2 * math.sqrt(6))

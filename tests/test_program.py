@@ -222,7 +222,7 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path):
         (["evaluation.images=all"], "evaluation.images must be a whole number, got 'all'"),
         (["device=cuda:99"], "not available here"),
         (["device=abacus"], "unknown device"),
-        (["device=cpu", "trainer.compile=reduce-overhead"], "compile=reduce-overhead needs a GPU, the device is cpu"),
+        (["device=cpu", "trainer.cuda_graph=true"], "trainer: cuda_graph=true needs a GPU, one process and shapes"),
     ],
 )
 def test_errors_are_a_line_that_says_what_to_do(here, monkeypatch, capsys, words, expected):

@@ -1,0 +1,74 @@
+"""The attention kernel against attention in float64: here in Triton's interpreter, on a GPU as it is."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+SIZES = [(2, 65, 2, 64), (1, 17, 4, 16), (2, 50, 1, 32), (1, 129, 2, 32), (1, 65, 1, 128)]  # B, N, H, C
+LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative errors
+
+
+def expected(qkv: Tensor, heads: int) -> Tensor:
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    return ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def assert_exact(size: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Values and gradients are those of attention in float64."""
+    from biglearn_vae.attention import attend
+
+    batch, length, heads, width = size
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(batch, length, 3 * heads * width, generator=g).to(device, dtype).requires_grad_()
+    gradient = torch.randn(batch, length, heads * width, generator=g).to(device, dtype)
+    exact = qkv.detach().double().requires_grad_()
+    value = expected(exact, heads)
+    value.backward(gradient.double())
+    found = attend(qkv, heads)
+    found.backward(gradient)
+    for a, b in ((found, value), (qkv.grad, exact.grad)):
+        assert (a.double() - b).norm() < LIMITS[dtype] * b.norm(), (size, dtype)
+
+
+def test_the_kernel_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_kernel_on_a_gpu(size, dtype):
+    from biglearn_vae import attention
+
+    batch, length, heads, width = size
+    assert attention.fits(torch.empty(batch, length, 3 * heads * width, dtype=dtype, device="cuda"), heads)
+    assert_exact(size, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_what_the_kernel_does_not_take():
+    from biglearn_vae import attention
+
+    for shape, heads, dtype in (
+        ((1, 65, 192), 1, torch.float32),
+        ((1, 16, 192), 1, torch.bfloat16),
+        ((1, 130, 192), 1, torch.bfloat16),
+        ((1, 65, 144), 1, torch.bfloat16),
+        ((1, 129, 384), 1, torch.bfloat16),
+    ):
+        assert not attention.fits(torch.empty(shape, dtype=dtype, device="cuda"), heads)
+
+
+if __name__ == "__main__":
+    for size in SIZES:
+        for dtype in (torch.float32, torch.float16):  # bfloat16 is not what it should be in the interpreter
+            assert_exact(size, dtype, "cpu")
