@@ -332,8 +332,17 @@ class LoopStep:
         self.net = network_of(work, measures)
         self.average = copy.deepcopy(self.net).requires_grad_(False) if work.optim.ema_decay else None
         self.optimizers = work.optim.optimizers(self.net, fused=False)
-        self.draws = resident_draws(work) if "resident" in measures else loader_draws(work)
+        self.draws = self._from_the_start()
         self.logged: dict[str, float] = {}
+
+    def _from_the_start(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        return resident_draws(self.work) if "resident" in self.measures else loader_draws(self.work)
+
+    def warm_up(self) -> None:
+        """Take a step, for which torch loads what it needs, and start again."""
+        self()
+        _start_again(self.work, filter(None, (self.net, self.average)), self.optimizers)
+        self.step, self.draws = 0, self._from_the_start()
 
     def __call__(self) -> None:
         self.net.train()
@@ -388,8 +397,16 @@ class TrainerStep:
     """A training step of `trainer.Trainer`; call it to take one."""
 
     def __init__(self, work: Work, measures: frozenset[str]):
-        self.trainer = trainer_of(work, measures)
+        self.work, self.trainer = work, trainer_of(work, measures)
         self.net = self.trainer.net
+
+    def warm_up(self) -> None:
+        """Take the steps in which the network is compiled and the CUDA graph recorded, if any, and start again."""
+        trainer = self.trainer
+        for _ in range(1 + cuda_graph.FIRST if trainer.on_graph else 1):
+            self()
+        _start_again(self.work, filter(None, (self.net, trainer.average)), trainer.optimizers)
+        trainer.step, trainer.seconds, trainer._pending, trainer._reported = 0, 0.0, [], (0, 0.0)
 
     @property
     def result(self) -> MaskedViT:
@@ -400,6 +417,17 @@ class TrainerStep:
         self.trainer._train_step()
         if self.trainer.step % self.trainer.every["report"] == 0:
             self.trainer._report()  # which is part of training, and sees whether the loss is finite
+
+
+def _start_again(work: Work, nets: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Give networks the weights that the training starts from, and forget moments; all stays where it is."""
+    with torch.no_grad():
+        for net in nets:
+            for weight, first in zip(net.parameters(), work.net.parameters(), strict=True):
+                weight.copy_(first)
+        for optimizer in optimizers:
+            for moments in optimizer.state.values():
+                torch._foreach_zero_(list(moments.values()))
 
 
 def step_of(work: Work, measures: frozenset[str]) -> LoopStep | TrainerStep:
@@ -609,8 +637,7 @@ def prepare(work: Work, measures: frozenset[str], warmup: int) -> tuple[LoopStep
     """A stage's step after its first ones, and the bytes it took for itself at the peak of them."""
     before = start_peak(work.device)
     step = step_of(work, measures)
-    for _ in range(1 + cuda_graph.FIRST if "cuda_graph" in measures else 1):  # they may compile and record
-        step()
+    step.warm_up()
     start_peak(work.device)
     for _ in range(warmup):
         step()

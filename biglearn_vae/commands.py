@@ -151,7 +151,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     with runs.taken(run) if world.is_main else nullcontext():
         first = trainer.resume()
         say(f"{'going on with' if first else 'training'} {run}")
-        say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.precision}")
+        say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.how}")
         loggers = _open(run, cfg, first) if world.is_main else []
         try:
             completed = trainer.fit(loggers)

@@ -23,7 +23,7 @@ class Point:
 
     Attributes:
         step: training steps taken so far.
-        seconds: of these alone, all that they wait for included; torch loads and compiles before the first of them.
+        seconds: of these alone, all that they wait for included; torch loads, compiles and records before the first.
         joint_elbo, reconstruction, kl: means over the test images, as `evaluation.elbo` gives them.
     """
 
@@ -60,10 +60,10 @@ def measure(
     stages = plan.chosen(work.precision, work.device.type, work.net.hidden)
     devices = [work.device] if work.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(work.seed)
-        for measures in stages.values():  # so that none waits for what torch loads, compiles and keeps at a first step
-            step_of(work, measures)()
         steps = {name: step_of(work, measures) for name, measures in stages.items()}
+        for step in steps.values():
+            step.warm_up()
+        torch.manual_seed(work.seed)
         found: Courses = {name: [] for name in steps}
         for mark in [round(k * work.total / plan.evaluations) for k in range(plan.evaluations + 1)]:
             for name, step in steps.items():

@@ -49,7 +49,7 @@ def test_stages_start_from_the_same_weights():
     chosen = timing.Plan(evaluations=1, compile=False).chosen
     assert list(chosen("float32", "cpu")) == ["plain", "fused"]
     assert list(chosen("bfloat16", "cpu", "drop")) == ["plain", "drop"]
-    assert list(timing.Plan(evaluations=1).chosen("bfloat16", "cuda")) == ["plain", "compile"]
+    assert list(timing.Plan(evaluations=1).chosen("bfloat16", "cuda")) == ["plain", "cuda_graph"]
     assert list(timing.Plan(evaluations=1, stages=["resident"]).chosen("float32", "cpu")) == ["resident"]
     before = torch.random.get_rng_state()
     found = courses(work(network()), evaluations=1)
