@@ -1,13 +1,16 @@
 """Attention over short sequences on GPUs: of z and at most 128 tokens, as one Triton kernel in each direction.
 
 The kernels of torch work in tiles of 64 or 128 keys: of 65 tokens, z and the patches of an 8 x 8 grid, they compute
-two tiles a side, the second for a single token. Here the first token is kept apart, in small products beside the large
-ones, and everything of a head stays in one program, from the queries, keys and values as the linear layer wrote them to
-what the next one reads. For 65 tokens of 64 numbers a head on an H200, cuDNN's take 1.5 times as long forwards and 2.3
-times backwards, copies from and to its layout included.
+two tiles a side, the second for a single token. Here the first token is kept apart, in sums beside the matrix products,
+and everything of a head stays in one program, from the queries, keys and values as the linear layer wrote them to what
+the next one reads. `scripts/benchmark.py` measures it.
 
 B batch, N sequence length, H heads, C numbers per head, d = H C.
 """
+
+import functools
+import math
+import warnings
 
 import torch
 import triton
@@ -15,14 +18,60 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_NUMBERS = 2**13  # of the tokens behind the first of a head, padded: so many fit into the registers of a program
+LARGEST_ERROR = 0.02  # of what is computed in bfloat16; that of a kernel which is right is 0.005
 
 
 def fits(qkv: Tensor, heads: int) -> bool:
-    """Whether `attend` takes these queries, keys and values (B, N, 3 d)."""
+    """Whether `attend` takes these queries, keys and values (B, N, 3 d), and is right about such."""
     tokens, width = qkv.shape[1] - 1, qkv.shape[-1] // (3 * heads)
     even = width & (width - 1) == 0 and 16 <= width <= 128 and 16 <= tokens <= 128
     half = qkv.dtype in (torch.bfloat16, torch.float16)  # products of float32 would be rounded
-    return qkv.is_cuda and half and even and _block(qkv) * width <= MOST_NUMBERS
+    able = qkv.is_cuda and half and even and _block(qkv) * width <= MOST_NUMBERS
+    return able and is_right(tokens + 1, heads, width, qkv.dtype, str(qkv.device))
+
+
+@torch.compiler.assume_constant_result  # it is asked, not traced, where a network is compiled
+def is_right(length: int, heads: int, width: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether the kernels compute attention on this device; a warning, once, says if not.
+
+    Args:
+        length, width: N and C.
+    """
+    return _is_right(length, heads, width, dtype, device)
+
+
+@functools.cache
+def _is_right(length: int, heads: int, width: int, dtype: torch.dtype, device: str) -> bool:
+    g = torch.Generator().manual_seed(0)
+    qkv, gradient = (torch.randn(2, length, parts * heads * width, generator=g).to(device, dtype) for parts in (3, 1))
+    try:
+        with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
+            found = attend(qkv, heads), attend_backward(qkv, gradient, heads)
+            plain = _plainly(qkv.float(), gradient.float(), heads)
+            errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, plain, strict=True)]
+    except Exception as error:  # whatever a compiler may say
+        errors = [math.inf]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        reason = f"relative errors of {errors[0]:.2g}, and {errors[1]:.2g} of gradients"
+    right = all(error < LARGEST_ERROR for error in errors)  # NaN is not
+    if not right:
+        warnings.warn(
+            f"torch's attention, which is slower, is used: the kernel for {length} tokens of {heads} x {width} numbers "
+            f"fails with Triton {triton.__version__} on {device} ({reason})",
+            stacklevel=2,
+        )
+    return right
+
+
+def _plainly(qkv: Tensor, gradient: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """What `attend` and `attend_backward` compute, as it is written."""
+    q, k, v, g = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (*qkv.chunk(3, dim=-1), gradient))
+    scale = 1 / math.sqrt(q.shape[-1])
+    p, dp = (scale * q @ k.mT).softmax(-1), g @ v.mT
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    together = [x.transpose(1, 2).flatten(2) for x in (p @ v, ds @ k, ds.mT @ q, p.mT @ g)]
+    return together[0], torch.cat(together[1:], dim=-1)
 
 
 @torch.library.custom_op("biglearn_vae::attend", mutates_args=())
@@ -90,18 +139,16 @@ def _block(qkv: Tensor) -> int:
 
 
 # In the kernels "0" is the first token, and a name without it are those behind it: `p` (BLOCK, BLOCK) are the weights
-# that these give each other, `p0` those that they give the first, `w` those that it gives them, and `w0` itself. Where
-# the first token is multiplied with all others, it is the first of 16 rows or columns, of which the others are 0: the
-# least that tensor cores take. In sums without them the other tokens would be spread over the registers once more.
+# that these give each other, `p0` those that they give the first, `w` those that it gives them, and `w0` itself.
 
 
 @triton.jit
-def _weights(q, k, qs, ks, q0, k0, inside, C: tl.constexpr):
+def _weights(q, k, q0, k0, inside, C: tl.constexpr):
     """The weights p, p0, w, w0 of keys, float32, each row of them with a sum of 1."""
     scale = 1.4426950408889634 / C**0.5  # powers of 2 instead of e
     s = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-    s0 = _products(q, ks) * scale
-    t = tl.where(inside, _products(k, qs) * scale, float("-inf"))
+    s0 = tl.sum(q * k0[None, :], 1) * scale
+    t = tl.where(inside, tl.sum(k * q0[None, :], 1) * scale, float("-inf"))
     t0 = tl.sum(q0 * k0, 0) * scale
     most = tl.maximum(tl.max(s, 1), s0)
     p, p0 = tl.exp2(s - most[:, None]), tl.exp2(s0 - most)
@@ -113,25 +160,10 @@ def _weights(q, k, qs, ks, q0, k0, inside, C: tl.constexpr):
 
 
 @triton.jit
-def _products(x, first):
-    """Of each row (BLOCK, C) with the only row of `first` (16, C) that is not 0: (BLOCK,)."""
-    return tl.sum(tl.dot(x, tl.trans(first)), 1)
-
-
-@triton.jit
-def _weighted(x, weights):
-    """The sum (C,) of rows (BLOCK, C) with weights (BLOCK,)."""
-    column = tl.where(tl.arange(0, 16)[None, :] == 0, weights[:, None], 0.0).to(x.dtype)  # (BLOCK, 16)
-    return tl.sum(tl.dot(tl.trans(x), column), 1)
-
-
-@triton.jit
 def _read(row0, rows, inside, C: tl.constexpr):
-    """Numbers of the first token, float32 (C,), the same above rows of 0 (16, C), and of the tokens behind it."""
-    c, n = tl.arange(0, C), tl.arange(0, 16)
-    first = tl.load(row0 + 0 * n[:, None] + c[None, :], mask=n[:, None] == 0, other=0.0)
-    others = tl.load(rows + c[None, :], mask=inside[:, None], other=0.0)
-    return tl.load(row0 + c).to(tl.float32), first, others
+    """The first token's numbers, float32, and those of the tokens behind it, as they are."""
+    c = tl.arange(0, C)
+    return tl.load(row0 + c).to(tl.float32), tl.load(rows + c[None, :], mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -148,11 +180,12 @@ def _forward(qkv, result, N: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLO
     inside = n < N - 1
     row0 = qkv + batch * N * 3 * H * C + head * C
     rows = row0 + (1 + n[:, None]) * 3 * H * C
-    q0, qs, q = _read(row0, rows, inside, C)
-    k0, ks, k = _read(row0 + H * C, rows + H * C, inside, C)
-    v0, _vs, v = _read(row0 + 2 * H * C, rows + 2 * H * C, inside, C)
-    p, p0, w, w0 = _weights(q, k, qs, ks, q0, k0, inside, C)
-    seen, seen0 = tl.dot(p.to(v.dtype), v) + p0[:, None] * v0[None, :], _weighted(v, w) + w0 * v0
+    q0, q = _read(row0, rows, inside, C)
+    k0, k = _read(row0 + H * C, rows + H * C, inside, C)
+    v0, v = _read(row0 + 2 * H * C, rows + 2 * H * C, inside, C)
+    p, p0, w, w0 = _weights(q, k, q0, k0, inside, C)
+    seen = tl.dot(p.to(v.dtype), v) + p0[:, None] * v0[None, :]
+    seen0 = tl.sum(w[:, None] * v, 0) + w0 * v0
     row0 = result + batch * N * H * C + head * C
     _write(row0, row0 + (1 + n[:, None]) * H * C, inside, seen0, seen, C)
 
@@ -165,24 +198,24 @@ def _backward(qkv, gradient, result, N: tl.constexpr, H: tl.constexpr, C: tl.con
     start = batch * N * 3 * H * C + head * C
     row0, apart = qkv + start, (1 + n[:, None]) * 3 * H * C
     rows = row0 + apart
-    q0, qs, q = _read(row0, rows, inside, C)
-    k0, ks, k = _read(row0 + H * C, rows + H * C, inside, C)
+    q0, q = _read(row0, rows, inside, C)
+    k0, k = _read(row0 + H * C, rows + H * C, inside, C)
+    v0, v = _read(row0 + 2 * H * C, rows + 2 * H * C, inside, C)
     given = gradient + batch * N * H * C + head * C
-    g0, gs, g = _read(given, given + (1 + n[:, None]) * H * C, inside, C)
-    p, p0, w, w0 = _weights(q, k, qs, ks, q0, k0, inside, C)
-    out0 = result + start
-    outs = out0 + apart
-    # One after the other, so that little is held at a time.
-    dv = tl.dot(tl.trans(p.to(g.dtype)), g) + w[:, None] * g0[None, :]
-    _write(out0 + 2 * H * C, outs + 2 * H * C, inside, _weighted(g, p0) + w0 * g0, dv, C)
-    v0, vs, v = _read(row0 + 2 * H * C, rows + 2 * H * C, inside, C)
-    dp, dp0 = tl.dot(g, tl.trans(v)), _products(g, vs)
-    dw, dw0 = _products(v, gs), tl.sum(v0 * g0, 0)
+    g0, g = _read(given, given + (1 + n[:, None]) * H * C, inside, C)
+    p, p0, w, w0 = _weights(q, k, q0, k0, inside, C)
+    row0 = result + start
+    rows = row0 + apart
+    dv = tl.dot(tl.trans(p).to(g.dtype), g) + w[:, None] * g0[None, :]
+    dv0 = tl.sum(p0[:, None] * g, 0) + w0 * g0
+    _write(row0 + 2 * H * C, rows + 2 * H * C, inside, dv0, dv, C)
+    dp, dp0 = tl.dot(g, tl.trans(v)), tl.sum(g * v0[None, :], 1)
+    dw, dw0 = tl.sum(v * g0[None, :], 1), tl.sum(v0 * g0, 0)
     mean, mean0 = tl.sum(p * dp, 1) + p0 * dp0, tl.sum(w * dw, 0) + w0 * dw0
     scale = 1 / C**0.5
     ds, ds0 = (p * (dp - mean[:, None]) * scale).to(q.dtype), p0 * (dp0 - mean) * scale
     dt, dt0 = w * (dw - mean0) * scale, w0 * (dw0 - mean0) * scale
-    dq = tl.dot(ds, k) + ds0[:, None] * k0[None, :]
-    _write(out0, outs, inside, _weighted(k, dt) + dt0 * k0, dq, C)
-    dk = tl.dot(tl.trans(ds), q) + dt[:, None] * q0[None, :]
-    _write(out0 + H * C, outs + H * C, inside, _weighted(q, ds0) + dt0 * q0, dk, C)
+    dq, dq0 = tl.dot(ds, k) + ds0[:, None] * k0[None, :], tl.sum(dt[:, None] * k, 0) + dt0 * k0
+    _write(row0, rows, inside, dq0, dq, C)
+    dk, dk0 = tl.dot(tl.trans(ds), q) + dt[:, None] * q0[None, :], tl.sum(ds0[:, None] * q, 0) + dt0 * q0
+    _write(row0 + H * C, rows + H * C, inside, dk0, dk, C)

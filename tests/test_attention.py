@@ -68,7 +68,56 @@ def test_what_the_kernel_does_not_take():
         assert not attention.fits(torch.empty(shape, dtype=dtype, device="cuda"), heads)
 
 
+def assert_a_wrong_kernel_is_not_used() -> None:
+    from biglearn_vae import attention
+
+    assert attention.is_right(17, 2, 16, torch.float32, "cpu")
+    right = attention._backward
+
+    class Wrong:
+        def __getitem__(self, grid):
+            return lambda qkv, gradient, result, **sizes: (right[grid](qkv, gradient, result, **sizes), result.mul_(2))
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("no such instruction\nat all")
+
+    for length, kernel, words in ((18, Wrong(), "and 1 of gradients"), (19, Broken(), "RuntimeError: no such instr")):
+        attention._backward = kernel
+        with pytest.warns(
+            UserWarning, match=f"torch's attention, .* {length} tokens of 2 x 16 numbers fails .*{words}"
+        ):
+            assert not attention.is_right(length, 2, 16, torch.float32, "cpu")
+        assert not attention.is_right(length, 2, 16, torch.float32, "cpu")  # and does not warn again
+    attention._backward = right
+
+
+def assert_a_compiled_network_is_one_graph() -> None:
+    """Of a network with the kernel, and the same as without."""
+    from biglearn_vae import BigLearnELBO, UniversalViT, attention, layers
+
+    torch.manual_seed(0)
+    net = UniversalViT(grid=(5, 4), token_dim=3, dim=32, heads=2, depth=2, z_dim=4)
+    x, S, noise = torch.rand(2, 20, 3), torch.rand(2, 20) < 0.3, torch.randn(2, 4)
+    T = ~S & (torch.rand(2, 20) < 0.5)
+
+    def gradients(loss: BigLearnELBO) -> Tensor:
+        net.zero_grad()
+        loss(net, x, S, T, noise).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+
+    without = gradients(BigLearnELBO(0.1))
+    layers.attention = attention
+    attention.fits = lambda qkv, heads: attention.is_right(qkv.shape[1], heads, 16, qkv.dtype, "cpu")
+    for loss in (BigLearnELBO(0.1).compiled(dynamic=False, backend="aot_eager"), BigLearnELBO(0.1)):
+        torch.testing.assert_close(gradients(loss), without, rtol=1e-4, atol=1e-5)
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] == 1 and not counted["graph_break"], counted
+
+
 if __name__ == "__main__":
     for size in SIZES:
         for dtype in (torch.float32, torch.float16):  # bfloat16 is not what it should be in the interpreter
             assert_exact(size, dtype, "cpu")
+    assert_a_wrong_kernel_is_not_used()
+    assert_a_compiled_network_is_one_graph()
