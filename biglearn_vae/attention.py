@@ -87,7 +87,8 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     """
     qkv = qkv.contiguous()
     result = qkv.new_empty(*qkv.shape[:2], qkv.shape[-1] // 3)
-    _forward[_grid(qkv, heads)](qkv, result, **_sizes(qkv, heads))
+    with torch.cuda.device_of(qkv):  # Triton starts kernels on the current one
+        _forward[_grid(qkv, heads)](qkv, result, **_sizes(qkv, heads))
     return result
 
 
@@ -96,7 +97,8 @@ def attend_backward(qkv: Tensor, gradient: Tensor, heads: int) -> Tensor:
     """The gradient (B, N, 3 d) of `qkv`, given that of what `attend` returns; its weights are computed once more."""
     qkv = qkv.contiguous()
     result = torch.empty_like(qkv)
-    _backward[_grid(qkv, heads)](qkv, gradient.contiguous(), result, **_sizes(qkv, heads))
+    with torch.cuda.device_of(qkv):
+        _backward[_grid(qkv, heads)](qkv, gradient.contiguous(), result, **_sizes(qkv, heads))
     return result
 
 

@@ -34,6 +34,10 @@ class Recorded:
             RuntimeError: if it cannot be recorded, since it waits for the device.
         """
         parts = batch if isinstance(batch, tuple) else (batch,)
+        with torch.cuda.device_of(parts[0]):
+            return self._call(batch, parts, numbers)
+
+    def _call(self, batch: Tensor | tuple[Tensor, ...], parts: tuple[Tensor, ...], numbers: Sequence[float]) -> Tensor:
         # From memory that is not pinned, which is read before the call returns; the device is not waited for.
         values = torch.tensor(numbers).to(parts[0].device, non_blocking=True)
         self._calls += 1
@@ -61,6 +65,11 @@ class Recorded:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            self._result = self._function(batch, *self._numbers.unbind())
+        try:
+            with torch.cuda.graph(graph):
+                self._result = self._function(batch, *self._numbers.unbind())
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the step cannot be a CUDA graph, in which nothing waits for the GPU (cuda_graph=false): {error}"
+            ) from error
         self._graph = graph

@@ -194,7 +194,8 @@ def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], s
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies faster in bfloat16: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     able = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(ask() for ask in able)
 

@@ -51,8 +51,8 @@ def test_stages_start_from_the_same_weights():
     assert list(chosen("bfloat16", "cpu", "drop")) == ["plain", "drop"]
     assert list(timing.Plan(evaluations=1).chosen("bfloat16", "cuda")) == ["plain", "cuda_graph"]
     assert list(timing.Plan(evaluations=1, stages=["resident"]).chosen("float32", "cpu")) == ["resident"]
-    before = torch.random.get_rng_state()
-    found = courses(work(network()), evaluations=1)
+    job, before = work(network()), torch.random.get_rng_state()
+    found = courses(job, evaluations=1)
     assert torch.equal(before, torch.random.get_rng_state())
     start, other = (found[name][0] for name in ("plain", "fused"))
     assert numbers([start])[0] == pytest.approx(numbers([other])[0], rel=1e-5)
