@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_NUMBERS = 2**13  # of the tokens behind the first of a head, padded: so many fit into the registers of a program
+MOST_NUMBERS = 2**13  # of the tokens behind the first of a head, padded: so many fit into registers beside the weights
 LARGEST_ERROR = 0.02  # of what is computed in bfloat16; that of a kernel which is right is 0.005
 
 

@@ -78,6 +78,8 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
+        if self.compile not in (None, True, False):
+            raise ValueError(f"compile must be true, false or null, got {self.compile!r}")
         unknown = set(self.asked) - set(STAGES)
         if unknown or (self.stages is not None and not self.asked):
             raise ValueError(f"stages must be some of {', '.join(STAGES)}, got {', '.join(self.asked) or 'none'}")
@@ -341,6 +343,7 @@ class LoopStep:
     def warm_up(self) -> None:
         """Take a step, for which torch loads what it needs, and start again."""
         self()
+        start_peak(self.work.device)
         _start_again(self.work, filter(None, (self.net, self.average)), self.optimizers)
         self.step, self.draws = 0, self._from_the_start()
 
@@ -401,9 +404,15 @@ class TrainerStep:
         self.net = self.trainer.net
 
     def warm_up(self) -> None:
-        """Take the steps in which the network is compiled and the CUDA graph recorded, if any, and start again."""
+        """Take the steps in which the network is compiled and the CUDA graph recorded, if any, and start again.
+
+        The recording is what allocates a graph's memory: the peak of that (`read_peak`) is left to be read.
+        """
         trainer = self.trainer
-        for _ in range(1 + cuda_graph.FIRST if trainer.on_graph else 1):
+        for _ in range(cuda_graph.FIRST if trainer.on_graph else 1):
+            self()
+        start_peak(self.work.device)
+        if trainer.on_graph:
             self()
         _start_again(self.work, filter(None, (self.net, trainer.average)), trainer.optimizers)
         trainer.step, trainer.seconds, trainer._pending, trainer._reported = 0, 0.0, [], (0, 0.0)
@@ -638,7 +647,6 @@ def prepare(work: Work, measures: frozenset[str], warmup: int) -> tuple[LoopStep
     before = start_peak(work.device)
     step = step_of(work, measures)
     step.warm_up()
-    start_peak(work.device)
     for _ in range(warmup):
         step()
     synchronize(work.device)

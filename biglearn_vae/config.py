@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Settings that say where and how, not what is computed; the last two are those of scripts that measure a run.
 PLACE = ("device", "name", "output_dir", "data.root", "data.cache")
-PLACE += ("trainer.accumulate", "trainer.compile", "trainer.shard", "run", "data_root")
+PLACE += ("trainer.accumulate", "trainer.compile", "trainer.cuda_graph", "trainer.shard", "run", "data_root")
 EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
 EVALUATION_COUNTS += ("statistics_images",)
 CONFIG_FILE = "config.yaml"

@@ -8,68 +8,88 @@ from torch import Tensor
 FIRST = 3  # calls before the recording, as torch's documentation advises
 
 
-class Recorded:
-    """A function of a batch and some numbers, recorded as a CUDA graph and replayed with others.
+class NotRecorded(RuntimeError):
+    """A function cannot be recorded; the message says why."""
+
+
+class StepGraph:
+    """Records what a function does with a batch and some numbers as a CUDA graph, and replays it with others.
 
     The first calls run as they are, so that what is kept from one to the next is there and what is compiled is
-    compiled; the one after them is recorded.
+    compiled; the one after them is recorded. From then on its Python is not run any more.
 
     Args:
-        function: (batch, *numbers) -> Tensor. It may change what it holds in place, such as weights; what it holds
-            must stay where it is, its arguments of the same shapes, and nothing may be waited for. The numbers reach
-            it as tensors (), the same ones in all calls.
-        generators: what it draws from, seeded before each call.
+        generators: what the function draws from, seeded before each call.
     """
 
-    def __init__(self, function: Callable[..., Tensor], generators: Sequence[torch.Generator]):
-        self._function, self._generators, self._calls = function, generators, 0
+    def __init__(self, generators: Sequence[torch.Generator]):
+        self._generators, self._calls = generators, 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._batch: tuple[Tensor, ...] = ()  # what the graph reads
-        self._result = self._numbers = torch.empty(0)
+        self._numbers: Tensor | None = None
+        self._result: Tensor | None = None
 
-    def __call__(self, batch: Tensor | tuple[Tensor, ...], *numbers: float) -> Tensor:
+    def __call__(self, function: Callable[..., Tensor], batch: Tensor | tuple[Tensor, ...], *numbers: float) -> Tensor:
         """What the function returns for these.
 
+        Args:
+            function: (batch, *numbers) -> Tensor, the same in all calls. It may change what it holds in place, such as
+                weights; what it holds must stay where it is, and nothing may be waited for.
+            batch: tensors on a GPU, of the same shapes and types in all calls.
+            numbers: they reach the function as tensors ().
+
         Raises:
-            RuntimeError: if it cannot be recorded, since it waits for the device.
+            ValueError: for another batch.
+            NotRecorded: if the function waits for the device.
         """
         parts = batch if isinstance(batch, tuple) else (batch,)
+        if not all(isinstance(part, Tensor) and part.is_cuda for part in parts):
+            raise ValueError(
+                f"a CUDA graph takes a batch that is a tensor or a tuple of them, got {type(batch).__name__}"
+            )
         with torch.cuda.device_of(parts[0]):
-            return self._call(batch, parts, numbers)
+            # From memory that is not pinned, which is read before the call returns; the device is not waited for.
+            values = torch.tensor(numbers).to(parts[0].device, non_blocking=True)
+            self._calls += 1
+            if self._calls <= FIRST:
+                return self._aside(function, batch, values)
+            if self._graph is None:
+                self._batch, self._numbers = tuple(torch.empty_like(part) for part in parts), torch.empty_like(values)
+                self._record(function, self._batch if isinstance(batch, tuple) else self._batch[0])
+            self._fill(parts, values)
+            self._graph.replay()
+            return self._result.clone()
 
-    def _call(self, batch: Tensor | tuple[Tensor, ...], parts: tuple[Tensor, ...], numbers: Sequence[float]) -> Tensor:
-        # From memory that is not pinned, which is read before the call returns; the device is not waited for.
-        values = torch.tensor(numbers).to(parts[0].device, non_blocking=True)
-        self._calls += 1
-        if self._calls <= FIRST:
-            return self._aside(batch, values)
-        if self._graph is None:
-            self._batch, self._numbers = tuple(torch.empty_like(part) for part in parts), torch.empty_like(values)
-            self._record(self._batch if isinstance(batch, tuple) else self._batch[0])
-        for place, part in zip(self._batch, parts, strict=True):
-            place.copy_(part)
-        self._numbers.copy_(values)
-        self._graph.replay()
-        return self._result.clone()
-
-    def _aside(self, batch: Tensor | tuple[Tensor, ...], values: Tensor) -> Tensor:
-        """Call the function on a stream of its own, as it will be recorded."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            result = self._function(batch, *values.unbind())
-        torch.cuda.current_stream().wait_stream(stream)
+    def _aside(self, function: Callable[..., Tensor], batch: Tensor | tuple[Tensor, ...], values: Tensor) -> Tensor:
+        """Call the function on the stream on which it will be recorded."""
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = function(batch, *values.unbind())
+        torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
-    def _record(self, batch: Tensor | tuple[Tensor, ...]) -> None:
+    def _record(self, function: Callable[..., Tensor], batch: Tensor | tuple[Tensor, ...]) -> None:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph):
-                self._result = self._function(batch, *self._numbers.unbind())
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the step cannot be a CUDA graph, in which nothing waits for the GPU (cuda_graph=false): {error}"
-            ) from error
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._result = function(batch, *self._numbers.unbind())
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what ended the recording is behind what says that it has ended
+            raise NotRecorded(str(error.__context__ or error).splitlines()[0]) from error
         self._graph = graph
+
+    def _fill(self, parts: Sequence[Tensor], values: Tensor) -> None:
+        """Put a batch and numbers where the graph reads them."""
+        for place, part in zip(self._batch, parts, strict=True):
+            if part.shape != place.shape or part.dtype != place.dtype:
+                raise ValueError(
+                    f"a CUDA graph takes batches of one shape and type, {tuple(place.shape)} of {place.dtype}, got "
+                    f"{tuple(part.shape)} of {part.dtype}"
+                )
+            place.copy_(part)
+        self._numbers.copy_(values)

@@ -30,21 +30,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, queries: int | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, queries: int | None = None, valid: Tensor | None = None, steady: bool = True
+    ) -> Tensor:
         """x (B, N, d) -> (B, N, d), or (B, queries, d) for the first tokens alone.
 
         Args:
             queries: how many of the tokens, from the first on, are asked for; all see the whole sequence.
             valid: boolean (B, N), the tokens that are seen at all; None means every one.
+            steady: whether N is the same in all calls, so that a kernel for it is worth being made.
         """
         if queries is None:
             together = self.qkv(x)
-            if attention is not None and valid is None and attention.fits(together, self.heads):
+            if attention is not None and steady and valid is None and attention.fits(together, self.heads):
                 return self.project(attention.attend(together, self.heads))
             parts = together.chunk(3, dim=-1)
         else:
             parts = self._of_first(x, queries)
-        x = attend(*(rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in parts), valid)
+        x = attend(*(rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in parts), valid, steady)
         return self.project(rearrange(x, "b h n c -> b n (h c)"))
 
     def _of_first(self, x: Tensor, queries: int) -> tuple[Tensor, ...]:
@@ -54,10 +57,13 @@ class Attention(nn.Module):
         return F.linear(x[:, :queries], q_weight, q_bias), *F.linear(x, weight, bias).chunk(2, dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(c)) v over (B, heads, N, c), the softmax in float32, over the `valid` (B, N) keys alone."""
+def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, steady: bool = True) -> Tensor:
+    """softmax(q k' / sqrt(c)) v over (B, heads, N, c), the softmax in float32, over the `valid` (B, N) keys alone.
+
+    `steady` says whether N is the same in all calls.
+    """
     seen = None if valid is None else valid[:, None, None]  # (B, 1, 1, N)
-    if q.is_cuda and valid is not None:  # of other lengths at every step, for each of which cuDNN would plan anew
+    if q.is_cuda and not steady:  # cuDNN would plan anew for each length
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
@@ -86,9 +92,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp(dim, mlp_ratio * dim, dim)
 
-    def forward(self, x: Tensor, queries: int | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, queries: int | None = None, valid: Tensor | None = None, steady: bool = True
+    ) -> Tensor:
         """x (B, N, d) -> (B, N, d), or (B, queries, d) for the first tokens alone; arguments as of `Attention`."""
-        x = x[:, :queries] + self.attention(self.norm1(x), queries, valid)
+        x = x[:, :queries] + self.attention(self.norm1(x), queries, valid, steady)
         return x + self.mlp(self.norm2(x))
 
 

@@ -205,7 +205,7 @@ def _task(
     S: Tensor | None,
     T: Tensor | None,
     random: StepRandom | None,
-    step: int | None,
+    step: int | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens of a batch, and S and T, drawn if not given, of what was recorded."""
     if (S is None) != (T is None):
@@ -295,7 +295,9 @@ class PatchAELoss:
             raise ValueError(f"border_weight must be at least 1, got {border_weight}")
         self.share, self.border_weight = share, border_weight
 
-    def __call__(self, net: nn.Module, patches: Tensor, *, random: StepRandom, step: int | None = None) -> PatchError:
+    def __call__(
+        self, net: nn.Module, patches: Tensor, *, random: StepRandom, step: int | Tensor | None = None
+    ) -> PatchError:
         """The error of a batch.
 
         Args:
@@ -350,7 +352,7 @@ class InpaintingRegression:
         T: Tensor | None = None,
         *,
         random: StepRandom | None = None,
-        step: int | None = None,
+        step: int | Tensor | None = None,
     ) -> ELBO:
         """As an ELBO whose KL is 0; for the same `random`, S and T are those of `BigLearnELBO`.
 

@@ -85,7 +85,7 @@ class MaskedViT(nn.Module):
         """p(z | x_S)."""
         index, valid = masks.positions(S) if self.hidden == "drop" else (None, None)
         # Nothing but the z token of the last block is of use.
-        latent = _through(self.encoder, self._embed(x, S, None, index), 1, valid)[:, 0]
+        latent = _through(self.encoder, self._embed(x, S, None, index), 1, valid, self.hidden == "mask")[:, 0]
         # The code and its KL stay in full precision, whatever the blocks compute in.
         with torch.autocast(x.device.type, enabled=False):
             mean, logvar = self.latent_out(self.latent_norm(latent)).chunk(2, dim=-1)
@@ -100,7 +100,7 @@ class MaskedViT(nn.Module):
         """Means at T alone, (B, L, D), from a sequence of z, T and S."""
         index, valid = masks.positions(T, S)
         asked = int(T.sum(-1).max()) if len(T) else 0  # the last block and the head work for these, which come first
-        sequence = _through(self.decoder, self._embed(x, S, z, index), 1 + asked, valid)
+        sequence = _through(self.decoder, self._embed(x, S, z, index), 1 + asked, valid, steady=False)
         mean = self.token_out(self.token_norm(sequence[:, 1:])).to(x.dtype)  # (B, asked, D)
         index = index[:, :asked]
         mean = mean.masked_fill(~T.gather(1, index).unsqueeze(-1), 0)
@@ -223,16 +223,20 @@ class TwoStackViT(MaskedViT):
 
 
 def _through(
-    blocks: nn.ModuleList, sequence: Tensor, queries: int | None = None, valid: Tensor | None = None
+    blocks: nn.ModuleList,
+    sequence: Tensor,
+    queries: int | None = None,
+    valid: Tensor | None = None,
+    steady: bool = True,
 ) -> Tensor:
     """The sequence (B, 1 + n, d) after these blocks, of which the last works for its first `queries` tokens alone.
 
-    `valid` (B, n) says which of the tokens behind z are seen; z always is.
+    `valid` (B, n) says which of the tokens behind z are seen; z always is. `steady`: see `Attention`.
     """
     valid = None if valid is None else F.pad(valid, (1, 0), value=True)
     for block in blocks[:-1]:
-        sequence = block(sequence, valid=valid)
-    return blocks[-1](sequence, queries=queries, valid=valid)
+        sequence = block(sequence, valid=valid, steady=steady)
+    return blocks[-1](sequence, queries=queries, valid=valid, steady=steady)
 
 
 def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:

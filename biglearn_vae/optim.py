@@ -66,11 +66,14 @@ class Optim:
             if not holds:
                 raise ValueError(message)
 
-    def optimizers(self, net: nn.Module, fused: bool | None = None) -> list[torch.optim.Optimizer]:
+    def optimizers(
+        self, net: nn.Module, fused: bool | None = None, capturable: bool = False
+    ) -> list[torch.optim.Optimizer]:
         """The optimizers that together take all of the network's parameters; "peak" of a group is its learning rate.
 
         Args:
             fused: whether AdamW is one kernel, or what torch has by default; None fuses it where it can be.
+            capturable: whether AdamW may be part of a CUDA graph.
         """
         hidden = _hidden_weights(net) if self.muon_lr else {}
         others = [p for p in net.parameters() if p not in hidden]
@@ -80,9 +83,8 @@ class Optim:
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, "peak": self.lr},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": self.lr},
         ]
-        in_graphs = bool(fused) and others[0].is_cuda
-        # None is torch's default.
-        adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused or None, capturable=in_graphs)
+        adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, capturable=capturable)
+        adamw["fused"] = fused or None  # None is torch's default
         result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
         if hidden:
             result.append(Muon(list(hidden), self.muon_lr, self.weight_decay))

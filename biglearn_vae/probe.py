@@ -309,7 +309,7 @@ class LabelLoss:
             self.weight = count.sum(-1, keepdim=True) / (2 * count.clamp(min=1))
 
     def __call__(
-        self, net: nn.Module, batch: tuple[Tensor, Tensor], *, random: StepRandom, step: int | None = None
+        self, net: nn.Module, batch: tuple[Tensor, Tensor], *, random: StepRandom, step: int | Tensor | None = None
     ) -> LabelLossParts:
         """The loss of tokens (B, L, D) with classes (B,), from 0 on, or attributes (B, A)."""
         x, y = batch

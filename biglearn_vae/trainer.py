@@ -1,7 +1,8 @@
 """Trainer: any network, any loss, any batches. It knows neither the model nor the data.
 
     loss(net, batch, random=StepRandom, step=int) -> an object with .loss (scalar) and .scalars() (dict of scalars);
-        where steps are replayed as a CUDA graph, step is a tensor ()
+        where steps are replayed as a CUDA graph, step is a tensor (), and after the first steps the Python of the loss
+        is not run any more, so that it must not branch on it, count, or draw from anything but `random`
     loss.compiled(**options), if there is one -> the same loss, compiled together with the networks it is called on
     batches(step) -> a batch; batches.batch_size, how many images one of all processes holds
     evaluate(net) -> (numbers by name, pictures by name)
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from biglearn_vae import checkpoint, distributed
-from biglearn_vae.cuda_graph import Recorded
+from biglearn_vae.cuda_graph import NotRecorded, StepGraph
 from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
@@ -92,10 +93,12 @@ def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World) -> 
     """Whether steps are replayed as a CUDA graph: None does so wherever it can be done.
 
     Raises:
-        ValueError: where it is asked for and cannot be done.
+        ValueError: on another word, and where it is asked for and cannot be done.
     """
     device, fixed = next(net.parameters()).device, _has_fixed_shapes(net)
     possible = device.type == "cuda" and world.size == 1 and fixed
+    if cuda_graph not in (None, True, False):
+        raise ValueError(f"cuda_graph must be true, false or null, got {cuda_graph!r}")
     if cuda_graph and not possible:
         raise ValueError(
             "cuda_graph=true needs a GPU, one process and shapes that stay, got "
@@ -202,7 +205,8 @@ class Trainer:
         # Each part of a batch draws for all of it, and so has a generator of its own.
         self._generators = [torch.Generator(self.world.device) for _ in range(accumulate)]
         self.on_graph = choose_cuda_graph(cuda_graph, net, self.world)
-        self._take = Recorded(self._advance, self._generators) if self.on_graph else self._advance
+        self._graph: StepGraph | None = None
+        self._forget_graph()
         self.loggers: list[Logger] = []
         self.interrupted = False
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
@@ -213,7 +217,7 @@ class Trainer:
                 self._whole = copy.deepcopy(net).requires_grad_(False).eval()
             for module in filter(None, (net, self.average)):
                 distributed.shard(module, self.world)
-        self.optimizers = optim.optimizers(net)
+        self.optimizers = optim.optimizers(net, capturable=self.on_graph)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
         self._compiles = self.compiled
@@ -224,6 +228,7 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """Compile what is to be compiled; returns the network as the steps call it."""
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # for the graph
         if self.compiled:  # the few products in float32 are to be exact
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores .* available but not enabled")
         if self.compiled and self.world.size == 1 and hasattr(self.loss, "compiled"):
@@ -267,6 +272,7 @@ class Trainer:
             self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
             self._reported = tuple(state["reported"])
             self.precision = state.get("precision", "float32")
+            self._forget_graph()  # which knows the moments that these took the place of
         mean_step = self.world.mean(torch.tensor(float(self.step), device=self.world.device)).item()
         if self.world.any(mean_step != self.step):
             raise ValueError(f"the processes would go on from different steps: all must see the same {self.folder}")
@@ -297,7 +303,7 @@ class Trainer:
         `interrupted` says afterwards whether there was such a signal, be it at the last step.
 
         Raises:
-            TrainingError: if the loss is not finite.
+            TrainingError: if the loss is not finite, or a step cannot be recorded as a CUDA graph.
         """
         self.loggers = list(loggers)
         with Interruption() as interruption:
@@ -321,6 +327,7 @@ class Trainer:
                     self._save_latest()
                 if stop:
                     break
+        self._forget_graph()  # and the memory that it holds
         return self.step >= self.steps
 
     def _train_step(self) -> None:
@@ -335,6 +342,23 @@ class Trainer:
         self.seconds += elapsed
         if self._compiles:
             self.compile_seconds, self._compiles = self.compile_seconds + elapsed, False
+
+    def _take(self, *step: Any) -> Tensor:
+        """`_advance`, as a CUDA graph or as it is."""
+        if self._graph is None:
+            return self._advance(*step)
+        try:
+            return self._graph(self._advance, *step)
+        except NotRecorded as error:
+            raise TrainingError(
+                f"a step cannot be recorded as a CUDA graph ({error}): trainer.cuda_graph=false trains without one"
+            ) from error
+
+    def _forget_graph(self) -> None:
+        """Let the next steps be recorded anew."""
+        if self._graph is not None:
+            self.net.zero_grad()  # its gradients are in the graph's memory
+        self._graph = StepGraph(self._generators) if self.on_graph else None
 
     def _advance(self, batch: Any, step: int | Tensor, share: float | Tensor, change: float | Tensor) -> Tensor:
         """All that a step does with its batch: returns the parts of its loss. Its numbers are tensors in a CUDA graph.

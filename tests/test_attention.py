@@ -109,8 +109,17 @@ def assert_a_compiled_network_is_one_graph() -> None:
     without = gradients(BigLearnELBO(0.1))
     layers.attention = attention
     attention.fits = lambda qkv, heads: attention.is_right(qkv.shape[1], heads, 16, qkv.dtype, "cpu")
+    right, used = attention._forward, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            used.append(grid)
+            return right[grid]
+
+    attention._forward = Counted()
     for loss in (BigLearnELBO(0.1).compiled(dynamic=False, backend="aot_eager"), BigLearnELBO(0.1)):
         torch.testing.assert_close(gradients(loss), without, rtol=1e-4, atol=1e-5)
+    assert used.count((4 * 2,)) == 2, used  # both encodings of two images, in the first of two blocks, for each loss
     counted = torch._dynamo.utils.counters
     assert counted["stats"]["unique_graphs"] == 1 and not counted["graph_break"], counted
 

@@ -261,6 +261,7 @@ def test_the_plain_loader_has_processes_beside_a_gpu(monkeypatch):
     [
         ({"stages": ["plain", "fast"]}, "stages must be some of plain, resident"),
         ({"stages": []}, "got none"),
+        ({"compile": "auto"}, "compile must be true, false or null, got 'auto'"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"warmup": -1}, "warmup must be at least 1, got -1"),

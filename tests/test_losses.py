@@ -177,6 +177,8 @@ def test_warm_up_weights():
     ramp = BigLearnELBO(0.8, beta_warmup_steps=4, beta_warmup_start=0.25)
     assert [ramp.weight(step) for step in range(4)] == pytest.approx([0.2, 0.35, 0.5, 0.65], abs=1e-15)
     assert ramp.weight(4) == ramp.weight(5) == ramp.weight(10**9) == ramp.weight(None) == 0.8
+    for step in (0, 3, 4, 9):  # as a tensor, in a CUDA graph
+        assert ramp.weight(torch.tensor(float(step))).item() == pytest.approx(ramp.weight(step), rel=1e-6)
     assert BigLearnELBO(0.8, beta_warmup_steps=4).weight(0) == 0
     assert BigLearnELBO(0.8, beta_warmup_steps=4, beta_warmup_start=1.0).weight(1) == 0.8
     assert BigLearnELBO(0.8).weight(0) == BigLearnELBO(0.8).weight(None) == 0.8

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import math
 import signal
+import weakref
 from dataclasses import dataclass, replace
 
 import pytest
@@ -298,14 +300,49 @@ def test_a_cuda_graph_needs_a_gpu_one_process_and_fixed_shapes():
         choose_cuda_graph(True, dropping, World())
 
 
-def on_a_gpu(muon_lr: float | None = None, device: str = "cuda", steps: int = 9, **settings) -> Trainer:
+@pytest.mark.parametrize("muon_lr", [None, 0.01])
+def test_a_step_is_the_same_with_its_numbers_as_tensors(muon_lr):
+    """As they are in a CUDA graph."""
+    trainers = [
+        on_a_gpu(muon_lr, "cpu", precision="float32", accumulate=2, loss=BigLearnELBO(0.3, beta_warmup_steps=3))
+        for _ in range(2)
+    ]
+    plain, tensors = trainers
+    advance = tensors._advance
+    tensors._advance = lambda batch, *numbers: advance(batch, *torch.tensor(numbers).unbind())
+    for _ in range(5):
+        for trainer in trainers:
+            trainer._train_step()
+    one, other = (torch.stack(trainer._pending) for trainer in trainers)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    rates = [group["lr"] for state in tensors._state()["optimizers"] for group in state["param_groups"]]
+    assert all(isinstance(rate, float) for rate in rates)
+    torch.testing.assert_close(rates, [g["lr"] for o in plain.optimizers for g in o.param_groups], rtol=1e-6, atol=0)
+
+
+def test_a_trainer_is_let_go_at_once():
+    """With all that it holds on a GPU, in a sweep."""
+    trainer = make()
+    trainer.fit()
+    gone = weakref.ref(trainer.net)
+    gc.disable()
+    try:
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def on_a_gpu(
+    muon_lr: float | None = None, device: str = "cuda", steps: int = 9, loss: BigLearnELBO | None = None, **settings
+) -> Trainer:
     """A Trainer for digits on the first GPU, or elsewhere."""
     world, tokens = World(device=pick_device(device)), Patchify(8, 2, 1)
     torch.manual_seed(0)
     net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=16, z_dim=3, heads=2, depth=2).to(world.device)
     batches = Batches(data.load("digits").train.to(world.device), 8, 0, world, transform=tokens.encode)
     optim = replace(OPTIM, muon_lr=muon_lr)
-    return Trainer(net, BigLearnELBO(0.3), batches, optim, steps=steps, world=world, **settings)
+    return Trainer(net, loss or BigLearnELBO(0.3), batches, optim, steps=steps, world=world, **settings)
 
 
 @pytest.mark.gpu
