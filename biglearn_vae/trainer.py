@@ -11,6 +11,7 @@ What a step draws is a function of (seed, step), so that a run that was killed a
 """
 
 import copy
+import inspect
 import math
 import signal
 import threading
@@ -238,7 +239,10 @@ class Trainer:
         if self.world.size == 1 or self._sharded:
             return net
         ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        # The buffers are the same everywhere; torch 2.15 has another word for leaving them alone.
+        known = inspect.signature(DistributedDataParallel).parameters
+        word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(net, device_ids=ids, **{word: False})
 
     @property
     def how(self) -> str:

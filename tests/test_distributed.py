@@ -117,6 +117,7 @@ def two_processes(tmp_path_factory) -> list[dict]:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
+        PYTHONFAULTHANDLER="1",  # says where, if one of them crashes
         PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     )
     logs = [folder / f"{rank}.log" for rank in range(2)]
