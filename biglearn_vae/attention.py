@@ -3,7 +3,9 @@
 The kernels of torch work in tiles of 64 or 128 keys: of 65 tokens, z and the patches of an 8 x 8 grid, they compute
 two tiles a side, the second for a single token. Here the first token is kept apart, in sums beside the matrix products,
 and everything of a head stays in one program, from the queries, keys and values as the linear layer wrote them to what
-the next one reads. `scripts/benchmark.py` measures it.
+the next one reads. What it gains over torch's is in `results/choices.md`.
+
+Compilers of kernels differ from version to version: before one is used, its results are compared with plain float32.
 
 B batch, N sequence length, H heads, C numbers per head, d = H C.
 """

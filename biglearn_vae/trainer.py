@@ -229,7 +229,8 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """Compile what is to be compiled; returns the network as the steps call it."""
-        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # for the graph
+        if self.on_graph:  # the first steps of which are taken without it
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         if self.compiled:  # the few products in float32 are to be exact
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores .* available but not enabled")
         if self.compiled and self.world.size == 1 and hasattr(self.loss, "compiled"):
@@ -337,8 +338,9 @@ class Trainer:
     def _train_step(self) -> None:
         start = time.perf_counter()
         self.net.train()
+        seed = StepRandom.seed_at(self.seed, self.step)
         for generator in self._generators:
-            generator.manual_seed(StepRandom.seed_at(self.seed, self.step))
+            generator.manual_seed(seed)
         share, decay = self.optim.share_at(self.step, self.steps), self.optim.ema_decay_at(self.step)
         self._pending.append(self._take(self.batches(self.step), self.step, share, 1 - decay))
         self.step += 1
