@@ -5,31 +5,29 @@ two tiles a side, the second for a single token. Here the first token is kept ap
 and everything of a head stays in one program, from the queries, keys and values as the linear layer wrote them to what
 the next one reads. What it gains over torch's is in `results/choices.md`.
 
-Compilers of kernels differ from version to version: before one is used, its results are compared with plain float32.
-
 B batch, N sequence length, H heads, C numbers per head, d = H C.
 """
 
 import functools
 import math
-import warnings
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from biglearn_vae import kernels
+
 MOST_NUMBERS = 2**13  # of the tokens behind the first of a head, padded: so many fit into registers beside the weights
-LARGEST_ERROR = 0.02  # of what is computed in bfloat16; that of a kernel which is right is 0.005
 
 
-def fits(qkv: Tensor, heads: int) -> bool:
-    """Whether `attend` takes these queries, keys and values (B, N, 3 d), and is right about such."""
-    tokens, width = qkv.shape[1] - 1, qkv.shape[-1] // (3 * heads)
+def fits(x: Tensor, heads: int) -> bool:
+    """Whether the kernels take queries, keys and values like the numbers of these tokens (B, N, d), and are right."""
+    tokens, width = x.shape[1] - 1, x.shape[-1] // heads
     even = width & (width - 1) == 0 and 16 <= width <= 128 and 16 <= tokens <= 128
-    half = qkv.dtype in (torch.bfloat16, torch.float16)  # products of float32 would be rounded
-    able = qkv.is_cuda and half and even and _block(qkv) * width <= MOST_NUMBERS
-    return able and is_right(tokens + 1, heads, width, qkv.dtype, str(qkv.device))
+    half = x.dtype in (torch.bfloat16, torch.float16)  # products of float32 would be rounded
+    able = x.is_cuda and half and even and _block(x) * width <= MOST_NUMBERS
+    return able and is_right(tokens + 1, heads, width, x.dtype, str(x.device))
 
 
 @torch.compiler.assume_constant_result  # it is asked, not traced, where a network is compiled
@@ -44,36 +42,23 @@ def is_right(length: int, heads: int, width: int, dtype: torch.dtype, device: st
 
 @functools.cache
 def _is_right(length: int, heads: int, width: int, dtype: torch.dtype, device: str) -> bool:
-    g = torch.Generator().manual_seed(0)
-    qkv, gradient = (torch.randn(2, length, parts * heads * width, generator=g).to(device, dtype) for parts in (3, 1))
-    try:
-        with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
-            found = attend(qkv, heads), attend_backward(qkv, gradient, heads)
-            plain = _plainly(qkv.float(), gradient.float(), heads)
-            errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, plain, strict=True)]
-    except Exception as error:  # whatever a compiler may say
-        errors = [math.inf]
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    else:
-        reason = f"relative errors of {errors[0]:.2g}, and {errors[1]:.2g} of gradients"
-    right = all(error < LARGEST_ERROR for error in errors)  # NaN is not
-    if not right:
-        warnings.warn(
-            f"torch's attention, which is slower, is used: the kernel for {length} tokens of {heads} x {width} numbers "
-            f"fails with Triton {triton.__version__} on {device} ({reason})",
-            stacklevel=2,
+    g, d = torch.Generator().manual_seed(0), heads * width
+    qkv, gradient = (torch.randn(2, length, parts * d, generator=g).to(device, dtype) for parts in (3, 1))
+    words = f"attention over {length} tokens of {heads} x {width} numbers"
+    return all(
+        kernels.is_right(*(functools.partial(f, heads=heads) for f in (kernel, _plainly)), packed, [given], words)
+        for kernel, packed, given in (
+            (attend, [qkv], gradient),
+            (attend_first, [qkv[:, :1, :d], qkv[..., d:]], gradient[:, :1]),
         )
-    return right
+    )
 
 
-def _plainly(qkv: Tensor, gradient: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """What `attend` and `attend_backward` compute, as it is written."""
-    q, k, v, g = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (*qkv.chunk(3, dim=-1), gradient))
-    scale = 1 / math.sqrt(q.shape[-1])
-    p, dp = (scale * q @ k.mT).softmax(-1), g @ v.mT
-    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
-    together = [x.transpose(1, 2).flatten(2) for x in (p @ v, ds @ k, ds.mT @ q, p.mT @ g)]
-    return together[0], torch.cat(together[1:], dim=-1)
+def _plainly(*packed: Tensor, heads: int) -> Tensor:
+    """Attention of queries, keys and values (B, N, d), packed behind each other in one tensor or two."""
+    d = sum(part.shape[-1] for part in packed) // 3
+    q, k, v = (p.unflatten(-1, (heads, -1)).transpose(1, 2) for one in packed for p in one.split(d, dim=-1))
+    return ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 @torch.library.custom_op("biglearn_vae::attend", mutates_args=())
@@ -90,7 +75,7 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     qkv = qkv.contiguous()
     result = qkv.new_empty(*qkv.shape[:2], qkv.shape[-1] // 3)
     with torch.cuda.device_of(qkv):  # Triton starts kernels on the current one
-        _forward[_grid(qkv, heads)](qkv, result, **_sizes(qkv, heads))
+        _forward[_grid(qkv, heads)](qkv, result, **_sizes(qkv, heads, 3))
     return result
 
 
@@ -100,7 +85,7 @@ def attend_backward(qkv: Tensor, gradient: Tensor, heads: int) -> Tensor:
     qkv = qkv.contiguous()
     result = torch.empty_like(qkv)
     with torch.cuda.device_of(qkv):
-        _backward[_grid(qkv, heads)](qkv, gradient.contiguous(), result, **_sizes(qkv, heads))
+        _backward[_grid(qkv, heads)](qkv, gradient.contiguous(), result, **_sizes(qkv, heads, 3))
     return result
 
 
@@ -114,32 +99,73 @@ def _(qkv: Tensor, gradient: Tensor, heads: int) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("biglearn_vae::attend_first", mutates_args=())
+def attend_first(q: Tensor, kv: Tensor, heads: int) -> Tensor:
+    """What `attend` gives for the first token alone, (B, 1, d).
+
+    Args:
+        q: its queries (B, 1, d).
+        kv: keys and values (B, N, 2 d) of all tokens.
+        heads: H.
+    """
+    q, kv = q.contiguous(), kv.contiguous()
+    result = torch.empty_like(q)
+    with torch.cuda.device_of(kv):
+        _forward_first[_grid(kv, heads)](q, kv, result, **_sizes(kv, heads, 2))
+    return result
+
+
+@torch.library.custom_op("biglearn_vae::attend_first_backward", mutates_args=())
+def attend_first_backward(q: Tensor, kv: Tensor, gradient: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `q` and `kv`, given that of what `attend_first` returns."""
+    q, kv = q.contiguous(), kv.contiguous()
+    d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
+    with torch.cuda.device_of(kv):
+        _backward_first[_grid(kv, heads)](q, kv, gradient.contiguous(), d_q, d_kv, **_sizes(kv, heads, 2))
+    return d_q, d_kv
+
+
+@attend_first.register_fake
+def _(q: Tensor, kv: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@attend_first_backward.register_fake
+def _(q: Tensor, kv: Tensor, gradient: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, kv))
+
+
 def _keep(ctx, inputs, output) -> None:
-    qkv, ctx.heads = inputs
-    ctx.save_for_backward(qkv)
+    *packed, ctx.heads = inputs
+    ctx.save_for_backward(*packed)
 
 
-def _gradients(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+def _gradient(ctx, gradient: Tensor) -> tuple[Tensor, None]:
     return attend_backward(*ctx.saved_tensors, gradient, ctx.heads), None
 
 
-attend.register_autograd(_gradients, setup_context=_keep)
+def _gradients_first(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *attend_first_backward(*ctx.saved_tensors, gradient, ctx.heads), None
 
 
-def _grid(qkv: Tensor, heads: int) -> tuple[int]:
-    return (len(qkv) * heads,)
+attend.register_autograd(_gradient, setup_context=_keep)
+attend_first.register_autograd(_gradients_first, setup_context=_keep)
 
 
-def _sizes(qkv: Tensor, heads: int) -> dict[str, int]:
-    """What both kernels are told."""
-    width, block = qkv.shape[-1] // (3 * heads), _block(qkv)
+def _grid(packed: Tensor, heads: int) -> tuple[int]:
+    return (len(packed) * heads,)
+
+
+def _sizes(packed: Tensor, heads: int, parts: int) -> dict[str, int]:
+    """What the kernels are told, given so many of queries, keys and values (B, N, parts d)."""
+    width, block = packed.shape[-1] // (parts * heads), _block(packed)
     warps = 4 if block * width <= MOST_NUMBERS // 2 else 8
-    return dict(N=qkv.shape[1], H=heads, C=width, BLOCK=block, num_warps=warps)
+    return dict(N=packed.shape[1], H=heads, C=width, BLOCK=block, num_warps=warps)
 
 
-def _block(qkv: Tensor) -> int:
-    """How many tokens behind the first, padded to a power of 2."""
-    return 1 << (qkv.shape[1] - 2).bit_length()
+def _block(x: Tensor) -> int:
+    """How many tokens behind the first of (B, N, ...), padded to a power of 2."""
+    return 1 << (x.shape[1] - 2).bit_length()
 
 
 # In the kernels "0" is the first token, and a name without it are those behind it: `p` (BLOCK, BLOCK) are the weights
@@ -152,15 +178,22 @@ def _weights(q, k, q0, k0, inside, C: tl.constexpr):
     scale = 1.4426950408889634 / C**0.5  # powers of 2 instead of e
     s = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
     s0 = tl.sum(q * k0[None, :], 1) * scale
-    t = tl.where(inside, tl.sum(k * q0[None, :], 1) * scale, float("-inf"))
-    t0 = tl.sum(q0 * k0, 0) * scale
     most = tl.maximum(tl.max(s, 1), s0)
     p, p0 = tl.exp2(s - most[:, None]), tl.exp2(s0 - most)
     total = 1 / (tl.sum(p, 1) + p0)
-    most0 = tl.maximum(tl.max(t, 0), t0)
-    w, w0 = tl.exp2(t - most0), tl.exp2(t0 - most0)
-    total0 = 1 / (tl.sum(w, 0) + w0)
-    return p * total[:, None], p0 * total, w * total0, w0 * total0
+    w, w0 = _weights_of_first(k, q0, k0, inside, C)
+    return p * total[:, None], p0 * total, w, w0
+
+
+@triton.jit
+def _weights_of_first(k, q0, k0, inside, C: tl.constexpr):
+    scale = 1.4426950408889634 / C**0.5
+    t = tl.where(inside, tl.sum(k * q0[None, :], 1) * scale, float("-inf"))
+    t0 = tl.sum(q0 * k0, 0) * scale
+    most = tl.maximum(tl.max(t, 0), t0)
+    w, w0 = tl.exp2(t - most), tl.exp2(t0 - most)
+    total = 1 / (tl.sum(w, 0) + w0)
+    return w * total, w0 * total
 
 
 @triton.jit
@@ -223,3 +256,38 @@ def _backward(qkv, gradient, result, N: tl.constexpr, H: tl.constexpr, C: tl.con
     _write(row0, rows, inside, dq0, dq, C)
     dk, dk0 = tl.dot(tl.trans(ds), q) + dt[:, None] * q0[None, :], tl.sum(ds0[:, None] * q, 0) + dt0 * q0
     _write(row0 + H * C, rows + H * C, inside, dk0, dk, C)
+
+
+@triton.jit
+def _forward_first(q, kv, result, N: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    batch, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    n, c = tl.arange(0, BLOCK), tl.arange(0, C)
+    inside = n < N - 1
+    row0 = kv + batch * N * 2 * H * C + head * C
+    rows = row0 + (1 + n[:, None]) * 2 * H * C
+    q0 = tl.load(q + tl.program_id(0).to(tl.int64) * C + c).to(tl.float32)
+    k0, k = _read(row0, rows, inside, C)
+    v0, v = _read(row0 + H * C, rows + H * C, inside, C)
+    w, w0 = _weights_of_first(k, q0, k0, inside, C)
+    seen = tl.sum(w[:, None] * v, 0) + w0 * v0
+    tl.store(result + tl.program_id(0).to(tl.int64) * C + c, seen.to(result.dtype.element_ty))
+
+
+@triton.jit
+def _backward_first(q, kv, gradient, d_q, d_kv, N: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    batch, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    n, c = tl.arange(0, BLOCK), tl.arange(0, C)
+    inside = n < N - 1
+    start, apart = batch * N * 2 * H * C + head * C, (1 + n[:, None]) * 2 * H * C
+    first = tl.program_id(0).to(tl.int64) * C + c
+    q0, g0 = tl.load(q + first).to(tl.float32), tl.load(gradient + first).to(tl.float32)
+    k0, k = _read(kv + start, kv + start + apart, inside, C)
+    v0, v = _read(kv + start + H * C, kv + start + H * C + apart, inside, C)
+    w, w0 = _weights_of_first(k, q0, k0, inside, C)
+    dw, dw0 = tl.sum(v * g0[None, :], 1), tl.sum(v0 * g0, 0)
+    mean, scale = tl.sum(w * dw, 0) + w0 * dw0, 1 / C**0.5
+    dt, dt0 = w * (dw - mean) * scale, w0 * (dw0 - mean) * scale
+    tl.store(d_q + first, (tl.sum(dt[:, None] * k, 0) + dt0 * k0).to(d_q.dtype.element_ty))
+    row0 = d_kv + start
+    _write(row0, row0 + apart, inside, dt0 * q0, dt[:, None] * q0[None, :], C)
+    _write(row0 + H * C, row0 + H * C + apart, inside, w0 * g0, w[:, None] * g0[None, :], C)

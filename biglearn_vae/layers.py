@@ -13,10 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-attention = None
+attention = norms = None
 if torch.cuda.is_available():
     with contextlib.suppress(ImportError):  # torch comes without Triton on some systems
-        from biglearn_vae import attention
+        from biglearn_vae import attention, norms
 
 
 class Attention(nn.Module):
@@ -40,21 +40,20 @@ class Attention(nn.Module):
             valid: boolean (B, N), the tokens that are seen at all; None means every one.
             steady: whether N is the same in all calls, so that a kernel for it is worth being made.
         """
-        if queries is None:
-            together = self.qkv(x)
-            if attention is not None and steady and valid is None and attention.fits(together, self.heads):
-                return self.project(attention.attend(together, self.heads))
-            parts = together.chunk(3, dim=-1)
-        else:
-            parts = self._of_first(x, queries)
+        packed = (self.qkv(x),) if queries is None else self._of_first(x, queries)
+        able = attention is not None and steady and valid is None and queries in (None, 1)
+        if able and attention.fits(packed[-1][..., : x.shape[-1]], self.heads):
+            kernel = attention.attend if queries is None else attention.attend_first
+            return self.project(kernel(*packed, self.heads))
+        parts = (part for several in packed for part in several.split(x.shape[-1], dim=-1))
         x = attend(*(rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in parts), valid, steady)
         return self.project(rearrange(x, "b h n c -> b n (h c)"))
 
-    def _of_first(self, x: Tensor, queries: int) -> tuple[Tensor, ...]:
-        """Queries of the first tokens, keys and values of all."""
+    def _of_first(self, x: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+        """Queries (B, queries, d) of the first tokens; keys and values (B, N, 2 d) of all."""
         sizes = (x.shape[-1], 2 * x.shape[-1])
         (q_weight, weight), (q_bias, bias) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
-        return F.linear(x[:, :queries], q_weight, q_bias), *F.linear(x, weight, bias).chunk(2, dim=-1)
+        return F.linear(x[:, :queries], q_weight, q_bias), F.linear(x, weight, bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, steady: bool = True) -> Tensor:
@@ -83,7 +82,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, steady:
 
 
 class Block(nn.Module):
-    """LayerNorm, attention, LayerNorm, MLP, each pair with a residual connection."""
+    """LayerNorm, attention, LayerNorm, MLP, each pair with a residual connection.
+
+    It takes and returns the residual stream as two summands, what was there and the last update to it: each sum belongs
+    to the LayerNorm that follows, which may be of the next block, and on GPUs both are one kernel.
+    """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int):
         super().__init__()
@@ -93,11 +96,29 @@ class Block(nn.Module):
         self.mlp = mlp(dim, mlp_ratio * dim, dim)
 
     def forward(
-        self, x: Tensor, queries: int | None = None, valid: Tensor | None = None, steady: bool = True
-    ) -> Tensor:
-        """x (B, N, d) -> (B, N, d), or (B, queries, d) for the first tokens alone; arguments as of `Attention`."""
-        x = x[:, :queries] + self.attention(self.norm1(x), queries, valid, steady)
-        return x + self.mlp(self.norm2(x))
+        self,
+        x: Tensor,
+        update: Tensor | None = None,
+        queries: int | None = None,
+        valid: Tensor | None = None,
+        steady: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, N, d) and an update to it, if any -> the same after the block, both (B, N, d), or (B, queries, d).
+
+        Arguments: see `Attention`.
+        """
+        x, normed = (x, self.norm1(x)) if update is None else add_norm(x, update, self.norm1)
+        update = self.attention(normed, queries, valid, steady)
+        x, normed = add_norm(x[:, :queries], update, self.norm2)
+        return x, self.mlp(normed)
+
+
+def add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x + update, of one shape (..., d), and the norm of that."""
+    if norms is not None and norms.fits(x, update):
+        return norms.add_norm(x, update, norm.weight, norm.bias, norm.eps)
+    x = x + update
+    return x, norm(x)
 
 
 def mlp(*widths: int) -> nn.Sequential:

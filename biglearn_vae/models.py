@@ -234,9 +234,11 @@ def _through(
     `valid` (B, n) says which of the tokens behind z are seen; z always is. `steady`: see `Attention`.
     """
     valid = None if valid is None else F.pad(valid, (1, 0), value=True)
+    update = None
     for block in blocks[:-1]:
-        sequence = block(sequence, valid=valid, steady=steady)
-    return blocks[-1](sequence, queries=queries, valid=valid, steady=steady)
+        sequence, update = block(sequence, update, valid=valid, steady=steady)
+    sequence, update = blocks[-1](sequence, update, queries=queries, valid=valid, steady=steady)
+    return sequence + update
 
 
 def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.ModuleList:

@@ -342,12 +342,21 @@ class Trainer:
         for generator in self._generators:
             generator.manual_seed(seed)
         share, decay = self.optim.share_at(self.step, self.steps), self.optim.ema_decay_at(self.step)
-        self._pending.append(self._take(self.batches(self.step), self.step, share, 1 - decay))
+        self._pending.append(self._take(self._batch(), self.step, share, 1 - decay))
         self.step += 1
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         if self._compiles:
             self.compile_seconds, self._compiles = self.compile_seconds + elapsed, False
+
+    def _batch(self) -> Any:
+        """The step's batch; a frozen tokenizer that makes it need not be more exact than the products of the step."""
+        kept = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = kept or self.precision == "bfloat16"
+        try:
+            return self.batches(self.step)
+        finally:
+            torch.backends.cudnn.allow_tf32 = kept
 
     def _take(self, *step: Any) -> Tensor:
         """`_advance`, as a CUDA graph or as it is."""

@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
-    {"files", "checks", "attention", "cuda_graph"},
-    {"patches", "gaussian", "layers", "distributed", "masks", "image_files"},
-    {"data", "patch_ae", "annealing", "optim"},
+    {"files", "checks", "kernels", "cuda_graph"},
+    {"patches", "gaussian", "attention", "norms", "distributed", "masks", "image_files"},
+    {"layers", "data", "patch_ae", "annealing", "optim"},
     {"models", "losses"},
     {"capabilities", "checkpoint", "loggers"},
     {"trainer", "evaluation", "figures", "gibbs", "probe"},

@@ -1,4 +1,4 @@
-"""The attention kernel against attention in float64: here in Triton's interpreter, on a GPU as it is."""
+"""The attention kernel against attention in float64, and the kernels in a network: here in Triton's interpreter."""
 
 import math
 import os
@@ -19,20 +19,20 @@ def expected(qkv: Tensor, heads: int) -> Tensor:
 
 
 def assert_exact(size: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    """Values and gradients are those of attention in float64."""
-    from biglearn_vae.attention import attend
+    """Values and gradients are those of attention in float64, of all tokens and of the first alone."""
+    from biglearn_vae.attention import attend, attend_first
 
     batch, length, heads, width = size
-    g = torch.Generator().manual_seed(0)
-    qkv = torch.randn(batch, length, 3 * heads * width, generator=g).to(device, dtype).requires_grad_()
-    gradient = torch.randn(batch, length, heads * width, generator=g).to(device, dtype)
+    g, d = torch.Generator().manual_seed(0), heads * width
+    qkv = torch.randn(batch, length, 3 * d, generator=g).to(device, dtype).requires_grad_()
+    gradient = torch.randn(batch, length, d, generator=g).to(device, dtype)
     exact = qkv.detach().double().requires_grad_()
     value = expected(exact, heads)
-    value.backward(gradient.double())
-    found = attend(qkv, heads)
-    found.backward(gradient)
-    for a, b in ((found, value), (qkv.grad, exact.grad)):
-        assert (a.double() - b).norm() < LIMITS[dtype] * b.norm(), (size, dtype)
+    for found, own in ((attend(qkv, heads), slice(None)), (attend_first(qkv[:, :1, :d], qkv[..., d:], heads), [0])):
+        (d_found,) = torch.autograd.grad(found, qkv, gradient[:, own])
+        (d_value,) = torch.autograd.grad(value[:, own], exact, gradient[:, own].double(), retain_graph=True)
+        for a, b in ((found, value[:, own]), (d_found, d_value)):
+            assert (a.double() - b).norm() < LIMITS[dtype] * b.norm(), (size, dtype, own)
 
 
 def test_the_kernel_in_the_interpreter():
@@ -50,7 +50,7 @@ def test_the_kernel_on_a_gpu(size, dtype):
     from biglearn_vae import attention
 
     batch, length, heads, width = size
-    assert attention.fits(torch.empty(batch, length, 3 * heads * width, dtype=dtype, device="cuda"), heads)
+    assert attention.fits(torch.empty(batch, length, heads * width, dtype=dtype, device="cuda"), heads)
     assert_exact(size, dtype, "cuda")
 
 
@@ -59,11 +59,11 @@ def test_what_the_kernel_does_not_take():
     from biglearn_vae import attention
 
     for shape, heads, dtype in (
-        ((1, 65, 192), 1, torch.float32),
-        ((1, 16, 192), 1, torch.bfloat16),
-        ((1, 130, 192), 1, torch.bfloat16),
-        ((1, 65, 144), 1, torch.bfloat16),
-        ((1, 129, 384), 1, torch.bfloat16),
+        ((1, 65, 64), 1, torch.float32),
+        ((1, 16, 64), 1, torch.bfloat16),
+        ((1, 130, 64), 1, torch.bfloat16),
+        ((1, 65, 48), 1, torch.bfloat16),
+        ((1, 129, 128), 1, torch.bfloat16),
     ):
         assert not attention.fits(torch.empty(shape, dtype=dtype, device="cuda"), heads)
 
@@ -82,19 +82,17 @@ def assert_a_wrong_kernel_is_not_used() -> None:
         def __getitem__(self, grid):
             raise RuntimeError("no such instruction\nat all")
 
-    for length, kernel, words in ((18, Wrong(), "and 1 of gradients"), (19, Broken(), "RuntimeError: no such instr")):
+    for length, kernel, words in ((18, Wrong(), r", 1\)"), (19, Broken(), "RuntimeError: no such instr")):
         attention._backward = kernel
-        with pytest.warns(
-            UserWarning, match=f"torch's attention, .* {length} tokens of 2 x 16 numbers fails .*{words}"
-        ):
+        with pytest.warns(UserWarning, match=f"over {length} tokens of 2 x 16 numbers is left to torch.*{words}"):
             assert not attention.is_right(length, 2, 16, torch.float32, "cpu")
         assert not attention.is_right(length, 2, 16, torch.float32, "cpu")  # and does not warn again
     attention._backward = right
 
 
 def assert_a_compiled_network_is_one_graph() -> None:
-    """Of a network with the kernel, and the same as without."""
-    from biglearn_vae import BigLearnELBO, UniversalViT, attention, layers
+    """Of a network with these kernels, and the same as without."""
+    from biglearn_vae import BigLearnELBO, UniversalViT, attention, layers, norms
 
     torch.manual_seed(0)
     net = UniversalViT(grid=(5, 4), token_dim=3, dim=32, heads=2, depth=2, z_dim=4)
@@ -107,21 +105,28 @@ def assert_a_compiled_network_is_one_graph() -> None:
         return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
 
     without = gradients(BigLearnELBO(0.1))
-    layers.attention = attention
-    attention.fits = lambda qkv, heads: attention.is_right(qkv.shape[1], heads, 16, qkv.dtype, "cpu")
-    right, used = attention._forward, []
-
-    class Counted:
-        def __getitem__(self, grid):
-            used.append(grid)
-            return right[grid]
-
-    attention._forward = Counted()
+    layers.attention, layers.norms = attention, norms
+    attention.fits = lambda x, heads: attention.is_right(x.shape[1], heads, 16, x.dtype, "cpu")
+    norms.fits = lambda x, update: norms.is_right(x.shape[-1], update.dtype, "cpu")
+    used = [Counted(module) for module in (attention, norms)]
     for loss in (BigLearnELBO(0.1).compiled(dynamic=False, backend="aot_eager"), BigLearnELBO(0.1)):
         torch.testing.assert_close(gradients(loss), without, rtol=1e-4, atol=1e-5)
-    assert used.count((4 * 2,)) == 2, used  # both encodings of two images, in the first of two blocks, for each loss
+    # For each loss: both encodings of two images, all of them in the first of two blocks; three sums in each pass.
+    assert used[0].grids.count((4 * 2,)) == 2 and len(used[1].grids) == 2 * 6 + 1, [part.grids for part in used]
     counted = torch._dynamo.utils.counters
     assert counted["stats"]["unique_graphs"] == 1 and not counted["graph_break"], counted
+
+
+class Counted:
+    """Takes the place of a module's forward kernel and counts its launches."""
+
+    def __init__(self, module):
+        self.kernel, self.grids = module._forward, []
+        module._forward = self
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""The kernel of sums and LayerNorms against torch in float64: here in Triton's interpreter, on a GPU as it is."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+SHAPES = [(3, 9, 128), (5, 100), (2, 7, 512), (70, 16), (1, 2050), (1, 3)]
+LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative errors
+
+
+def assert_exact(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Values and gradients are those of float64, the sum and all that does not depend on `dtype` as of float32."""
+    from biglearn_vae.norms import add_norm
+
+    g, d = torch.Generator().manual_seed(0), shape[-1]
+    inputs = [torch.randn(size, generator=g).to(device) for size in (shape, shape, d, d)]
+    weights = [torch.randn(shape, generator=g).to(device) for _ in range(2)]
+    inputs[1], weights[1] = inputs[1].to(dtype), weights[1].to(dtype)
+    inputs = [part.requires_grad_() for part in inputs]
+    exact = [part.detach().double().requires_grad_() for part in inputs]
+    total = exact[0] + exact[1]
+    expected = [total, F.layer_norm(total, (d,), *exact[2:])]
+    expected += torch.autograd.grad(expected, exact, [part.double() for part in weights])
+    found = list(add_norm(*inputs, 1e-5))
+    found += torch.autograd.grad(found, inputs, weights)
+    assert [part.dtype for part in found] == [torch.float32, dtype, torch.float32, dtype, torch.float32, torch.float32]
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= LIMITS[a.dtype] * b.norm(), (shape, dtype)
+
+
+def test_the_kernel_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, (40_000, 256), (1000, 65, 512)])
+def test_the_kernel_on_a_gpu(shape, dtype):
+    from biglearn_vae import norms
+
+    summands = (torch.empty(shape, dtype=kind, device="cuda") for kind in (torch.float32, dtype))
+    assert norms.fits(*summands)
+    assert_exact(shape, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_what_the_kernel_does_not_take():
+    from biglearn_vae import norms
+
+    x = torch.empty(2, 65, 64, device="cuda")
+    for a, b in ((x, x), (x.bfloat16(), x.bfloat16()), (x, x[:, :1].bfloat16()), (x.cpu(), x.bfloat16().cpu())):
+        assert not norms.fits(a, b)
+    wide = torch.empty(2, 8192, device="cuda")
+    assert not norms.fits(wide, wide.bfloat16())
+
+
+if __name__ == "__main__":
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.float16):  # bfloat16 is not what it should be in the interpreter
+            assert_exact(shape, dtype, "cpu")
