@@ -116,7 +116,9 @@ class Optim:
         # A step of SGD that ascends `weights . means - means^2 / 2`: torch has it as one kernel, unlike the above.
         for mean, weight in zip(means, weights, strict=True):
             mean.grad = weight.detach()
-        torch.optim.SGD(means, lr=change, weight_decay=1, maximize=True, fused=True).step()
+        step = torch.optim.SGD(means, weight_decay=1, maximize=True, fused=True)
+        step.param_groups[0]["lr"] = change  # only here, since a rate that is given is looked at
+        step.step()
         average.zero_grad()
 
 
