@@ -1,13 +1,19 @@
-"""Whether a kernel of this package computes what it should: compilers of kernels differ from version to version."""
+"""What the Triton kernels of this package share: sums of rows, and whether they compute what they should.
 
+Compilers of kernels differ from version to version, so each is compared with plain float64 before it is used.
+"""
+
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+PROGRAMS = 4  # for each multiprocessor, where each goes through many rows
 LARGEST_ERROR = 0.02  # relative, of what is computed in bfloat16; that of a kernel which is right is 0.005
 
 
@@ -47,3 +53,55 @@ def _with_gradients(function: Callable, inputs: Iterable[Tensor], gradients: Ite
     results = function(*inputs)
     results = (results,) if isinstance(results, Tensor) else results
     return [*results, *torch.autograd.grad(results, inputs, gradients)]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time, or as many of each as fit; 1 in Triton's interpreter."""
+    return _multiprocessors(device) if device.type == "cuda" else 1
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@torch.library.custom_op("biglearn_vae::sum_rows", mutates_args=())
+def sum_rows(x: Tensor) -> Tensor:
+    """The sum over the rows of a matrix, (M, N) -> (N,), in float32.
+
+    The same numbers give the same sum: programs add rows of their own, then one adds what they found, in order.
+    """
+    x = x.contiguous()
+    rows, columns = x.shape
+    parts = min(PROGRAMS * multiprocessors(x.device) // triton.cdiv(columns, 64), rows // 128)
+    with torch.cuda.device_of(x):  # Triton starts kernels on the current one
+        if rows > 1024 and parts > 1:
+            x = _sum_rows(x, parts, columns=64)
+        return _sum_rows(x, 1, columns=16)[0]
+
+
+def _sum_rows(x: Tensor, parts: int, columns: int) -> Tensor:
+    """The sums of so many equal parts of the rows, (parts, N)."""
+    result = x.new_empty(parts, x.shape[1], dtype=torch.float32)
+    sizes = dict(N=x.shape[1], ROWS=4096 // columns, COLUMNS=columns)
+    _sum[(triton.cdiv(x.shape[1], columns), parts)](x, result, len(x), triton.cdiv(len(x), parts), **sizes)
+    return result
+
+
+@sum_rows.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+@triton.jit
+def _sum(x, result, rows, each, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    part, c = tl.program_id(1), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    start = part * each
+    end = tl.minimum(start + each, rows)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    while start < end:
+        r = start + tl.arange(0, ROWS)
+        inside = (r < end)[:, None] & (c < N)[None, :]
+        total += tl.load(x + r.to(tl.int64)[:, None] * N + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        start += ROWS
+    tl.store(result + part * N + c, tl.sum(total, 0), mask=c < N)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import checks, masks
 from biglearn_vae.gaussian import DiagGaussian
-from biglearn_vae.layers import Block, init_weights, mlp, sincos_positions
+from biglearn_vae.layers import Block, Linear, init_weights, mlp, sincos_positions
 
 # Log-variances are kept in [-LOGVAR_BOUND, LOGVAR_BOUND] by a smooth saturation, so that neither a variance nor its
 # inverse overflows in float32, and so that gradients reach a saturated unit (a hard clamp would stop them).
@@ -48,7 +48,7 @@ class MaskedViT(nn.Module):
             raise ValueError(f"hidden must be one of {', '.join(HIDDEN)}, got {hidden!r}")
         self.token_dim, self.z_dim, self.hidden = token_dim, z_dim, hidden
         self.num_tokens = self.grid[0] * self.grid[1]
-        self.token_in = nn.Linear(token_dim, dim)
+        self.token_in = Linear(token_dim, dim)
         self.latent_in = mlp(z_dim, 2 * dim, 2 * dim, dim)
         self.token_mask, self.latent_mask, self.token_type, self.latent_type = (
             nn.Parameter(0.02 * torch.randn(dim)) for _ in range(4)

@@ -19,7 +19,6 @@ from biglearn_vae import kernels
 
 LARGEST = 4096  # numbers of a token: so many fit into the registers of a program
 NUMBERS = 2048  # that a program takes at once, of one token or several
-PROGRAMS = 4  # for each multiprocessor, which go through all tokens backwards
 
 
 def fits(x: Tensor, update: Tensor) -> bool:
@@ -70,18 +69,16 @@ def add_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 @torch.library.custom_op("biglearn_vae::add_norm_backward", mutates_args=())
 def add_norm_backward(
     total: Tensor, weight: Tensor, d_total: Tensor, d_normed: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, update, weight and bias, given those of the sum `total` and of its norm."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, update, and weight and bias (2, d), given those of the sum `total` and of its norm."""
     d_total, d_normed = d_total.contiguous(), d_normed.contiguous()
     d_x, d_update = torch.empty_like(total), torch.empty_like(d_normed)
     rows, width, sizes = total.numel() // total.shape[-1], total.shape[-1], _sizes(total)
-    programs = min(triton.cdiv(rows, sizes["ROWS"]), PROGRAMS * _multiprocessors(total.device))
-    parts = total.new_empty(2, programs, width)
-    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
+    programs = min(triton.cdiv(rows, sizes["ROWS"]), kernels.PROGRAMS * kernels.multiprocessors(total.device))
+    parts = total.new_empty(programs, 2, width)
     with torch.cuda.device_of(total):
         _backward[(programs,)](total, weight, d_total, d_normed, d_x, d_update, parts, rows, eps, **sizes)
-        _sums[(triton.cdiv(width, 16), 2)](parts, d_weight, d_bias, programs, D=width, COLUMNS=16, ROWS=128)
-    return d_x, d_update, d_weight, d_bias
+    return d_x, d_update, kernels.sum_rows(parts.flatten(1)).view(2, width)
 
 
 @add_norm.register_fake
@@ -90,11 +87,9 @@ def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tu
 
 
 @add_norm_backward.register_fake
-def _(
-    total: Tensor, weight: Tensor, d_total: Tensor, d_normed: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = (total, d_normed, weight, weight)
-    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in like)
+def _(total: Tensor, weight: Tensor, d_total: Tensor, d_normed: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    d_x, d_update = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (total, d_normed))
+    return d_x, d_update, weight.new_empty(2, len(weight))
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -103,7 +98,8 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor | None, ...]:
-    return *add_norm_backward(*ctx.saved_tensors, d_total, d_normed, ctx.eps), None
+    d_x, d_update, d_norm = add_norm_backward(*ctx.saved_tensors, d_total, d_normed, ctx.eps)
+    return d_x, d_update, *d_norm.unbind(), None
 
 
 add_norm.register_autograd(_gradients, setup_context=_keep)
@@ -113,11 +109,6 @@ def _sizes(x: Tensor) -> dict[str, int]:
     """What both kernels are told: d, the same padded to a power of 2, and how many tokens to take at once."""
     block = triton.next_power_of_2(x.shape[-1])
     return dict(D=x.shape[-1], BLOCK=block, ROWS=max(1, NUMBERS // block))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit
@@ -165,23 +156,6 @@ def _backward(
         tl.store(d_x + at, d_s, mask=inside)
         tl.store(d_update + at, d_s.to(d_update.dtype.element_ty), mask=inside)
         start += tl.num_programs(0) * ROWS
-    part = parts + tl.program_id(0) * D + c
+    part = parts + tl.program_id(0) * 2 * D + c
     tl.store(part, tl.sum(d_weight, 0), mask=c < D)
-    tl.store(part + tl.num_programs(0) * D, tl.sum(d_bias, 0), mask=c < D)
-
-
-@triton.jit
-def _sums(parts, first, second, rows, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """The sums over rows of two matrices (rows, D) that lie one behind the other."""
-    which, c = tl.program_id(1), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    start = 0
-    while start < rows:
-        r = start + tl.arange(0, ROWS)
-        inside = (r < rows)[:, None] & (c < D)[None, :]
-        total += tl.load(parts + (which * rows + r)[:, None] * D + c[None, :], mask=inside, other=0.0)
-        start += ROWS
-    if which == 0:
-        tl.store(first + c, tl.sum(total, 0), mask=c < D)
-    else:
-        tl.store(second + c, tl.sum(total, 0), mask=c < D)
+    tl.store(part + D, tl.sum(d_bias, 0), mask=c < D)

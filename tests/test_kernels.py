@@ -1,4 +1,4 @@
-"""The kernel of sums and LayerNorms against torch in float64: here in Triton's interpreter, on a GPU as it is."""
+"""Kernels between matrix products against torch in float64: here in Triton's interpreter, on a GPU as they are."""
 
 import os
 import subprocess
@@ -8,8 +8,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+SUMMED = [(1, 5), (200, 72), (1500, 130), (3, 1), (0, 7)]
 SHAPES = [(3, 9, 128), (5, 100), (2, 7, 512), (70, 16), (1, 2050), (1, 3)]
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative errors
+
+
+def assert_sums_are_exact(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    from biglearn_vae.kernels import sum_rows
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    found = sum_rows(x.mT.contiguous().mT)  # from another layout
+    assert found.dtype == torch.float32 and torch.equal(found, sum_rows(x))
+    torch.testing.assert_close(found.double(), x.double().sum(0), rtol=1e-5, atol=1e-6 * max(1, len(x)))
+
+
+def assert_gradients_of_a_linear_layer(device: str) -> None:
+    """The product is torch's to the last bit, and so are the gradients, but for that of the bias, which is nearer."""
+    from biglearn_vae.biases import linear
+
+    g, shapes = torch.Generator().manual_seed(0), ((3, 900, 8), (24, 8), (24,), (3, 900, 24))
+    *inputs, gradient = (torch.randn(shape, generator=g).to(device) for shape in shapes)
+    inputs = [part.requires_grad_() for part in inputs]
+    results = []
+    for function in (linear, F.linear):
+        with torch.autocast(device, torch.bfloat16):
+            value = function(*inputs)
+        results.append((value, *torch.autograd.grad(value, inputs, gradient.bfloat16())))
+    found, expected = results
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(a, b)
+    exact = gradient.bfloat16().double().sum((0, 1))
+    assert (found[3] - exact).abs().max() < 1e-4 < 0.9 * (expected[3] - exact).abs().max()
 
 
 def assert_exact(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
@@ -32,7 +61,7 @@ def assert_exact(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Non
         assert (a.double() - b).norm() <= LIMITS[a.dtype] * b.norm(), (shape, dtype)
 
 
-def test_the_kernel_in_the_interpreter():
+def test_the_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
@@ -52,6 +81,26 @@ def test_the_kernel_on_a_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [*SUMMED, (66_560, 128), (16_640, 1536), (200_000, 3), (130, 4000)])
+def test_sums_on_a_gpu(shape, dtype):
+    assert_sums_are_exact(shape, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_linear_layer_on_a_gpu():
+    from biglearn_vae import biases
+
+    x = torch.empty(2, 3, device="cuda")
+    assert not biases.fits(x)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert biases.fits(x)
+        with torch.no_grad():
+            assert not biases.fits(x)
+    assert_gradients_of_a_linear_layer("cuda")
+
+
+@pytest.mark.gpu
 def test_what_the_kernel_does_not_take():
     from biglearn_vae import norms
 
@@ -66,3 +115,6 @@ if __name__ == "__main__":
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float16):  # bfloat16 is not what it should be in the interpreter
             assert_exact(shape, dtype, "cpu")
+    for summed in SUMMED:
+        assert_sums_are_exact(summed, torch.float16, "cpu")
+    assert_gradients_of_a_linear_layer("cpu")
