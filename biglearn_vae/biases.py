@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from biglearn_vae import kernels
+from biglearn_vae import cuda_graph, kernels
 
 
 def fits(x: Tensor) -> bool:
     """Whether `linear` is worth calling for this input (..., M), and right."""
     if torch.compiler.is_compiling() or not (x.is_cuda and torch.is_autocast_enabled("cuda")):
         return False
-    return torch.is_grad_enabled() and is_right(str(x.device))
+    worth = cuda_graph.is_recording() or x.numel() >= kernels.MANY
+    return worth and torch.is_grad_enabled() and is_right(str(x.device))
 
 
 @functools.cache

@@ -1,11 +1,31 @@
 """A training step as one CUDA graph: a single launch in place of hundreds, each of which a GPU would wait for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 FIRST = 3  # calls before the recording, as torch's documentation advises
+
+
+_recording = False
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """While entered, what runs is a graph or is about to become one."""
+    global _recording
+    before, _recording = _recording, True
+    try:
+        yield
+    finally:
+        _recording = before
+
+
+def is_recording() -> bool:
+    """Whether launching does not count in what runs: kernels that are slow to launch are worth it for little work."""
+    return _recording
 
 
 class NotRecorded(RuntimeError):
@@ -65,7 +85,7 @@ class StepGraph:
         """Call the function on the stream on which it will be recorded."""
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), recording():
             result = function(batch, *values.unbind())
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
@@ -75,7 +95,7 @@ class StepGraph:
         for generator in self._generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.graph(graph, stream=self._stream), recording():
                 self._result = function(batch, *self._numbers.unbind())
         except torch.OutOfMemoryError:
             raise

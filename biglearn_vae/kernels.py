@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 4  # for each multiprocessor, where each goes through many rows
+MANY = 2**24  # numbers that take a GPU longer than Python takes to launch a kernel for them
 LARGEST_ERROR = 0.02  # relative, of what is computed in bfloat16; that of a kernel which is right is 0.005
 
 

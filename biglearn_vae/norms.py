@@ -15,17 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from biglearn_vae import kernels
+from biglearn_vae import cuda_graph, kernels
 
 LARGEST = 4096  # numbers of a token: so many fit into the registers of a program
 NUMBERS = 2048  # that a program takes at once, of one token or several
 
 
 def fits(x: Tensor, update: Tensor) -> bool:
-    """Whether `add_norm` takes these summands, and is right about such."""
+    """Whether `add_norm` takes these summands, is right about such, and worth being launched."""
     half = update.dtype in (torch.bfloat16, torch.float16)
     able = x.is_cuda and x.dtype == torch.float32 and half and x.shape == update.shape and x.shape[-1] <= LARGEST
-    return able and is_right(x.shape[-1], update.dtype, str(x.device))
+    worth = cuda_graph.is_recording() or x.numel() >= kernels.MANY
+    return able and worth and is_right(x.shape[-1], update.dtype, str(x.device))
 
 
 @torch.compiler.assume_constant_result  # it is asked, not traced, where a network is compiled

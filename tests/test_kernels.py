@@ -73,10 +73,12 @@ def test_the_kernels_in_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (40_000, 256), (1000, 65, 512)])
 def test_the_kernel_on_a_gpu(shape, dtype):
-    from biglearn_vae import norms
+    from biglearn_vae import cuda_graph, kernels, norms
 
-    summands = (torch.empty(shape, dtype=kind, device="cuda") for kind in (torch.float32, dtype))
-    assert norms.fits(*summands)
+    summands = [torch.empty(shape, dtype=kind, device="cuda") for kind in (torch.float32, dtype)]
+    assert norms.fits(*summands) == (summands[0].numel() >= kernels.MANY)
+    with cuda_graph.recording():
+        assert norms.fits(*summands)
     assert_exact(shape, dtype, "cuda")
 
 
@@ -89,26 +91,29 @@ def test_sums_on_a_gpu(shape, dtype):
 
 @pytest.mark.gpu
 def test_a_linear_layer_on_a_gpu():
-    from biglearn_vae import biases
+    from biglearn_vae import biases, cuda_graph
 
     x = torch.empty(2, 3, device="cuda")
-    assert not biases.fits(x)
+    with cuda_graph.recording():
+        assert not biases.fits(x)
     with torch.autocast("cuda", torch.bfloat16):
-        assert biases.fits(x)
-        with torch.no_grad():
-            assert not biases.fits(x)
+        assert not biases.fits(x)
+        with cuda_graph.recording():
+            assert biases.fits(x)
+            with torch.no_grad():
+                assert not biases.fits(x)
     assert_gradients_of_a_linear_layer("cuda")
 
 
 @pytest.mark.gpu
 def test_what_the_kernel_does_not_take():
-    from biglearn_vae import norms
+    from biglearn_vae import cuda_graph, norms
 
-    x = torch.empty(2, 65, 64, device="cuda")
-    for a, b in ((x, x), (x.bfloat16(), x.bfloat16()), (x, x[:, :1].bfloat16()), (x.cpu(), x.bfloat16().cpu())):
-        assert not norms.fits(a, b)
-    wide = torch.empty(2, 8192, device="cuda")
-    assert not norms.fits(wide, wide.bfloat16())
+    x, wide = torch.empty(2, 65, 64, device="cuda"), torch.empty(2, 8192, device="cuda")
+    with cuda_graph.recording():
+        for a, b in ((x, x), (x.bfloat16(), x.bfloat16()), (x, x[:, :1].bfloat16()), (x.cpu(), x.bfloat16().cpu())):
+            assert not norms.fits(a, b)
+        assert norms.fits(x, x.bfloat16()) and not norms.fits(wide, wide.bfloat16())
 
 
 if __name__ == "__main__":
