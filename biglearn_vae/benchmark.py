@@ -323,7 +323,7 @@ def network_of(work: Work, measures: frozenset[str]) -> MaskedViT:
 
 
 def _all_queries(_, args, kwargs):
-    return args, kwargs | {"queries": None}
+    return args, {name: value for name, value in kwargs.items() if name != "queries"}
 
 
 class LoopStep:

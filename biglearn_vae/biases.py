@@ -1,7 +1,7 @@
 """Linear layers whose biases get their gradients from a kernel of our own on GPUs.
 
-Such a gradient is a sum over all tokens. torch's takes ten times as long as the memory needs, half of the time that the
-matrix products of a small network take. A compiler of networks writes such sums well, and is left to it.
+Such a gradient is a sum over all tokens. torch's takes ten times as long as the memory needs, in a small network as long
+as the matrix products take. torch.compile writes such sums well, and is left to it. Figures: `results/choices.md`.
 """
 
 import functools
@@ -13,20 +13,20 @@ from torch import Tensor
 from biglearn_vae import cuda_graph, kernels
 
 
-def fits(x: Tensor) -> bool:
-    """Whether `linear` is worth calling for this input (..., M), and right."""
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` is worth calling for this input (..., M) and these weights (N, M), and right."""
     if torch.compiler.is_compiling() or not (x.is_cuda and torch.is_autocast_enabled("cuda")):
         return False
-    worth = cuda_graph.is_recording() or x.numel() >= kernels.MANY
-    return worth and torch.is_grad_enabled() and is_right(str(x.device))
+    worth = cuda_graph.is_recording() or x.shape[:-1].numel() * len(weight) >= kernels.MANY
+    return worth and torch.is_grad_enabled() and is_right(torch.get_autocast_dtype("cuda"), str(x.device))
 
 
 @functools.cache
-def is_right(device: str) -> bool:
-    """Whether gradients are right on this device; a warning, once, says if not."""
+def is_right(dtype: torch.dtype, device: str) -> bool:
+    """Whether gradients are right for products of this type on this device; a warning, once, says if not."""
     g = torch.Generator().manual_seed(0)
     shapes = ((3, 500, 16), (72, 16), (72,), (3, 500, 72))
-    *inputs, gradient = (torch.randn(shape, generator=g).to(device) for shape in shapes)
+    *inputs, gradient = (torch.randn(shape, generator=g).to(device, dtype) for shape in shapes)
     return kernels.is_right(linear, F.linear, inputs, [gradient], "the gradient of biases")
 
 
@@ -43,5 +43,6 @@ class _Biased(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, kernels.sum_rows(gradient.reshape(-1, gradient.shape[-1]))
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        asked = ctx.needs_input_grad[1]
+        return gradient, kernels.sum_rows(gradient.reshape(-1, gradient.shape[-1])) if asked else None

@@ -3,6 +3,7 @@
 Compilers of kernels differ from version to version, so each is compared with plain float64 before it is used.
 """
 
+import contextlib
 import functools
 import math
 import warnings
@@ -28,12 +29,20 @@ def is_right(
     """Whether a kernel gives what the plain function gives in float64, but for rounding; a warning says if not.
 
     Args:
-        inputs: of both; gradients are taken of all of them.
+        kernel, plain: tensors, as many as `inputs` -> a tensor, or several.
+        inputs: of both, on one device; gradients are taken of all of them.
         gradients: of what both return.
         words: what the kernel does, "LayerNorm of 3 numbers".
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+        with contextlib.ExitStack() as apart:  # from whatever the caller has entered
+            for context in (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast(inputs[0].device.type, enabled=False),
+                torch.autograd.graph.saved_tensors_hooks(_itself, _itself),
+            ):
+                apart.enter_context(context)
             found = _with_gradients(kernel, inputs, gradients)
             exact = _with_gradients(plain, *([part.double() for part in parts] for parts in (inputs, gradients)))
             errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
@@ -49,6 +58,10 @@ def is_right(
     return right
 
 
+def _itself(saved: Tensor) -> Tensor:
+    return saved
+
+
 def _with_gradients(function: Callable, inputs: Iterable[Tensor], gradients: Iterable[Tensor]) -> list[Tensor]:
     inputs = [part.clone().requires_grad_() for part in inputs]
     results = function(*inputs)
@@ -57,7 +70,7 @@ def _with_gradients(function: Callable, inputs: Iterable[Tensor], gradients: Ite
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at the same time, or as many of each as fit; 1 in Triton's interpreter."""
+    """Multiprocessors of a GPU, each of which runs some programs of a kernel at a time; 1 in Triton's interpreter."""
     return _multiprocessors(device) if device.type == "cuda" else 1
 
 
@@ -68,7 +81,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @torch.library.custom_op("biglearn_vae::sum_rows", mutates_args=())
 def sum_rows(x: Tensor) -> Tensor:
-    """The sum over the rows of a matrix, (M, N) -> (N,), in float32.
+    """The sum over the rows of a matrix, (M, N) -> (N,), in float32; N must not be 0.
 
     The same numbers give the same sum: programs add rows of their own, then one adds what they found, in order.
     """
@@ -82,7 +95,7 @@ def sum_rows(x: Tensor) -> Tensor:
 
 
 def _sum_rows(x: Tensor, parts: int, columns: int) -> Tensor:
-    """The sums of so many equal parts of the rows, (parts, N)."""
+    """The sums of so many parts of the rows, equal but for the last ones, (parts, N)."""
     result = x.new_empty(parts, x.shape[1], dtype=torch.float32)
     sizes = dict(N=x.shape[1], ROWS=4096 // columns, COLUMNS=columns)
     _sum[(triton.cdiv(x.shape[1], columns), parts)](x, result, len(x), triton.cdiv(len(x), parts), **sizes)

@@ -26,9 +26,9 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W' + b: (..., M), (N, M), (N,) -> (..., N)."""
-    by_kernel = biases is not None and biases.fits(x)
+    by_kernel = biases is not None and bias is not None and biases.fits(x, weight)
     return (biases.linear if by_kernel else F.linear)(x, weight, bias)
 
 
@@ -111,6 +111,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        *,
         update: Tensor | None = None,
         queries: int | None = None,
         valid: Tensor | None = None,
@@ -127,7 +128,7 @@ class Block(nn.Module):
 
 
 def add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + update, of one shape (..., d), and the norm of that."""
+    """x + update, of one shape (..., d), and the norm of that. Where a kernel computes it, the norm is not called."""
     if norms is not None and norms.fits(x, update):
         return norms.add_norm(x, update, norm.weight, norm.bias, norm.eps)
     x = x + update

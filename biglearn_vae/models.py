@@ -236,8 +236,8 @@ def _through(
     valid = None if valid is None else F.pad(valid, (1, 0), value=True)
     update = None
     for block in blocks[:-1]:
-        sequence, update = block(sequence, update, valid=valid, steady=steady)
-    sequence, update = blocks[-1](sequence, update, queries=queries, valid=valid, steady=steady)
+        sequence, update = block(sequence, update=update, valid=valid, steady=steady)
+    sequence, update = blocks[-1](sequence, update=update, queries=queries, valid=valid, steady=steady)
     return sequence + update
 
 

@@ -38,7 +38,9 @@ def is_right(width: int, dtype: torch.dtype, device: str) -> bool:
 @functools.cache
 def _is_right(width: int, dtype: torch.dtype, device: str) -> bool:
     g = torch.Generator().manual_seed(0)
-    x, update, d_total, d_normed = (torch.randn(37, width, generator=g).to(device) for _ in range(4))
+    # More than all programs take at once: the one that goes backwards is to go round.
+    rows = 2 * kernels.PROGRAMS * kernels.multiprocessors(torch.device(device)) * _rows_at_once(width) + 1
+    x, update, d_total, d_normed = (torch.randn(rows, width, generator=g).to(device) for _ in range(4))
     weight, bias = (torch.randn(width, generator=g).to(device) for _ in range(2))
     return kernels.is_right(
         lambda *inputs: add_norm(*inputs, 1e-5),
@@ -57,7 +59,7 @@ def add_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
         x: (..., d), float32.
         update: (..., d), of any floating-point type; the sum is float32, its norm of this type.
         weight, bias: (d,).
-        eps: is added to variances.
+        eps: is added to variances, positive.
     """
     x, update = x.contiguous(), update.contiguous()
     total, normed = torch.empty_like(x), torch.empty_like(update)
@@ -108,8 +110,12 @@ add_norm.register_autograd(_gradients, setup_context=_keep)
 
 def _sizes(x: Tensor) -> dict[str, int]:
     """What both kernels are told: d, the same padded to a power of 2, and how many tokens to take at once."""
-    block = triton.next_power_of_2(x.shape[-1])
-    return dict(D=x.shape[-1], BLOCK=block, ROWS=max(1, NUMBERS // block))
+    width = x.shape[-1]
+    return dict(D=width, BLOCK=triton.next_power_of_2(width), ROWS=_rows_at_once(width))
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, NUMBERS // triton.next_power_of_2(width))
 
 
 @triton.jit

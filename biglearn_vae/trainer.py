@@ -351,12 +351,8 @@ class Trainer:
 
     def _batch(self) -> Any:
         """The step's batch; a frozen tokenizer that makes it need not be more exact than the products of the step."""
-        kept = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = kept or self.precision == "bfloat16"
-        try:
+        with _tf32_convolutions() if self.precision == "bfloat16" else nullcontext():
             return self.batches(self.step)
-        finally:
-            torch.backends.cudnn.allow_tf32 = kept
 
     def _take(self, *step: Any) -> Tensor:
         """`_advance`, as a CUDA graph or as it is."""
@@ -529,6 +525,20 @@ class Trainer:
     def _log(self, call: Callable[[Logger], None]) -> None:
         for logger in self.loggers if self.world.is_main else ():
             call(logger)
+
+
+@contextmanager
+def _tf32_convolutions() -> Iterator[None]:
+    """Convolutions of float32 numbers on GPUs multiply in TF32 in here."""
+    parts = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # asked for both, torch wants them to be the same
+    kept = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "tf32"
+        yield
+    finally:
+        for part, precision in zip(parts, kept, strict=True):
+            part.fp32_precision = precision
 
 
 def _plain_rates(state: dict[str, Any]) -> dict[str, Any]:

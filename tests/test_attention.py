@@ -92,7 +92,7 @@ def assert_a_wrong_kernel_is_not_used() -> None:
 
 def assert_a_compiled_network_is_one_graph() -> None:
     """Of a network with these kernels, and the same as without."""
-    from biglearn_vae import BigLearnELBO, UniversalViT, attention, biases, cuda_graph, layers, norms
+    from biglearn_vae import BigLearnELBO, UniversalViT, attention, biases, cuda_graph, kernels, layers, norms
 
     torch.manual_seed(0)
     net = UniversalViT(grid=(5, 4), token_dim=3, dim=32, heads=2, depth=2, z_dim=4)
@@ -108,23 +108,28 @@ def assert_a_compiled_network_is_one_graph() -> None:
     layers.attention, layers.norms, layers.biases = attention, norms, biases
     attention.fits = lambda x, heads: attention.is_right(x.shape[1], heads, 16, x.dtype, "cpu")
     norms.fits = lambda x, update: cuda_graph.is_recording() and norms.is_right(x.shape[-1], update.dtype, "cpu")
-    biases.fits = lambda x: not torch.compiler.is_compiling()
-    used = [Counted(module) for module in (attention, norms)]
+    biases.fits = lambda x, weight: not torch.compiler.is_compiling()
+    kinds = ((attention, "_forward"), (attention, "_forward_first"), (norms, "_forward"), (kernels, "_sum"))
+    used = [Counted(*kind) for kind in kinds]
     for loss in (BigLearnELBO(0.1).compiled(dynamic=False, backend="aot_eager"), BigLearnELBO(0.1)):
         with cuda_graph.recording():
             torch.testing.assert_close(gradients(loss), without, rtol=1e-4, atol=1e-5)
-    # For each loss: both encodings of two images, all of them in the first of two blocks; three sums in each pass.
-    assert used[0].grids.count((4 * 2,)) == 2 and len(used[1].grids) == 2 * 6 + 1, [part.grids for part in used]
+    # For each loss, and once to see whether they are right:
+    launched = [len(part.grids) for part in used]
+    assert used[0].grids.count((4 * 2,)) == 2, used[0].grids  # both encodings of two images, in the first of two blocks
+    assert used[1].grids.count((4 * 2,)) == 2, used[1].grids  # and their codes, in the second
+    assert launched[2] == 2 * 6 + 1, launched  # three sums in each pass
+    assert launched[3] > 2 * 6 + 20, launched  # gradients of norms, and where nothing is compiled of biases
     counted = torch._dynamo.utils.counters
     assert counted["stats"]["unique_graphs"] == 1 and not counted["graph_break"], counted
 
 
 class Counted:
-    """Takes the place of a module's forward kernel and counts its launches."""
+    """Takes the place of a module's kernel and counts its launches."""
 
-    def __init__(self, module):
-        self.kernel, self.grids = module._forward, []
-        module._forward = self
+    def __init__(self, module, name: str):
+        self.kernel, self.grids = getattr(module, name), []
+        setattr(module, name, self)
 
     def __getitem__(self, grid):
         self.grids.append(grid)

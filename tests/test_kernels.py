@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SUMMED = [(1, 5), (200, 72), (1500, 130), (3, 1), (0, 7)]
-SHAPES = [(3, 9, 128), (5, 100), (2, 7, 512), (70, 16), (1, 2050), (1, 3)]
+SUMMED = [(1, 5), (200, 72), (1500, 130), (1500, 40), (3, 1), (0, 7)]
+SHAPES = [(3, 9, 128), (5, 100), (3, 100, 512), (70, 16), (1, 2050), (1, 3)]
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative errors
 
 
@@ -23,7 +23,7 @@ def assert_sums_are_exact(shape: tuple[int, int], dtype: torch.dtype, device: st
 
 
 def assert_gradients_of_a_linear_layer(device: str) -> None:
-    """The product is torch's to the last bit, and so are the gradients, but for that of the bias, which is nearer."""
+    """The product and its gradients are torch's to the last bit, and that of the bias is not rounded on its way."""
     from biglearn_vae.biases import linear
 
     g, shapes = torch.Generator().manual_seed(0), ((3, 900, 8), (24, 8), (24,), (3, 900, 24))
@@ -38,7 +38,7 @@ def assert_gradients_of_a_linear_layer(device: str) -> None:
     for a, b in zip(found[:3], expected[:3], strict=True):
         assert torch.equal(a, b)
     exact = gradient.bfloat16().double().sum((0, 1))
-    assert (found[3] - exact).abs().max() < 1e-4 < 0.9 * (expected[3] - exact).abs().max()
+    assert (found[3] - exact).abs().max() < 1e-4
 
 
 def assert_exact(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
@@ -93,15 +93,15 @@ def test_sums_on_a_gpu(shape, dtype):
 def test_a_linear_layer_on_a_gpu():
     from biglearn_vae import biases, cuda_graph
 
-    x = torch.empty(2, 3, device="cuda")
+    x, weight = torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
     with cuda_graph.recording():
-        assert not biases.fits(x)
+        assert not biases.fits(x, weight)
     with torch.autocast("cuda", torch.bfloat16):
-        assert not biases.fits(x)
+        assert not biases.fits(x, weight)
         with cuda_graph.recording():
-            assert biases.fits(x)
+            assert biases.fits(x, weight)
             with torch.no_grad():
-                assert not biases.fits(x)
+                assert not biases.fits(x, weight)
     assert_gradients_of_a_linear_layer("cuda")
 
 

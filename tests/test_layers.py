@@ -69,7 +69,7 @@ def test_block_by_hand():
     expected = middle + mlp_by_hand(block.mlp, norm_by_hand(block.norm2, middle))
     assert_close(sum(block(x)), expected, rtol=1e-12, atol=1e-12)
     parts = torch.rand_like(x)
-    assert_close(sum(block(x - parts, parts)), expected, rtol=1e-12, atol=1e-12)
+    assert_close(sum(block(x - parts, update=parts)), expected, rtol=1e-12, atol=1e-12)
     assert [tuple(layer.weight.shape) for layer in block.mlp if isinstance(layer, nn.Linear)] == [(24, 8), (8, 24)]
 
 

@@ -12,7 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from biglearn_vae import BigLearnELBO, Optim, Patchify, Trainer, TrainingError, UniversalViT, World, checkpoint, data
+from biglearn_vae import (
+    BigLearnELBO,
+    Optim,
+    Patchify,
+    Trainer,
+    TrainingError,
+    UniversalViT,
+    World,
+    checkpoint,
+    data,
+    layers,
+)
 from biglearn_vae.data import Batches
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.loggers import Logger
@@ -320,6 +331,21 @@ def test_a_step_is_the_same_with_its_numbers_as_tensors(muon_lr):
     torch.testing.assert_close(rates, [g["lr"] for o in plain.optimizers for g in o.param_groups], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("float32", "ieee"), ("bfloat16", "tf32")])
+def test_what_makes_a_batch_is_as_exact_as_the_step(precision, expected):
+    """Also where TF32 was refused by torch's new words for it, which its old ones do not go with."""
+    convolutions = torch.backends.cudnn.conv
+    trainer, seen, before = on_a_gpu(device="cpu", precision=precision), [], convolutions.fp32_precision
+    batches = trainer.batches
+    trainer.batches = lambda step: seen.append(convolutions.fp32_precision) or batches(step)
+    convolutions.fp32_precision = "ieee"
+    try:
+        trainer._train_step()
+        assert seen == [expected] and convolutions.fp32_precision == "ieee"
+    finally:
+        convolutions.fp32_precision = before
+
+
 def test_a_trainer_is_let_go_at_once():
     """With all that it holds on a GPU, in a sweep."""
     trainer = make()
@@ -334,12 +360,19 @@ def test_a_trainer_is_let_go_at_once():
 
 
 def on_a_gpu(
-    muon_lr: float | None = None, device: str = "cuda", steps: int = 9, loss: BigLearnELBO | None = None, **settings
+    muon_lr: float | None = None,
+    device: str = "cuda",
+    steps: int = 9,
+    loss: BigLearnELBO | None = None,
+    dim: int = 16,
+    **settings,
 ) -> Trainer:
     """A Trainer for digits on the first GPU, or elsewhere."""
     world, tokens = World(device=pick_device(device)), Patchify(8, 2, 1)
     torch.manual_seed(0)
-    net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=16, z_dim=3, heads=2, depth=2).to(world.device)
+    net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=dim, z_dim=3, heads=2, depth=2).to(
+        world.device
+    )
     batches = Batches(data.load("digits").train.to(world.device), 8, 0, world, transform=tokens.encode)
     optim = replace(OPTIM, muon_lr=muon_lr)
     return Trainer(net, loss or BigLearnELBO(0.3), batches, optim, steps=steps, world=world, **settings)
@@ -376,6 +409,21 @@ def test_a_cuda_graph_draws_what_its_steps_draw():
     one, other = (torch.stack(trainer._pending) for trainer in trainers)
     # Other masks or noise would change the loss by far more.
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_gpu_trains_the_same_with_the_kernels_and_without(compile, monkeypatch):
+    losses = []
+    for without in ((), ("attention", "biases", "norms")):
+        for name in without:
+            monkeypatch.setattr(layers, name, None)
+        torch._dynamo.reset()
+        trainer = on_a_gpu(dim=32, precision="bfloat16", compile=compile)
+        for _ in range(9):
+            trainer._train_step()
+        losses.append(torch.stack(trainer._pending)[:, trainer._names.index("loss")])
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.gpu
