@@ -1,9 +1,9 @@
-"""The attention kernel against attention in float64, and the kernels in a network: here in Triton's interpreter."""
+"""The attention kernel against attention in float64, and all kernels in a network.
+
+On a GPU as they are; in Triton's interpreter this file is run as a program, by `test_kernels.py`.
+"""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -33,14 +33,6 @@ def assert_exact(size: tuple[int, ...], dtype: torch.dtype, device: str) -> None
         (d_value,) = torch.autograd.grad(value[:, own], exact, gradient[:, own].double(), retain_graph=True)
         for a, b in ((found, value[:, own]), (d_found, d_value)):
             assert (a.double() - b).norm() < LIMITS[dtype] * b.norm(), (size, dtype, own)
-
-
-def test_the_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
