@@ -1,6 +1,6 @@
 """The attention kernel against attention in float64, and all kernels in a network.
 
-On a GPU as they are; in Triton's interpreter this file is run as a program, by `test_kernels.py`.
+On a GPU as they are; in Triton's interpreter by `test_kernels.py`.
 """
 
 import math
@@ -128,7 +128,7 @@ class Counted:
         return self.kernel[grid]
 
 
-if __name__ == "__main__":
+def in_the_interpreter() -> None:
     for size in SIZES:
         for dtype in (torch.float32, torch.float16):  # bfloat16 is not what it should be in the interpreter
             assert_exact(size, dtype, "cpu")
