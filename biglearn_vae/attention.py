@@ -30,18 +30,13 @@ def fits(x: Tensor, heads: int) -> bool:
     return able and is_right(tokens + 1, heads, width, x.dtype, str(x.device))
 
 
-@torch.compiler.assume_constant_result  # it is asked, not traced, where a network is compiled
+@kernels.asked_once
 def is_right(length: int, heads: int, width: int, dtype: torch.dtype, device: str) -> bool:
     """Whether the kernels compute attention on this device; a warning, once, says if not.
 
     Args:
         length, width: N and C.
     """
-    return _is_right(length, heads, width, dtype, device)
-
-
-@functools.cache
-def _is_right(length: int, heads: int, width: int, dtype: torch.dtype, device: str) -> bool:
     g, d = torch.Generator().manual_seed(0), heads * width
     qkv, gradient = (torch.randn(2, length, parts * d, generator=g).to(device, dtype) for parts in (3, 1))
     words = f"attention over {length} tokens of {heads} x {width} numbers"
@@ -265,12 +260,13 @@ def _forward_first(q, kv, result, N: tl.constexpr, H: tl.constexpr, C: tl.conste
     inside = n < N - 1
     row0 = kv + batch * N * 2 * H * C + head * C
     rows = row0 + (1 + n[:, None]) * 2 * H * C
-    q0 = tl.load(q + tl.program_id(0).to(tl.int64) * C + c).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * C + c
+    q0 = tl.load(q + first).to(tl.float32)
     k0, k = _read(row0, rows, inside, C)
     v0, v = _read(row0 + H * C, rows + H * C, inside, C)
     w, w0 = _weights_of_first(k, q0, k0, inside, C)
     seen = tl.sum(w[:, None] * v, 0) + w0 * v0
-    tl.store(result + tl.program_id(0).to(tl.int64) * C + c, seen.to(result.dtype.element_ty))
+    tl.store(result + first, seen.to(result.dtype.element_ty))
 
 
 @triton.jit

@@ -4,8 +4,6 @@ Such a gradient is a sum over all tokens. torch's takes ten times as long as the
 long as the matrix products take. torch.compile writes such sums well, and is left to it. Figures: `results/choices.md`.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +15,11 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` is worth calling for this input (..., M) and these weights (N, M), and right."""
     if torch.compiler.is_compiling() or not (x.is_cuda and torch.is_autocast_enabled("cuda")):
         return False
-    worth = cuda_graph.is_recording() or x.shape[:-1].numel() * len(weight) >= kernels.MANY
+    worth = cuda_graph.is_worth_launching(x.shape[:-1].numel() * len(weight))
     return worth and torch.is_grad_enabled() and is_right(torch.get_autocast_dtype("cuda"), str(x.device))
 
 
-@functools.cache
+@kernels.asked_once
 def is_right(dtype: torch.dtype, device: str) -> bool:
     """Whether gradients are right for products of this type on this device; a warning, once, says if not."""
     g = torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 FIRST = 3  # calls before the recording, as torch's documentation advises
-
+MANY = 2**24  # numbers that take a GPU longer than Python takes to launch a kernel for them
 
 _recording = False
 
@@ -23,9 +23,9 @@ def recording() -> Iterator[None]:
         _recording = before
 
 
-def is_recording() -> bool:
-    """Whether launching does not count in what runs: kernels that are slow to launch are worth it for little work."""
-    return _recording
+def is_worth_launching(numbers: int) -> bool:
+    """Whether a kernel that Python launches pays for so many numbers; while recording it always does."""
+    return _recording or numbers >= MANY
 
 
 class NotRecorded(RuntimeError):

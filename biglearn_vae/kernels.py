@@ -3,7 +3,6 @@
 Compilers of kernels differ from version to version, so each is compared with plain float64 before it is used.
 """
 
-import contextlib
 import functools
 import math
 import warnings
@@ -15,8 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 4  # for each multiprocessor, where each goes through many rows
-MANY = 2**24  # numbers that take a GPU longer than Python takes to launch a kernel for them
 LARGEST_ERROR = 0.02  # relative, of what is computed in bfloat16; that of a kernel which is right is 0.005
+
+
+def asked_once(function: Callable[..., bool]) -> Callable[..., bool]:
+    """Decorator: it is called once for the same arguments, and not traced where a network is compiled."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def ask(*args) -> bool:
+        return cached(*args)
+
+    return torch.compiler.assume_constant_result(ask)
 
 
 def is_right(
@@ -35,14 +44,12 @@ def is_right(
         words: what the kernel does, "LayerNorm of 3 numbers".
     """
     try:
-        with contextlib.ExitStack() as apart:  # from whatever the caller has entered
-            for context in (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                torch.autocast(inputs[0].device.type, enabled=False),
-                torch.autograd.graph.saved_tensors_hooks(_itself, _itself),
-            ):
-                apart.enter_context(context)
+        with (  # apart from whatever the caller has entered
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(inputs[0].device.type, enabled=False),
+            torch.autograd.graph.saved_tensors_hooks(_itself, _itself),
+        ):
             found = _with_gradients(kernel, inputs, gradients)
             exact = _with_gradients(plain, *([part.double() for part in parts] for parts in (inputs, gradients)))
             errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
@@ -69,14 +76,10 @@ def _with_gradients(function: Callable, inputs: Iterable[Tensor], gradients: Ite
     return [*results, *torch.autograd.grad(results, inputs, gradients)]
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU, each of which runs some programs of a kernel at a time; 1 in Triton's interpreter."""
-    return _multiprocessors(device) if device.type == "cuda" else 1
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @torch.library.custom_op("biglearn_vae::sum_rows", mutates_args=())

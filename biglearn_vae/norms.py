@@ -7,8 +7,6 @@ norm's own parameters. What it gains is in `results/choices.md`.
 M tokens of all sequences together, d their dimension.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -25,18 +23,12 @@ def fits(x: Tensor, update: Tensor) -> bool:
     """Whether `add_norm` takes these summands, is right about such, and worth being launched."""
     half = update.dtype in (torch.bfloat16, torch.float16)
     able = x.is_cuda and x.dtype == torch.float32 and half and x.shape == update.shape and x.shape[-1] <= LARGEST
-    worth = cuda_graph.is_recording() or x.numel() >= kernels.MANY
-    return able and worth and is_right(x.shape[-1], update.dtype, str(x.device))
+    return able and cuda_graph.is_worth_launching(x.numel()) and is_right(x.shape[-1], update.dtype, str(x.device))
 
 
-@torch.compiler.assume_constant_result  # it is asked, not traced, where a network is compiled
+@kernels.asked_once
 def is_right(width: int, dtype: torch.dtype, device: str) -> bool:
     """Whether the kernels compute sums and norms on this device, d being `width`; a warning, once, says if not."""
-    return _is_right(width, dtype, device)
-
-
-@functools.cache
-def _is_right(width: int, dtype: torch.dtype, device: str) -> bool:
     g = torch.Generator().manual_seed(0)
     # More than all programs take at once: the one that goes backwards is to go round.
     rows = 2 * kernels.PROGRAMS * kernels.multiprocessors(torch.device(device)) * _rows_at_once(width) + 1
