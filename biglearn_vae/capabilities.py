@@ -6,12 +6,14 @@ B images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimens
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from biglearn_vae import checks, gaussian, masks
+from biglearn_vae.distributed import derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import check_prior
 from biglearn_vae.patches import of_batch
@@ -173,11 +175,17 @@ class BigLearnVAE:
         return self._complete(z.to(data.tokens), data)
 
     @torch.no_grad()
-    def sample(self, n: int, seed: int | None = None) -> Tensor:
-        """n new images (n, C, H, W): z from the prior, then the mean of p(x | z)."""
+    def sample(self, n: int, seed: int | None = None, passes: int = 1) -> Tensor:
+        """n new images (n, C, H, W): z from the prior, then the mean of p(x | z).
+
+        Args:
+            passes: in how many passes, as of `inpaint`; at most one a patch.
+        """
         n = checks.whole_number("the number of samples", n, 1)
+        passes = checks.whole_number("passes", passes, 1)
         data = self._nothing()
-        return self._complete(self._encode(data.tokens, data.mask)[0].sample(draws=n, seed=seed), data)
+        images = self._complete(self._encode(data.tokens, data.mask)[0].sample(draws=n, seed=seed), data)
+        return self._in_passes(images, data, passes, seed)
 
     @torch.no_grad()
     def reconstruct(
@@ -192,7 +200,9 @@ class BigLearnVAE:
         return self.decode(self.encode(x, S).sample(draws=draws, seed=seed))
 
     @torch.no_grad()
-    def inpaint(self, x: Tensor, S: Tensor, draws: int | None = None, seed: int | None = None) -> Tensor:
+    def inpaint(
+        self, x: Tensor, S: Tensor, draws: int | None = None, seed: int | None = None, passes: int = 1
+    ) -> Tensor:
         """Complete what is missing: z ~ p(z | x_S), then the mean of p(x_T | z, x_S); observed patches are kept.
 
         With strokes as the observed part this is conditional generation.
@@ -201,11 +211,16 @@ class BigLearnVAE:
             x: what is outside S may be anything.
             S: what is observed.
             draws: how many completions of each image, along a new leading axis: (K, B, C, H, W).
+            passes: P; in each a P-th of what is missing, in random order, is completed and from then on observed. At
+                most one a missing patch is made; P take P times as long. Like all observed patches they are given to
+                the network as they are, means without the noise of observations, so draws differ less than by p(x_T |
+                x_S).
         """
-        draws = _draws(draws, seed)
+        draws, passes = _draws(draws, seed), checks.whole_number("passes", passes, 1)
         data = self.observe(x, S)
         q = self._encode(data.tokens, data.mask)
-        return self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
+        images = self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
+        return self._in_passes(images, data, passes, seed)
 
     def combine(self, *observations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Several observations (x1, S1), (x2, S2), ... as one, (x, S1 u S2 u ...), for every other method.
@@ -311,6 +326,7 @@ class BigLearnVAE:
             raise ValueError(f"x + change: {error}") from None
         return Sensitivity(before=self.encode(x, S), after=after)
 
+    @torch.no_grad()
     def log_prob(
         self,
         x: Tensor,
@@ -320,6 +336,7 @@ class BigLearnVAE:
         variance: float | None = None,
         seed: int | None = None,
         unit: str = "nats",
+        passes: int = 1,
     ) -> Tensor:
         """A lower bound on log p(x_T | x_S): joint, marginal or conditional, by importance sampling.
 
@@ -336,18 +353,23 @@ class BigLearnVAE:
             samples: K.
             variance: of the observations.
             unit: "nats", or "bits_per_dim": the negative bound in bits for each of the |T| D numbers.
+            passes: in how many parts of T, in random order, each given S and the parts before it: the sum of their
+                bounds is one on log p(x_T | x_S) of that order, by the chain rule. It is that of data, with the noise
+                of observations, and not quite of what `inpaint` draws in as many passes.
 
         Returns:
             float64 (B,), or () for a single image.
         """
         if unit not in ("nats", "bits_per_dim"):
             raise ValueError(f"unit must be 'nats' or 'bits_per_dim', got {unit!r}")
-        weights = self.log_weights(x, T, given, samples, variance, seed)
-        bound = weights.logsumexp(0) - math.log(samples)
-        if unit == "nats":
-            return bound
-        numbers = self._tasks(x, T, given)[2].sum(-1).double() * self.net.token_dim
-        return bits_per_dim(bound, numbers.view(bound.shape))
+        tokens, S, T, single = self._tasks(x, T, given)
+        bound: Tensor = torch.zeros((), dtype=torch.float64)
+        for turn, (seen, asked) in enumerate(_parts_of(S, T, passes, seed)):
+            weights = self._log_weights(tokens, seen, asked, samples, variance, _seed_of_pass(turn, seed))
+            bound = bound + weights.logsumexp(0) - math.log(samples)
+        if unit == "bits_per_dim":
+            bound = bits_per_dim(bound, T.sum(-1).double() * self.net.token_dim)
+        return bound[0] if single else bound
 
     @torch.no_grad()
     def log_weights(
@@ -363,12 +385,19 @@ class BigLearnVAE:
 
         For S empty they are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
         """
+        tokens, S, T, single = self._tasks(x, T, given)
+        weights = self._log_weights(tokens, S, T, samples, variance, seed)
+        return weights[:, 0] if single else weights
+
+    def _log_weights(
+        self, tokens: Tensor, S: Tensor, T: Tensor, samples: int, variance: float | None, seed: int | None
+    ) -> Tensor:
+        """`log_weights` (K, B) of tokens; 0 where T is empty."""
         samples = checks.whole_number("samples", samples, 1)
         checks.check_seed(seed)
         variance = self.variance if variance is None else variance
         if not 0 < checks.real_number(variance) < math.inf:
             raise ValueError(f"variance must be positive, got {variance}: give one, log_prob(..., variance=0.01)")
-        tokens, S, T, single = self._tasks(x, T, given)
         q, p = self._encode(tokens, S | T).double(), self._encode(tokens, S).double()
         numbers = T.sum(-1).double() * self.net.token_dim  # (B,)
         constant = 0.5 * numbers * (LOG_2PI + math.log(variance))
@@ -377,8 +406,7 @@ class BigLearnVAE:
             z = q.sample(noise)  # (k, B, Z)
             error = self._squared_error(z.to(tokens), tokens, S, T)
             result.append(-0.5 * error / variance - constant + p.log_prob(z) - q.log_prob(z))
-        weights = torch.cat(result)
-        return weights[:, 0] if single else weights
+        return torch.cat(result)
 
     def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Tokens, S, T and whether there was no batch axis, for `log_prob`."""
@@ -421,6 +449,27 @@ class BigLearnVAE:
             for mean, rows in self._decode(z, data.tokens, data.mask)
         ]
         return torch.cat(images).view(*z.shape[:-1], *self.image_shape)
+
+    def _in_passes(self, images: Tensor, data: Observed, passes: int, seed: int | None) -> Tensor:
+        """Images (..., C, H, W) that the first pass completed, gone on with by the others."""
+        if passes == 1:
+            return images
+        result = images.view(-1, *self.image_shape)
+        mask = data.mask.repeat(len(result) // len(data.mask), 1)
+        for turn, (seen, _) in islice(enumerate(_parts_of(mask, ~mask, passes, seed)), 1, None):
+            tokens = self._tokens_of(result, data).masked_fill(~seen.unsqueeze(-1), 0)
+            z = self._encode(tokens, seen).sample(seed=_seed_of_pass(turn, seed))
+            result = self._complete(z, Observed(tokens, seen, result, False))
+        return result.view(images.shape)
+
+    def _tokens_of(self, images: Tensor, data: Observed) -> Tensor:
+        """Tokens of completed images (N, C, H, W); what was observed is as it came."""
+        tokens = []
+        for rows in torch.arange(len(images), device=images.device).split(self.chunk):
+            own = rows % len(data.tokens)
+            completed = self.tokenizer.encode(images[rows])
+            tokens.append(torch.where(data.mask[own].unsqueeze(-1), data.tokens[own], completed))
+        return torch.cat(tokens)
 
     def _squared_error(self, z: Tensor, tokens: Tensor, S: Tensor, T: Tensor) -> Tensor:
         """Sum over T of (x - mu)^2 for z (k, B, Z): float64 (k, B)."""
@@ -514,6 +563,20 @@ def _draws(draws: int | None, seed: int | None) -> int | None:
     """How many draws; refused with their seed before anything is computed."""
     checks.check_seed(seed)
     return None if draws is None else checks.whole_number("draws", draws, 1)
+
+
+def _parts_of(S: Tensor, T: Tensor, passes: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is seen and what is asked for (B, L) in each of so many passes over T, at most one a patch, given S."""
+    passes = checks.whole_number("passes", passes, 1)
+    if passes == 1:
+        return iter([(S, T)])
+    passes = max(1, min(passes, int(T.sum(-1).max())))
+    turns = masks.turns(T, passes, None if seed is None else derive_seed("turns", int(seed)))
+    return ((S | (T & (turns < turn)), turns == turn) for turn in range(passes))
+
+
+def _seed_of_pass(turn: int, seed: int | None) -> int | None:
+    return derive_seed("pass", turn, int(seed)) if turn and seed is not None else seed
 
 
 def _deltas(delta: float | Sequence[float] | Tensor, count: int) -> Tensor:

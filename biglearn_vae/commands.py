@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from biglearn_vae import benchmark as timing
-from biglearn_vae import completion, config, evaluation, experiments, results_page, runs, stages, time_to_quality
+from biglearn_vae import (
+    completion,
+    config,
+    evaluation,
+    experiments,
+    results_page,
+    runs,
+    samples,
+    stages,
+    time_to_quality,
+)
 from biglearn_vae import figures as pictures
 from biglearn_vae import probe as probing
 from biglearn_vae.capabilities import BigLearnVAE
@@ -328,6 +338,18 @@ def measure_likelihood(
     }
 
 
+def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int) -> dict[str, Any]:
+    """`samples.by_passes` beside whole images of a split; nothing if there are too few. The variance is fitted."""
+    images = evaluation.whole(getattr(splits, split).select(slice(settings.images)), vae.grid)
+    if len(images) <= 3:
+        print(f"fewer than 4 of these {settings.images} images were recorded as a whole: samples are not measured")
+        return {}
+    count = settings.likelihood_images
+    fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed) if count else None
+    scores = samples.by_passes(vae, images[:], settings.passes, count, settings.samples, fitted, seed)
+    return {"passes": {"images": len(images), "variance": fitted, "scores": scores}}
+
+
 def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
     config.check_evaluation(cfg)
@@ -346,6 +368,9 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     if cfg.likelihood_images:
         print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
         result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
+    if cfg.passes:
+        print(f"samples in {', '.join(map(str, cfg.passes))} passes ...", flush=True)
+        result |= measure_samples(vae, splits, cfg, cfg.split, cfg.seed)
     file = runs.FILES["evaluate"]
     write_json(run / file, result)
     print(report(result, run, cfg.split, file))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import evaluation, gibbs
+from biglearn_vae import checks, evaluation, gibbs
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Images, ImageSet
 from biglearn_vae.distributed import World, derive_seed
@@ -37,6 +37,8 @@ class Plan:
         samples: of each, by annealed importance sampling.
         annealing_steps: its steps.
         regressor_steps: steps for which the regressor without a latent is trained; 0 leaves it out.
+        passes: numbers of passes from 2 on, as of `BigLearnVAE.inpaint`, in which it is completed besides; None leaves
+            them out.
 
     Raises:
         ValueError: on counts outside these, or an unknown task.
@@ -50,6 +52,7 @@ class Plan:
     samples: int = 64
     annealing_steps: int = 200
     regressor_steps: int = 0
+    passes: Sequence[int] | None = None
 
     def __post_init__(self):
         evaluation.check_tasks(self.tasks)
@@ -63,6 +66,8 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if any(count < 1 for count in self.iterations):
             raise ValueError(f"iterations must be at least 1 each, got {list(self.iterations)}")
+        if self.passes is not None and not checks.whole_numbers(self.passes, 2):
+            raise ValueError(f"passes must be whole numbers from 2 on, as one is measured anyway, got {self.passes}")
 
     def chains_of(self, vae: BigLearnVAE) -> Sequence[Task]:
         """The tasks for which chains are run of this model: those named, of a joint VAE alone.
@@ -83,10 +88,11 @@ class Plan:
 def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: int = 0) -> dict[str, dict[str, Any]]:
     """By task and by what completes, `evaluation.completion_scores` and seconds, or a PSNR.
 
-    "one pass" is the model itself, of which a joint VAE makes little: it never saw a part of an image. Its chains are
-    "pseudo-Gibbs" and "Metropolis-within-Gibbs", lists by number of iterations. "training mean" and "10 nearest" are
-    the floors. "nats" is log p(hidden | observed) under N(mu, variance I) with the variance fitted on training images,
-    by annealed importance sampling: in expectation a lower bound for a BigLearn-VAE, for a joint VAE an estimate.
+    "one pass" is the model itself, of which a joint VAE makes little: it never saw a part of an image. "several passes"
+    is a list by number of passes. The chains of a joint VAE are "pseudo-Gibbs" and "Metropolis-within-Gibbs", lists by
+    number of iterations. "training mean" and "10 nearest" are the floors. "nats" is log p(hidden | observed) under
+    N(mu, variance I) with the variance fitted on training images, by annealed importance sampling: in expectation a
+    lower bound for a BigLearn-VAE, for a joint VAE an estimate.
 
     Args:
         images: N of them; all are made floats at once. Only what was recorded of them is given and scored.
@@ -102,7 +108,10 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     nats = _nats(vae, x, tasks, plan, variance, seed) if plan.likelihood_images else {}
     result = {}
     for task, (S, T) in tasks.items():
-        found: dict[str, Any] = {"one pass": _one_pass(vae, x, S, T, plan.draws, seed)}
+        found: dict[str, Any] = {"one pass": _drawn(vae, x, S, T, plan.draws, seed)}
+        if plan.passes:
+            several = {count: _drawn(vae, x, S, T, plan.draws, seed, count) for count in plan.passes}
+            found["several passes"] = [{"passes": count} | scores for count, scores in several.items()]
         if task in of_chains:
             found |= _chains(vae, x, S, T, plan, variance, seed)
         if task in nats:
@@ -111,9 +120,12 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     return result
 
 
-def _one_pass(vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, draws: int, seed: int) -> dict[str, float]:
+def _drawn(
+    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, draws: int, seed: int, passes: int = 1
+) -> dict[str, float]:
+    """Scores of the model's own completions, and the seconds that they took."""
     start = time.perf_counter()
-    drawn = vae.inpaint(x, S, draws, seed)
+    drawn = vae.inpaint(x, S, draws, seed, passes)
     if vae.device.type == "cuda":
         torch.cuda.synchronize(vae.device)
     seconds = time.perf_counter() - start
@@ -225,10 +237,15 @@ def _psnrs(name: str, scores: Any) -> list[tuple[str, float]]:
     """Labels and PSNRs of one entry of a task; none for log-likelihoods."""
     if isinstance(scores, list):
         return [
-            (f"{name}, {entry['iterations']} iterations, {how}", entry[f"psnr_{key}"])
+            (f"{_times(name, entry)}, {how}", entry[f"psnr_{key}"])
             for entry in scores
             for how, key in (("a draw", "draw"), ("mean", "mean"))
         ]
     if "psnr_draw" in scores:
         return [(f"{name}, {how}", scores[f"psnr_{key}"]) for how, key in (("a draw", "draw"), ("mean", "mean"))]
     return [(name, scores["psnr"])] if "psnr" in scores else []
+
+
+def _times(name: str, entry: dict[str, Any]) -> str:
+    """The name of a sampler with how often it was called."""
+    return f"{entry['passes']} passes" if "passes" in entry else f"{name}, {entry['iterations']} iterations"

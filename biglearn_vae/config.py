@@ -323,7 +323,7 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
     """
     from omegaconf import OmegaConf
 
-    hints = {"ratios": list[float], **dict.fromkeys(EVALUATION_COUNTS, int)}
+    hints = {"ratios": list[float], "passes": list[int] | None, **dict.fromkeys(EVALUATION_COUNTS, int)}
     values = {name: value for name, value in OmegaConf.to_container(settings).items() if name in hints}
     check_types(hints, values, where.rstrip("."))
     for name, value in values.items():
@@ -332,8 +332,10 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
         ):
             allowed = "[0, 1]" if everything else "[0, 1), as something must be hidden"
             raise ValueError(f"{where}ratios must be shares in {allowed}, at least one, got {value}")
+        if name == "passes" and min(value or [1]) < 1:
+            raise ValueError(f"{where}passes must be at least 1 each, got {value}")
         least = 0 if name == "likelihood_images" else 1
-        if name != "ratios" and value < least:
+        if name in EVALUATION_COUNTS and value < least:
             raise ValueError(f"{where}{name} must be at least {least}, got {value}")
 
 

@@ -69,6 +69,12 @@ TEXTS = {  # name: title, caption
         "a: z ~ p(z), then p(x | z). b: z ~ p(z | observed), then p(x | z). c: z ~ p(z | image), then p(x | z). "
         "d: z ~ p(z | observed), then p(hidden | z, observed). e: the same, given some of the patches with strokes.",
     ),
+    "passes": (
+        "One pass or several",
+        "In one pass a code is drawn and everything hidden (red) is decoded from it. Of several passes each keeps an "
+        "equal share of the hidden patches, chosen at random, and the next one observes them, too. The first pass is "
+        "the same in each row, so what changes to the right is what more passes do.",
+    ),
     "latent_map": (
         "Codes of incomplete images",
         "Each point is the code of one image, the mean of p(z | observed patches), at one scale in all panels; the "
@@ -380,6 +386,32 @@ def capabilities(
     return sheet(*text("capabilities", x), blocks, cell=56)
 
 
+def passes(
+    vae: BigLearnVAE,
+    images: Tensor,
+    labels: Tensor | None = None,
+    rows: int = 8,
+    seed: int = 0,
+    counts: Sequence[int] = (1, 4, 16),
+) -> np.ndarray:
+    """Samples, and completions of a fifth of the patches, in one pass and in several.
+
+    Args:
+        images: (N, C, H, W); `rows` of them are drawn.
+        labels: classes (N,).
+        counts: numbers of passes.
+    """
+    x, recorded = take(vae, images, labels, rows)
+    S = masks.random(len(x), vae.num_tokens, 0.2, seed).to(x.device) & recorded
+    drawn = [(f"{count}", rgb(vae.sample(len(x), seed=seed, passes=count))) for count in counts]
+    completed = [(f"{count}", rgb(vae.inpaint(x, S, seed=seed, passes=count))) for count in counts]
+    blocks = [
+        Block.of(drawn, "samples, by number of passes"),
+        Block.of([("observed", see(vae, x, S)), *completed, ("image", rgb(x))], "a random fifth observed"),
+    ]
+    return sheet(*text("passes", x), blocks, cell=56)
+
+
 def strokes(vae: BigLearnVAE, x: Tensor, seed: int = 0, share: float = 0.4) -> Tensor:
     """Masks (n, L): a random share of the patches with ink, those that differ much from the image's median colour."""
     background = x.flatten(2).nanmedian(dim=2).values[..., None, None]
@@ -490,6 +522,7 @@ FIGURES: dict[str, Callable[..., np.ndarray]] = {
     "decoding_sensitivity": decoding_sensitivity,
     "encoding_sensitivity": encoding_sensitivity,
     "capabilities": capabilities,
+    "passes": passes,
     "latent_map": latent_map,
 }
 

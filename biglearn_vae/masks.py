@@ -98,6 +98,20 @@ def rank_among(mask: Tensor, order: Tensor) -> Tensor:
     return order.masked_fill(~mask, 2).argsort(dim=-1).argsort(dim=-1)
 
 
+def turns(T: Tensor, passes: int, seed: int | None = None) -> Tensor:
+    """In which of so many passes each patch of T (B, L) is taken, 0 to passes - 1, and -1 for all others: (B, L).
+
+    The order is random, another one for each row, and the passes take equally many, up to one; if a row has fewer
+    patches than there are passes, some take none of it.
+    """
+    if not checks.is_mask(T) or T.ndim != 2:
+        raise ValueError(f"expected a boolean mask (B, L), got {checks.described(T)}")
+    passes = min(checks.whole_number("passes", passes, 1), max(1, T.shape[1]))  # more would be empty in every row
+    order = torch.rand(T.shape, generator=_generator(seed)).to(T.device)
+    place = rank_among(T, order) * passes // T.sum(-1, keepdim=True).clamp(min=1)
+    return place.masked_fill(~T, -1)
+
+
 def positions(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Where a mask (B, L) is True, and after that where another is: places (B, n), n being the most of any row.
 
@@ -130,10 +144,14 @@ def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = No
     shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
     if not 0 <= checks.real_number(ratio) <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
+    return torch.rand(shape, generator=_generator(seed)).argsort(dim=-1) < round(float(ratio) * shape[1])
+
+
+def _generator(seed: int | None) -> torch.Generator:
     checks.check_seed(seed)
-    generator = torch.Generator()
-    generator.manual_seed(int(seed)) if seed is not None else generator.seed()
-    return torch.rand(shape, generator=generator).argsort(dim=-1) < round(float(ratio) * shape[1])
+    result = torch.Generator()
+    result.manual_seed(int(seed)) if seed is not None else result.seed()
+    return result
 
 
 def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:

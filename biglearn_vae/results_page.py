@@ -21,6 +21,9 @@ PAPER = {  # Tables 3 and 4: parameters over 2^20, as printed
     "case4": "23.0081",
     "celeba": "89.9421",
 }
+BOUNDS = {"joint_nats": "whole", "marginal_nats": "half", "conditional_nats": "other half given it"}
+DRAWS = ("a draw", "mean", "diversity", "seconds")
+DRAWS_TEXT = "PSNR in dB; diversity is the standard deviation between draws, seconds are of all images and draws."
 HEAD = """# Results
 
 Made by `python scripts/reproduce.py` from the files in `runs/`; the test suite fails if they disagree. How the settings
@@ -43,7 +46,8 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
             parts += [part for alike in _measured(runs) for part in (_grid(alike), _levels(alike))]
         elif runs:
             parts += [_joint(runs), _plots(preset), _probe(runs)]
-            parts += [_inpainting(runs), _nats(runs), _chains(runs), _consistency(runs), _costs(runs), _claims(runs)]
+            parts += [_inpainting(runs), _nats(runs), _chains(runs), _passes(runs), _samples(runs)]
+            parts += [_bounds(runs), _consistency(runs), _costs(runs), _claims(runs)]
     return "\n".join(part for part in parts if part)
 
 
@@ -265,26 +269,90 @@ def _chains(runs: Runs) -> str:
     for data, case, method, own in groups(runs):
         for task in asked if method in ("vae", METHODS[-1]) else []:
             for name in ("one pass", "pseudo-Gibbs", "Metropolis-within-Gibbs"):
-                for count, same in _by_iterations([_tasks(run).get(task, {}).get(name) for run in own]).items():
-                    numbers = {"psnr_draw": 2, "psnr_mean": 2, "diversity": 3, "seconds": 2}
-                    cells = [spread([entry[key] for entry in same], digits) for key, digits in numbers.items()]
-                    rows.append([data, case, method, task, name, count, *cells])
-    head = ["data", "case", "model", "observed", "sampler", "iterations", "a draw", "mean", "diversity", "seconds"]
-    text = "PSNR in dB; diversity is the standard deviation between draws, seconds are of all images and draws."
-    return f"### One pass against chains of the joint VAE\n\n{text}\n\n" + table(head, rows) if rows else ""
+                found = [_entries(_tasks(run).get(task, {}), name) for run in own]
+                for count, same in _by_count(found, "iterations").items():
+                    rows.append([data, case, method, task, name, count, *_draw_cells(same)])
+    head = ["data", "case", "model", "observed", "sampler", "iterations", *DRAWS]
+    return f"### One pass against chains of the joint VAE\n\n{DRAWS_TEXT}\n\n" + table(head, rows) if rows else ""
 
 
-def _by_iterations(seeds: Sequence[Any]) -> dict[str, Runs]:
-    """What a sampler gave for each seed, by number of iterations; one pass has none."""
+def _passes(runs: Runs) -> str:
+    """Completions in one pass and in several."""
+    own, rows = [run for run in runs if any("several passes" in found for found in _tasks(run).values())], []
+    for data, case, method, of in groups(own):
+        for task in _tasks(of[0]):
+            found = [_entries(_tasks(run).get(task, {}), name) for name in ("one pass", "several passes") for run in of]
+            for count, same in _by_count(found, "passes").items():
+                rows.append([data, case, method, task, count or "1", *_draw_cells(same)])
+    head = ["data", "case", "method", "observed", "passes", *DRAWS]
+    text = (
+        "Of several passes each completes an equal share of what is missing, in random order, given what those before\n"
+        f"it completed. {DRAWS_TEXT}\n"
+    )
+    return f"### Completions in several passes\n\n{text}\n" + table(head, rows) if rows else ""
+
+
+def _samples(runs: Runs) -> str:
+    """Samples in one pass and in several."""
+    own, rows = [run for run in runs if run.get("evaluate", {}).get("passes")], []
+    digits = {"precision": 3, "recall": 3, "joint_nats": 1, "seconds": 2}
+    for data, case, method, of in groups(own):
+        found = [run["evaluate"]["passes"]["scores"] for run in of]
+        for count in sorted(set().union(*found), key=int):
+            scores = [of_run[count] for of_run in found if count in of_run]
+            values = ([score[name] for score in scores if name in score] or [math.nan] for name in digits)
+            rows.append([data, case, method, count, *map(spread, values, digits.values())])
+    text = (
+        "Precision is the share of samples that lie nearer to a test image than its third nearest test image does,\n"
+        "recall the share of test images that lie nearer to a sample than its third nearest sample does; as many\n"
+        "samples as images, distances between pixels. log p(x) is a bound in nats an image, in as many passes, the\n"
+        "variance fitted on training images.\n"
+    )
+    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "seconds"]
+    return f"### Samples in several passes\n\n{text}\n" + table(head, rows) if rows else ""
+
+
+def _draw_cells(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    """The scores of completions, in the order of `DRAWS`."""
+    digits = {"psnr_draw": 2, "psnr_mean": 2, "diversity": 3, "seconds": 2}
+    return [spread([entry[key] for entry in seeds], number) for key, number in digits.items()]
+
+
+def _entries(found: dict[str, Any], sampler: str) -> Runs:
+    """What a sampler gave of a task, none, one or several entries."""
+    entries = found.get(sampler, [])
+    return entries if isinstance(entries, list) else [entries]
+
+
+def _by_count(seeds: Sequence[Runs], name: str) -> dict[str, Runs]:
+    """The entries of all seeds by how often a sampler was called; those that have no such number come under ""."""
     result: dict[str, Runs] = {}
-    for found in seeds:
-        for entry in found if isinstance(found, list) else [] if found is None else [found]:
-            result.setdefault(str(entry.get("iterations", "")), []).append(entry)
+    for entry in itertools.chain(*seeds):
+        result.setdefault(str(entry.get(name, "")), []).append(entry)
     return result
 
 
 def _chain_tasks(runs: Runs) -> list[str]:
     return sorted({task for run in runs for task, found in _tasks(run).items() if "pseudo-Gibbs" in found})
+
+
+def _bounds(runs: Runs) -> str:
+    """What `evaluate.py` found of log-likelihoods, with the variance that was fitted."""
+    own = [run for run in runs if run.get("evaluate", {}).get("likelihood")]
+    rows = []
+    for data, case, method, of in groups(own):
+        found = [run["evaluate"]["likelihood"] for run in of]
+        fitted = [likelihood["fitted"] for likelihood in found]
+        nats = [spread([bounds[name] for bounds in fitted if name in bounds] or [math.nan], 1) for name in BOUNDS]
+        counts = [str(max(likelihood[name] for likelihood in found)) for name in ("images", "samples")]
+        rows.append([data, case, method, *counts, spread([bounds["variance"] for bounds in fitted], 5), *nats])
+    text = (
+        "In nats an image, under N(mu, variance I) with the variance fitted on training images; importance-weighted\n"
+        "bounds, samples drawn from p(z | all that is given or asked for): of whole images, of a random half of the\n"
+        "patches, and of the other half given that one, which the network of `vae` was never trained for.\n"
+    )
+    head = ["data", "case", "method", "images", "samples", "variance", *BOUNDS.values()]
+    return f"### Bounds on log-likelihoods\n\n{text}\n" + table(head, rows) if rows else ""
 
 
 def _consistency(runs: Runs) -> str:

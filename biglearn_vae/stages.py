@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import checkpoint, config, evaluation, runs
+from biglearn_vae import checkpoint, config, evaluation, runs, samples
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Splits, parts
@@ -247,6 +247,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
             *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),
             "",
             *_likelihood_lines(result),
+            *samples.table(result.get("passes", {}).get("scores", {})),
             *_files(files, run),
             "",
             f"next: python scripts/evaluate.py {shlex.quote(f'run={run}')}",

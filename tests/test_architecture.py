@@ -14,7 +14,7 @@ FLOORS = [
     {"layers", "data", "patch_ae", "annealing", "optim"},
     {"models", "losses"},
     {"capabilities", "checkpoint", "loggers"},
-    {"trainer", "evaluation", "figures", "gibbs", "probe"},
+    {"trainer", "evaluation", "figures", "gibbs", "probe", "samples"},
     {"config", "benchmark", "completion"},
     {"runs"},
     {"stages", "experiments", "time_to_quality"},

@@ -11,6 +11,7 @@ from torch.distributions import Normal
 
 from biglearn_vae import BigLearnVAE, DiagGaussian, PatchAE, Patchify, TwoStackViT, UniversalViT, gaussian, masks
 from biglearn_vae.capabilities import Sensitivity
+from biglearn_vae.distributed import derive_seed
 
 B, Z = 5, 3
 
@@ -102,12 +103,14 @@ CALLS = {  # every method that takes data, as a function of data and mask alone;
     "reconstruct, several": lambda vae, x, S: vae.reconstruct(x, S, draws=2, seed=3),
     "inpaint": lambda vae, x, S: vae.inpaint(x, S, seed=3),
     "inpaint, several": lambda vae, x, S: vae.inpaint(x, S, draws=3, seed=3),
+    "inpaint, in passes": lambda vae, x, S: vae.inpaint(x, S, draws=2, seed=3, passes=3),
     "combine": lambda vae, x, S: vae.inpaint(*vae.combine((x, S), (beside(vae, x), masks.half(vae.grid))), seed=3),
     "decoding_sensitivity": lambda vae, x, S: vae.decoding_sensitivity(x, S, dims=[2, 0]),
     "encoding_sensitivity": lambda vae, x, S: vae.encoding_sensitivity(x, S, torch.tensor(0.3)),
     "log_weights": lambda vae, x, S: vae.log_weights(x, S, samples=3, seed=3),
     "log_prob, marginal": lambda vae, x, S: vae.log_prob(x, S, samples=3, variance=0.1, seed=3),
     "log_prob, conditional": lambda vae, x, S: vae.log_prob(x, S & ~upper(vae, S), S & upper(vae, S), 3, seed=3),
+    "log_prob, in passes": lambda vae, x, S: vae.log_prob(x, S, samples=3, seed=3, passes=2),
 }
 WHOLE = {  # those for which what is outside S counts as well
     "interpolate": lambda vae, x, S: vae.interpolate(x, beside(vae, x), 3, S),
@@ -251,6 +254,62 @@ def test_sample_by_its_formula(name, n):
         close(vae.sample(n, seed=2), images_of(vae, vae.net(zeros, nothing, z)))
 
 
+@pytest.mark.parametrize("form", [as_images, as_tokens])
+@pytest.mark.parametrize("draws", [None, 3])
+def test_inpaint_in_passes_goes_on_from_what_it_completed(vae, form, draws):
+    x, S, passes = form(vae, pictures(vae)), some(vae), 3
+    S[0], S[1, 1:] = True, True  # nothing is missing, and fewer patches than there are passes
+    result = vae.inpaint(x, S, draws, 5, passes)
+    several = result if draws else result.unsqueeze(0)
+    turns = masks.turns(~S.repeat(len(several), 1), passes, derive_seed("turns", 5)).view(len(several), *S.shape)
+    seen, flat = S.repeat(len(several), 1), several.flatten(0, 1)
+    for turn in range(passes):
+        if turn == 0:
+            one = vae.inpaint(x, S, draws, 5).view(flat.shape)
+        else:
+            one = vae.inpaint(flat, seen, seed=derive_seed("pass", turn, 5))
+        own = (turns == turn).flatten(0, 1)
+        assert own.any()
+        close(torch.where(vae.pixel_mask(own), flat, 0), torch.where(vae.pixel_mask(own), one, 0))
+        seen = seen | own
+    assert seen.all()
+    close(several, torch.where(vae.pixel_mask(S), pictures(vae), several))
+
+
+@pytest.mark.parametrize("form", [as_images, as_tokens])
+def test_passes_of_codes_observe_what_was_decoded_and_what_was_given_as_it_came(form):
+    torch.manual_seed(3)
+    ae = PatchAE(image_size=8, patch_size=4, channels=1, width=4).eval()
+    net = UniversalViT(grid=ae.grid, token_dim=ae.token_dim, dim=16, depth=1, z_dim=Z, heads=2)
+    vae, calls = BigLearnVAE(net, ae), []
+    x = pictures(vae)
+    S = torch.tensor([[True, False, False, False]]).expand(B, -1)
+    given = form(vae, x)
+    net.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    result = vae.inpaint(given, S, seed=1, passes=3)
+    encodings = [inputs for inputs in calls if len(inputs) == 2]
+    assert [int(mask[0].sum()) for _, mask in encodings] == [1, 2, 3]
+    tokens, mask = encodings[-1]
+    torch.testing.assert_close(tokens[mask & ~S], ae.encode(result).detach()[mask & ~S], rtol=1e-4, atol=1e-5)
+    assert torch.equal(tokens[S], ae.encode(x).detach()[S]) and (tokens[~mask] == 0).all()
+
+
+def test_samples_in_passes_complete_nothing(vae):
+    nothing = torch.zeros(vae.num_tokens, dtype=torch.bool)
+    expected = vae.inpaint(torch.zeros(vae.image_shape), nothing, draws=4, seed=2, passes=5)
+    assert torch.equal(vae.sample(4, seed=2, passes=5), expected)
+    assert not torch.equal(expected, vae.sample(4, seed=2))
+
+
+def test_one_pass_is_the_default_and_there_is_at_most_one_a_patch(vae):
+    x, S, L = pictures(vae), some(vae), vae.num_tokens
+    assert torch.equal(vae.sample(2, seed=1, passes=1), vae.sample(2, seed=1))
+    assert torch.equal(vae.sample(2, seed=1, passes=L), vae.sample(2, seed=1, passes=10 * L))
+    assert torch.equal(vae.inpaint(x, S, seed=1, passes=L // 2), vae.inpaint(x, S, seed=1, passes=L))
+    assert torch.equal(vae.log_prob(x, seed=1, passes=1), vae.log_prob(x, seed=1))
+    assert torch.equal(vae.log_prob(x, S, seed=1, passes=L // 2), vae.log_prob(x, S, seed=1, passes=L))
+
+
 @every_pair
 def test_combine_parts_of_one_image(vae, form, other_form):
     x, S1, S2 = pictures(vae), some(vae, seed=1), some(vae, seed=2)
@@ -378,12 +437,14 @@ def test_shapes_of_a_batch(vae):
         "reconstruct, several": [(2, B, *image)],
         "inpaint": [(B, *image)],
         "inpaint, several": [(3, B, *image)],
+        "inpaint, in passes": [(2, B, *image)],
         "combine": [(B, *image)],
         "decoding_sensitivity": [(B, *image), (2, B, *image)],
         "encoding_sensitivity": [(B, Z)] * 4,
         "log_weights": [(3, B)],
         "log_prob, marginal": [(B,)],
         "log_prob, conditional": [(B,)],
+        "log_prob, in passes": [(B,)],
         "interpolate": [(3, B, *image)],
         "log_prob of the rest": [(B,)],
     }
@@ -403,7 +464,7 @@ def test_images_are_in_range(vae):
     x, S = pictures(vae).clamp(0.1, 0.9), some(vae)
     results = [part for call in (CALLS | WHOLE).values() for part in parts(call(vae, x, S))]
     images = [part for part in results if tuple(part.shape[-3:]) == vae.image_shape]
-    assert len(images) == 10
+    assert len(images) == 11
     for part in (*images, vae.sample(4, seed=0), vae.decode(latents()), vae.interpolate(x, x.flip(0))):
         assert part.min() == 0 and part.max() == 1
 
@@ -509,6 +570,9 @@ def test_seeds_repeat_and_differ(vae):
         lambda seed: vae.reconstruct(x, seed=seed),
         lambda seed: vae.inpaint(x, S, seed=seed),
         lambda seed: vae.inpaint(x, S, draws=2, seed=seed),
+        lambda seed: vae.inpaint(x, S, seed=seed, passes=2),
+        lambda seed: vae.sample(B, seed=seed, passes=2),
+        lambda seed: vae.log_prob(x, S, samples=2, seed=seed, passes=2),
         lambda seed: vae.reconstruct(x, S, draws=2, seed=seed),
         lambda seed: vae.log_weights(x, S, samples=2, seed=seed),
         lambda seed: vae.log_prob(x, S, ~S, samples=2, seed=seed),
@@ -521,11 +585,18 @@ def test_seeds_repeat_and_differ(vae):
         assert not torch.equal(call(None), call(None))
 
 
+def test_seeds_may_be_of_any_type(vae):
+    x, S = pictures(vae), some(vae)
+    for seed in (np.int64(3), torch.tensor(3)):
+        assert torch.equal(vae.inpaint(x, S, seed=seed, passes=3), vae.inpaint(x, S, seed=3, passes=3))
+        assert torch.equal(vae.log_prob(x, S, seed=seed, passes=3), vae.log_prob(x, S, seed=3, passes=3))
+
+
 def test_a_seed_leaves_the_global_generator_alone(vae):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    vae.sample(2, seed=1), vae.inpaint(pictures(vae), some(vae), draws=2, seed=1)
+    vae.sample(2, seed=1), vae.inpaint(pictures(vae), some(vae), draws=2, seed=1, passes=2)
     vae.reconstruct(pictures(vae), seed=1), vae.log_prob(pictures(vae), samples=2, seed=1)
     assert torch.equal(torch.rand(3), expected)
 
@@ -547,6 +618,7 @@ def test_chunks_change_nothing(name, chunk):
     for call in (CALLS | WHOLE).values():
         close(call(split, x, S), call(whole, x, S))
     close(split.sample(7, seed=0), whole.sample(7, seed=0))
+    close(split.sample(7, seed=0, passes=3), whole.sample(7, seed=0, passes=3))
     close(split.decode(latents(7)), whole.decode(latents(7)))
     close(split.decode(latents(7), x[0], one), whole.decode(latents(7), x[0], one))
     close(split.log_prob(x[0], samples=40, seed=0), whole.log_prob(x[0], samples=40, seed=0))
@@ -614,6 +686,31 @@ def test_log_prob_is_exact_where_the_posterior_is(task, prior, samples):
     close(bound, truth)
     chain = net.log_prob(x, given, torch.zeros_like(given)) + net.log_prob(x, ~given, given)
     close(net.model(prior).log_prob(x, samples=samples), chain)
+
+
+@every_task
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+@pytest.mark.parametrize("passes", [2, 4, 6])
+def test_log_prob_in_passes_is_exact_where_the_posteriors_are(task, prior, passes):
+    net = LinearGaussian()
+    x = net.data(16)
+    T, S = task(*disjoint(3, 16, 6))
+    given = torch.zeros(16, 6, dtype=torch.bool) if S is None else S
+    target = ~given if T is None else T
+    truth = net.log_prob(x, target, given)
+    bound = net.model(prior).log_prob(x, T, S, samples=2, seed=1, passes=passes)
+    close(bound, truth)
+    bits = net.model(prior).log_prob(x, T, S, 2, seed=1, passes=passes, unit="bits_per_dim")
+    close(bits, -truth / math.log(2) / (4 * target.sum(-1)))
+
+
+def test_log_prob_in_passes_is_the_sum_over_its_parts(vae):
+    x, (T, S) = pictures(vae), disjoint(1, B, vae.num_tokens)
+    T[:, :2], S[:, :2] = True, False  # at least one patch for each pass
+    first = masks.turns(T, 2, derive_seed("turns", 4)) == 0
+    total = vae.log_prob(x, first, S, 3, seed=4)
+    total += vae.log_prob(x, T & ~first, S | first, 3, seed=derive_seed("pass", 1, 4))
+    close(vae.log_prob(x, T, S, 3, seed=4, passes=2), total)
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -894,6 +991,9 @@ MISUSE = {
     "seed of log_prob": (lambda vae, x, S: vae.log_prob(x, seed=-(2**64)), f"in [-2^63, 2^64), got {-(2**64)}"),
     "samples": (lambda vae, x, S: vae.log_prob(x, samples=2.5), "samples must be a whole number, got 2.5"),
     "no samples": (lambda vae, x, S: vae.log_weights(x, samples=None), "samples must be a whole number, got None"),
+    "no passes": (lambda vae, x, S: vae.inpaint(x, S, passes=0), "passes must be at least 1, got 0"),
+    "passes of samples": (lambda vae, x, S: vae.sample(2, passes=1.5), "passes must be a whole number, got 1.5"),
+    "passes of log_prob": (lambda vae, x, S: vae.log_prob(x, passes=[2]), "passes must be a whole number, got [2]"),
     "steps": (lambda vae, x, S: vae.interpolate(x, x, steps=2.5), "steps must be a whole number, got 2.5"),
     "no steps": (lambda vae, x, S: vae.interpolate(x, x, None), "steps must be a whole number, got None"),
     "dims not in a list": (lambda vae, x, S: vae.decoding_sensitivity(x, S, 3), "dims must be a list of latent"),

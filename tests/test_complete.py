@@ -33,7 +33,8 @@ def test_every_number_is_that_of_its_own_function(prior):
     vae = make()
     vae.prior = prior
     images, train = pictures(vae), pictures(vae, seed=9)
-    found = completion.measure(vae, images, train, plan(iterations=[1, 2], chain_tasks=["top"]), seed=4)
+    asked = plan(iterations=[1, 2], chain_tasks=["top"], passes=[2, 5])
+    found = completion.measure(vae, images, train, asked, seed=4)
     assert list(found) == ["0.5", "centre", "top"]
     mean = evaluation.training_mean_psnr(vae, images, train, TASKS, 4)
     nearest = evaluation.nearest_psnr(vae, images, train, TASKS, seed=4)
@@ -42,6 +43,10 @@ def test_every_number_is_that_of_its_own_function(prior):
         numbers, hidden = found[str(task)], vae.pixel_mask(~S)
         expected = evaluation.completion_scores(vae.inpaint(images, S, 3, seed=4), images, hidden)
         assert {k: v for k, v in numbers["one pass"].items() if k != "seconds"} == expected
+        assert [entry["passes"] for entry in numbers["several passes"]] == [2, 5]
+        for entry in numbers["several passes"]:
+            drawn = vae.inpaint(images, S, 3, seed=4, passes=entry["passes"])
+            assert evaluation.completion_scores(drawn, images, hidden).items() <= entry.items()
         assert numbers["training mean"] == {"psnr": mean[task]} and numbers["10 nearest"] == {"psnr": nearest[task]}
         has_chains = prior == "standard" and task == "top"
         assert ("pseudo-Gibbs" in numbers) == ("Metropolis-within-Gibbs" in numbers) == has_chains
@@ -140,6 +145,8 @@ def test_a_regressor_that_a_signal_stopped_is_no_floor():
         (dict(tasks=["middle"]), "or some of centre, top, left"),
         (dict(tasks=[1.5]), "expected shares in"),
         (dict(iterations=[0]), "iterations must be at least 1"),
+        (dict(passes=[2, 1]), "passes must be whole numbers from 2 on"),
+        (dict(passes=4), "passes must be whole numbers from 2 on"),
         (dict(samples=0), "samples must be at least 1"),
         (dict(regressor_steps=-1), "regressor_steps must not be negative"),
     ],
@@ -156,13 +163,16 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert run_here(monkeypatch, *small) == 0
     capsys.readouterr()
     words = ["run=outputs/run", "images=6", "draws=2", "tasks=[0.5,centre]", "iterations=[1,2]", "regressor_steps=2"]
+    words += ["passes=[2]"]
     first, second = [
         run_here(monkeypatch, *words, script="complete")
         or json.loads((tmp_path / "outputs/run/completion.json").read_text())
         for _ in range(2)
     ]
     out = capsys.readouterr().out
-    assert "pseudo-Gibbs, 2 iterations, mean" in out and "regressor" in out and "10 nearest" in out
+    assert all(
+        words in out for words in ("2 passes, a draw", "pseudo-Gibbs, 2 iterations, mean", "regressor", "nearest")
+    )
 
     def timeless(value):
         if isinstance(value, dict):

@@ -371,3 +371,30 @@ def test_positions_of_one_mask_and_of_two():
     index, valid = masks.positions(mask, other)
     assert index.tolist() == [[1, 3, 0], [0, 2, 3], [1, 2, 3]] and valid is None
     assert masks.positions(mask[:0])[0].shape == (0, 0)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 5, 20])
+def test_turns_share_the_patches_out(passes):
+    T = torch.rand(40, 9, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 1, 40).unsqueeze(-1)
+    turns = masks.turns(T, passes, seed=1)
+    assert ((turns == -1) == ~T).all() and turns.max() < passes
+    counts = torch.stack([(turns == turn).sum(-1) for turn in range(passes)], -1)  # (40, passes)
+    assert torch.equal(counts.sum(-1), T.sum(-1)) and (counts.amax(-1) - counts.amin(-1)).max() <= 1
+
+
+def test_turns_are_in_random_order():
+    T = torch.ones(20_000, 4, dtype=torch.bool)
+    turns = masks.turns(T, 4, seed=3)
+    orders, counts = turns.unique(dim=0, return_counts=True)
+    assert len(orders) == 24
+    expected = len(T) / len(orders)
+    assert (counts - expected).abs().max() < 5 * expected**0.5
+    assert torch.equal(turns, masks.turns(T, 4, seed=3)) and not torch.equal(turns, masks.turns(T, 4, seed=4))
+
+
+def test_turns_refuse():
+    for wrong in (torch.ones(4), torch.ones(4, dtype=torch.bool), [[True]]):
+        with pytest.raises(ValueError, match=r"expected a boolean mask \(B, L\)"):
+            masks.turns(wrong, 2)
+    with pytest.raises(ValueError, match="passes must be at least 1"):
+        masks.turns(torch.ones(1, 4, dtype=torch.bool), 0)

@@ -265,6 +265,28 @@ def test_evaluating_images_of_one_patch(here, monkeypatch, capsys):
     assert "nats, variance 0.01 (beta)" in out and "outputs/run/evaluation.json" in out
 
 
+def test_evaluating_samples_in_passes(here, monkeypatch, capsys):
+    import biglearn_vae as blv
+    from biglearn_vae import samples
+
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    words = ["run=outputs/run", "images=9", "draws=2", "samples=2", "passes=[1,3]", "device=cpu"]
+    for count in (2, 0):
+        assert run_here(monkeypatch, *words, f"likelihood_images={count}", script="evaluate") == 0
+        assert "samples, by number of passes" in capsys.readouterr().out
+        found = json.loads((here / "outputs/run/evaluation.json").read_text())["passes"]
+        vae, images = blv.load("outputs/run", device="cpu"), blv.images("digits", split="test")[:9]
+        expected = samples.by_passes(vae, images, [1, 3], count, 2, found["variance"], 0)
+        for passes, scores in found["scores"].items():
+            timeless = {name: value for name, value in scores.items() if name != "seconds"}
+            assert timeless == pytest.approx({name: expected[passes][name] for name in timeless})
+            assert ("joint_nats" in scores) == (count > 0)
+    assert found["variance"] is None and found["images"] == 9
+    assert run_here(monkeypatch, *words, "images=3", script="evaluate") == 0
+    assert "fewer than 4 of these 3 images were recorded as a whole" in capsys.readouterr().out
+    assert "passes" not in json.loads((here / "outputs/run/evaluation.json").read_text())
+
+
 def test_evaluating_images_of_which_none_was_recorded_as_a_whole(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "missing=0.5", "name=run") == 0
     assert run_here(monkeypatch, "run=outputs/run", "split=valid", "images=4", "draws=2", script="evaluate") == 0
@@ -286,7 +308,9 @@ def test_evaluating_on_other_data_than_the_run_was_trained_on(here, monkeypatch,
     assert "was trained on other images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("word", ["split=note", "seed=abc", "checkpoint=worst", "run=5", "ratios=[]"])
+@pytest.mark.parametrize(
+    "word", ["split=note", "seed=abc", "checkpoint=worst", "run=5", "ratios=[]", "passes=[0]", "passes=4"]
+)
 def test_evaluate_refuses_what_it_cannot_use(here, monkeypatch, capsys, word):
     (here / "outputs").mkdir()
     words = [word] if word.startswith("run=") else ["run=outputs/run", word]

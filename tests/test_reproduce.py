@@ -86,6 +86,36 @@ def test_chains_are_averaged_over_seeds_that_ran_as_long():
     assert "| digits | tiny | vae | 0.5 | pseudo-Gibbs | 10 | 10.50 ± 0.71 | 13.00 ± 0.00 | 0.100 ± 0.000 |" in text
 
 
+def test_several_passes_are_averaged_over_seeds():
+    runs = [run_numbers(seed=seed) for seed in (0, 1)]
+    for run in runs:
+        scores = {"psnr_draw": 14.0 + run["seed"], "psnr_mean": 15.0, "diversity": 0.1, "seconds": 2.0}
+        run["complete"]["tasks"]["0.5"]["several passes"] = [scores | {"passes": 4}]
+        drawn = {"precision": 0.5, "recall": 0.25, "joint_nats": 7.0 + run["seed"], "seconds": 1.0}
+        run["evaluate"] = {"passes": {"scores": {"1": drawn, "4": drawn | {"precision": 0.75}}}}
+    text = results_page.page({"p": runs}, {})
+    assert (
+        "| digits | tiny | biglearn_u | 0.5 | 1 | 12.00 ± 0.00 | 13.00 ± 0.00 | 0.100 ± 0.000 | 0.50 ± 0.00 |" in text
+    )
+    assert (
+        "| digits | tiny | biglearn_u | 0.5 | 4 | 14.50 ± 0.71 | 15.00 ± 0.00 | 0.100 ± 0.000 | 2.00 ± 0.00 |" in text
+    )
+    assert "| digits | tiny | biglearn_u | 4 | 0.750 ± 0.000 | 0.250 ± 0.000 | 7.5 ± 0.7 | 1.00 ± 0.00 |" in text
+    del runs[0]["evaluate"]["passes"]["scores"]["1"], runs[1]["evaluate"]["passes"]["scores"]["1"]["joint_nats"]
+    text = results_page.page({"p": runs}, {})
+    assert "| digits | tiny | biglearn_u | 1 | 0.500 | 0.250 | nan | 1.00 |" in text
+
+
+def test_bounds_are_those_with_the_fitted_variance():
+    run = run_numbers()
+    bounds = {"variance": 0.004, "joint_nats": 41.0, "marginal_nats": 19.0, "conditional_nats": 20.0}
+    run["evaluate"] = {"likelihood": {"images": 50, "samples": 64, "model": bounds | {"variance": 1}, "fitted": bounds}}
+    text = results_page.page({"p": [run]}, {})
+    assert "| digits | tiny | biglearn_u | 50 | 64 | 0.00400 | 41.0 | 19.0 | 20.0 |" in text
+    run["evaluate"]["likelihood"]["fitted"] = {"variance": 0.004, "joint_nats": 41.0}  # of one patch
+    assert "| 0.00400 | 41.0 | nan | nan |" in results_page.page({"p": [run]}, {})
+
+
 def test_verdicts_are_within_a_standard_error_or_not():
     error = math.sqrt(1 / 3)  # of the mean of three differences of variance 1
     for gap, word in ((0.9 * error, "comparable"), (1.1 * error, "better"), (-1.1 * error, "worse")):

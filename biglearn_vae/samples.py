@@ -1,0 +1,98 @@
+"""How good the images are that a model draws, in one pass or in several.
+
+N images, M samples.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from biglearn_vae import checks
+from biglearn_vae.capabilities import BigLearnVAE
+
+BLOCK = 2**12  # rows of a matrix of distances at a time
+
+
+def precision_recall(samples: Tensor, images: Tensor, neighbours: int = 3) -> dict[str, float]:
+    """How many samples look like images, and how many images like samples (Kynkaanniemi et al. 2019).
+
+    Around each image lies a ball that just reaches its k-th nearest other image. `precision` is the share of the
+    samples that lie in one of these balls, `recall` the share of the images that lie in one of the balls that the
+    samples have among themselves. Distances are those between pixels, not between features of a network: made for
+    small images. Real images of equal number, in place of the samples, say how much can be reached.
+
+    Args:
+        samples: (M, C, H, W).
+        images: (N, C, H, W), real ones; N should be near M, since balls shrink with their number.
+        neighbours: k, below N and M.
+
+    Raises:
+        ValueError: on other shapes, numbers that are not finite, or too few of either.
+    """
+    neighbours = checks.whole_number("neighbours", neighbours, 1)
+    for name, x in (("samples", samples), ("images", images)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError(f"{name} must be a tensor of floating-point numbers, got {checks.described(x)}")
+        if x.ndim != 4 or x.shape[1:] != images.shape[1:] or len(x) <= neighbours:
+            raise ValueError(
+                f"expected samples and images of one size, more than {neighbours} of each, as {neighbours} neighbours "
+                f"are asked for, got {tuple(samples.shape)} and {tuple(images.shape)}"
+            )
+        if not x.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity: leave out what was not recorded as a whole")
+    drawn, real = samples.flatten(1).double(), images.to(samples).flatten(1).double()
+    return {"precision": _covered(drawn, real, neighbours), "recall": _covered(real, drawn, neighbours)}
+
+
+def _covered(x: Tensor, y: Tensor, neighbours: int) -> float:
+    """The share of x (n, F) within a ball of y (m, F)."""
+    radius = torch.cat([torch.cdist(part, y).kthvalue(neighbours + 1, 1).values for part in y.split(BLOCK)])
+    inside = [(torch.cdist(part, y) <= radius).any(1) for part in x.split(BLOCK)]
+    return torch.cat(inside).double().mean().item()
+
+
+def by_passes(
+    vae: BigLearnVAE,
+    images: Tensor,
+    passes: Sequence[int],
+    likelihood_images: int = 0,
+    samples: int = 64,
+    variance: float | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """By number of passes: `precision_recall` of N samples, the seconds that they took, and a bound on log p(x).
+
+    Args:
+        images: whole ones (N, C, H, W), in [0, 1].
+        likelihood_images: of so many of them the bound (`BigLearnVAE.log_prob`) is taken, "joint_nats", mean an image;
+            0 leaves it out.
+        samples: of the bound, for each image and pass.
+        variance: of the bound; by default the model's.
+    """
+    images, result = images.to(vae.device), {}
+    vae.sample(len(images), seed=seed)  # a first call takes longer
+    for count in passes:
+        start = time.perf_counter()
+        drawn = vae.sample(len(images), seed=seed, passes=count)
+        if vae.device.type == "cuda":
+            torch.cuda.synchronize(vae.device)
+        result[str(count)] = {"seconds": time.perf_counter() - start} | precision_recall(drawn, images)
+        if likelihood_images:
+            nats = vae.log_prob(images[:likelihood_images], None, None, samples, variance, seed, passes=count)
+            result[str(count)]["joint_nats"] = nats.mean().item()
+    return result
+
+
+def table(found: dict[str, dict[str, float]]) -> list[str]:
+    """What `by_passes` gave, as lines of text and an empty one; none of nothing."""
+    if not found:
+        return []
+    heads = {"precision": 3, "recall": 3, "joint_nats": 2, "seconds": 2}
+    lines = ["samples, by number of passes", f"  {'passes':<10}" + "".join(f"{head:>13}" for head in heads)]
+    for count, scores in found.items():
+        cells = (f"{scores.get(name, math.nan):>13.{digits}f}" for name, digits in heads.items())
+        lines.append(f"  {count:<10}" + "".join(cells))
+    return [*lines, ""]

@@ -1,0 +1,65 @@
+"""How good samples are: precision and recall, and what `samples.by_passes` puts together."""
+
+import math
+
+import pytest
+import torch
+from test_evaluation import make, pictures
+from torch import Tensor
+
+from biglearn_vae import samples
+
+
+def slow_covered(x: Tensor, y: Tensor, k: int) -> float:
+    """The share of x within the ball of one of y that reaches to its k-th nearest other."""
+    radii = [sorted((a - b).square().sum().sqrt().item() for b in y)[k] for a in y]
+    inside = [any((a - b).square().sum().sqrt().item() <= r for b, r in zip(y, radii, strict=True)) for a in x]
+    return sum(inside) / len(inside)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("block", [7, 2**12])
+def test_precision_and_recall_by_hand(monkeypatch, k, block):
+    monkeypatch.setattr(samples, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    drawn = 0.7 * torch.randn(25, 1, 2, 2, dtype=torch.float64, generator=generator)
+    real = torch.randn(30, 1, 2, 2, dtype=torch.float64, generator=generator)
+    found = samples.precision_recall(drawn, real, k)
+    expected = {"precision": slow_covered(drawn, real, k), "recall": slow_covered(real, drawn, k)}
+    assert found == pytest.approx(expected) and 0 < found["recall"] < found["precision"]
+
+
+def test_precision_and_recall_of_a_few_and_of_strangers():
+    real = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert samples.precision_recall(real, real) == {"precision": 1, "recall": 1}
+    assert samples.precision_recall(real + 9, real) == {"precision": 0, "recall": 0}
+    alike = real[:1].expand(40, -1, -1, -1)  # one mode: nothing but right, and hardly anything
+    assert samples.precision_recall(alike, real) == {"precision": 1, "recall": 1 / 40}
+
+
+def test_precision_recall_refuses():
+    x = torch.zeros(4, 1, 2, 2)
+    for drawn, real in ((x[:3], x), (x, x[:3]), (x[:, 0], x), (torch.zeros(4, 1, 2, 3), x)):
+        with pytest.raises(ValueError, match="more than 3 of each"):
+            samples.precision_recall(drawn, real)
+    with pytest.raises(ValueError, match="images must be finite"):
+        samples.precision_recall(x, x * math.nan)
+    for wrong in ((255 * x).byte(), x.numpy()):
+        with pytest.raises(ValueError, match="images must be a tensor of floating-point numbers"):
+            samples.precision_recall(x, wrong)
+    with pytest.raises(ValueError, match="neighbours must be at least 1"):
+        samples.precision_recall(x, x, 0)
+
+
+def test_every_number_is_that_of_its_own_function():
+    vae = make()
+    images = pictures(vae)
+    found = samples.by_passes(vae, images, [1, 3], likelihood_images=4, samples=2, variance=0.1, seed=6)
+    assert list(found) == ["1", "3"]
+    for count in (1, 3):
+        scores = found[str(count)]
+        drawn = vae.sample(len(images), seed=6, passes=count)
+        nats = vae.log_prob(images[:4], samples=2, variance=0.1, seed=6, passes=count).mean().item()
+        expected = samples.precision_recall(drawn, images) | {"joint_nats": nats, "seconds": scores["seconds"]}
+        assert scores == pytest.approx(expected) and scores["seconds"] > 0
+    assert "joint_nats" not in samples.by_passes(vae, images, [1])["1"]
