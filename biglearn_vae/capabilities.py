@@ -364,7 +364,7 @@ class BigLearnVAE:
             raise ValueError(f"unit must be 'nats' or 'bits_per_dim', got {unit!r}")
         tokens, S, T, single = self._tasks(x, T, given)
         bound: Tensor = torch.zeros((), dtype=torch.float64)
-        for turn, (seen, asked) in enumerate(_parts_of(S, T, passes, seed)):
+        for turn, (seen, asked) in enumerate(masks.in_turns(S, T, passes, _seed_of_turns(seed))):
             weights = self._log_weights(tokens, seen, asked, samples, variance, _seed_of_pass(turn, seed))
             bound = bound + weights.logsumexp(0) - math.log(samples)
         if unit == "bits_per_dim":
@@ -456,7 +456,7 @@ class BigLearnVAE:
             return images
         result = images.view(-1, *self.image_shape)
         mask = data.mask.repeat(len(result) // len(data.mask), 1)
-        for turn, (seen, _) in islice(enumerate(_parts_of(mask, ~mask, passes, seed)), 1, None):
+        for turn, (seen, _) in islice(enumerate(masks.in_turns(mask, ~mask, passes, _seed_of_turns(seed))), 1, None):
             tokens = self._tokens_of(result, data).masked_fill(~seen.unsqueeze(-1), 0)
             z = self._encode(tokens, seen).sample(seed=_seed_of_pass(turn, seed))
             result = self._complete(z, Observed(tokens, seen, result, False))
@@ -565,14 +565,8 @@ def _draws(draws: int | None, seed: int | None) -> int | None:
     return None if draws is None else checks.whole_number("draws", draws, 1)
 
 
-def _parts_of(S: Tensor, T: Tensor, passes: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is seen and what is asked for (B, L) in each of so many passes over T, at most one a patch, given S."""
-    passes = checks.whole_number("passes", passes, 1)
-    if passes == 1:
-        return iter([(S, T)])
-    passes = max(1, min(passes, int(T.sum(-1).max())))
-    turns = masks.turns(T, passes, None if seed is None else derive_seed("turns", int(seed)))
-    return ((S | (T & (turns < turn)), turns == turn) for turn in range(passes))
+def _seed_of_turns(seed: int | None) -> int | None:
+    return None if seed is None else derive_seed("turns", int(seed))
 
 
 def _seed_of_pass(turn: int, seed: int | None) -> int | None:

@@ -392,15 +392,16 @@ def passes(
     labels: Tensor | None = None,
     rows: int = 8,
     seed: int = 0,
-    counts: Sequence[int] = (1, 4, 16),
+    counts: Sequence[int] = (1, 4, 16, 64),
 ) -> np.ndarray:
     """Samples, and completions of a fifth of the patches, in one pass and in several.
 
     Args:
         images: (N, C, H, W); `rows` of them are drawn.
         labels: classes (N,).
-        counts: numbers of passes.
+        counts: numbers of passes; those above the number of patches are left out.
     """
+    counts = [count for count in counts if count <= vae.num_tokens]
     x, recorded = take(vae, images, labels, rows)
     S = masks.random(len(x), vae.num_tokens, 0.2, seed).to(x.device) & recorded
     drawn = [(f"{count}", rgb(vae.sample(len(x), seed=seed, passes=count))) for count in counts]

@@ -5,7 +5,7 @@ for a trained model. B batch, L tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,20 @@ def turns(T: Tensor, passes: int, seed: int | None = None) -> Tensor:
     order = torch.rand(T.shape, generator=_generator(seed)).to(T.device)
     place = rank_among(T, order) * passes // T.sum(-1, keepdim=True).clamp(min=1)
     return place.masked_fill(~T, -1)
+
+
+def in_turns(S: Tensor, T: Tensor, passes: int, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is seen and what is asked for, (B, L) each, in each of so many passes over T given S: the chain rule.
+
+    The patches of T are asked for in turns (see `turns`), and seen from the next pass on. There are no more passes
+    than the most patches of T in a row, and one if T is empty.
+    """
+    passes = checks.whole_number("passes", passes, 1)
+    if passes == 1:
+        return iter([(S, T)])
+    passes = max(1, min(passes, int(T.sum(-1).max())))
+    order = turns(T, passes, seed)
+    return ((S | (T & (order < turn)), order == turn) for turn in range(passes))
 
 
 def positions(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

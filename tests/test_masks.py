@@ -398,3 +398,16 @@ def test_turns_refuse():
             masks.turns(wrong, 2)
     with pytest.raises(ValueError, match="passes must be at least 1"):
         masks.turns(torch.ones(1, 4, dtype=torch.bool), 0)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4, 50])
+def test_in_turns_everything_is_asked_for_once_and_seen_afterwards(passes):
+    S, T = draw(30, 9, 5)
+    T[0], before = False, S
+    found = list(masks.in_turns(S, T, passes, seed=2))
+    assert len(found) == min(passes, T.sum(-1).max())
+    for seen, asked in found:
+        assert torch.equal(seen, before)
+        before = seen | asked
+    assert torch.equal(before, S | T) and torch.equal(sum(asked.int() for _, asked in found), T.int())
+    assert len(list(masks.in_turns(S, torch.zeros_like(T), passes))) == 1
