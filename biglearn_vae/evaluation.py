@@ -261,11 +261,10 @@ def _decibels(parts: Sequence[_Error]) -> float:
 
 
 @torch.no_grad()
-def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0, passes: int = 1) -> float:
+def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
     """The variance of N(mu, variance I) under which images are likeliest, as their JointELBO sees it.
 
-    That is the mean squared error of a reconstruction, z ~ p(z | x), over all numbers that were recorded; in several
-    passes (`masks.in_turns`), of what is asked for in each, z ~ p(z | x_S, x_T) and x_S being given. Fit it on
+    That is the mean squared error of a reconstruction, z ~ p(z | x), over all numbers that were recorded. Fit it on
     training images; `vae.log_prob(..., variance=)` takes it.
 
     Raises:
@@ -275,11 +274,10 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0, passes: int = 
     for k, part in enumerate(parts(images, vae.device)):
         tokens = vae.tokenizer.encode(part)
         recorded = masks.recorded(tokens)
-        tokens = tokens.masked_fill(~recorded.unsqueeze(-1), 0)
-        for turn, (S, T) in enumerate(masks.in_turns(torch.zeros_like(recorded), recorded, passes, seed)):
-            z = vae.net(tokens, S | T).sample(seed=derive_seed("variance", seed, k, *([turn] if turn else [])))
-            error = (vae.net(tokens.masked_fill(~S.unsqueeze(-1), 0), S, z, T) - tokens)[T]
-            total, count = total + error.double().square().sum().item(), count + error.numel()
+        q = vae.net(tokens.masked_fill(~recorded.unsqueeze(-1), 0), recorded)
+        z = q.sample(seed=derive_seed("variance", seed, k))
+        error = (vae.net(torch.zeros_like(tokens), torch.zeros_like(recorded), z, recorded) - tokens)[recorded]
+        total, count = total + error.double().square().sum().item(), count + error.numel()
     if not count:
         raise ValueError("expected images of which something was recorded, all numbers are NaN")
     return total / count

@@ -45,7 +45,7 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
         if _of_grid(runs):
             parts += [part for alike in _measured(runs) for part in (_grid(alike), _levels(alike))]
         elif runs:
-            parts += [_joint(runs), _plots(preset), _probe(runs)]
+            parts += [_joint(runs), _plots(preset, runs), _probe(runs)]
             parts += [_inpainting(runs), _nats(runs), _chains(runs), _passes(runs), _samples(runs)]
             parts += [_bounds(runs), _consistency(runs), _costs(runs), _claims(runs)]
     return "\n".join(part for part in parts if part)
@@ -190,8 +190,13 @@ def _joint(runs: Runs) -> str:
     return f"### Test JointELBO (Figure 2)\n\n{text}mean and standard deviation over seeds.\n\n" + table(head, rows)
 
 
-def _plots(preset: str) -> str:
-    return "".join(f"![{alt}]({preset}-{name}.png)\n" for name, (alt, _) in PLOTS.items())
+def _plots(preset: str, runs: Runs) -> str:
+    return "".join(f"![{PLOTS[name][0]}]({preset}-{name}.png)\n" for name in _plotted(runs))
+
+
+def _plotted(runs: Runs) -> list[str]:
+    """Those plots that have something to show."""
+    return [name for name in PLOTS if name != "probe" or any(run.get("probe") for run in runs)]
 
 
 def _probe(runs: Runs) -> str:
@@ -295,7 +300,7 @@ def _passes(runs: Runs) -> str:
 def _samples(runs: Runs) -> str:
     """Samples in one pass and in several."""
     own, rows = [run for run in runs if run.get("evaluate", {}).get("passes")], []
-    digits = {"precision": 3, "recall": 3, "joint_nats": 1, "variance": 5, "seconds": 2}
+    digits = {"precision": 3, "recall": 3, "joint_nats": 1, "seconds": 2}
     for data, case, method, of in groups(own):
         found = [run["evaluate"]["passes"]["scores"] for run in of]
         for count in sorted(set().union(*found), key=int):
@@ -305,10 +310,10 @@ def _samples(runs: Runs) -> str:
     text = (
         "Precision is the share of samples that lie nearer to a test image than its third nearest test image does,\n"
         "recall the share of test images that lie nearer to a sample than its third nearest sample does; as many\n"
-        "samples as images, distances between pixels. log p(x) is a bound in nats an image, in as many passes, the\n"
-        "variance fitted on training images for each number of passes.\n"
+        "samples as images, distances between pixels. log p(x) is a bound in nats an image, in as many passes, with\n"
+        "the variance that is fitted on training images for one.\n"
     )
-    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "variance", "seconds"]
+    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "seconds"]
     return f"### Samples in several passes\n\n{text}\n" + table(head, rows) if rows else ""
 
 
@@ -465,7 +470,8 @@ def plots(found: dict[str, Runs]) -> dict[str, Callable[[Path], None]]:
     for preset, runs in found.items():
         if _of_grid(runs):
             continue
-        for name, (_, draw) in PLOTS.items():
+        for name in _plotted(runs):
+            draw = PLOTS[name][1]
             result[f"{preset}-{name}.png"] = lambda path, draw=draw, runs=runs: _plot(path, runs, draw)
     return result
 

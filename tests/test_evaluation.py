@@ -502,17 +502,6 @@ def test_fitted_variance_is_the_mean_squared_error_of_what_was_recorded(vae):
     assert bounds[value] > max(bounds[value / 2], bounds[value * 2])
 
 
-def test_fitted_variance_in_passes_is_that_of_each_part_given_those_before_it(vae):
-    x, recorded = pictures(vae), masks.random(N, vae.num_tokens, 0.6, seed=9)
-    value, errors = evaluation.fit_variance(vae, spoil(vae, x, recorded), seed=4, passes=3), []
-    for turn, (S, T) in enumerate(masks.in_turns(torch.zeros_like(recorded), recorded, 3, seed=4)):
-        seed = derive_seed("variance", 4, 0, turn) if turn else derive_seed("variance", 4, 0)
-        z = vae.encode(x, S | T).sample(seed=seed)
-        errors.append((vae.tokenizer.encode(x) - vae.net(vae.tokenizer.encode(x), S, z))[T])
-    assert len(errors) == 3
-    assert value == pytest.approx(torch.cat(errors).double().square().mean().item(), rel=1e-6)
-
-
 # --- likelihoods ---
 
 
