@@ -364,8 +364,8 @@ class BigLearnVAE:
             raise ValueError(f"unit must be 'nats' or 'bits_per_dim', got {unit!r}")
         tokens, S, T, single = self._tasks(x, T, given)
         bound: Tensor = torch.zeros((), dtype=torch.float64)
-        for turn, (seen, asked) in enumerate(masks.in_turns(S, T, passes, _seed_of_turns(seed))):
-            weights = self._log_weights(tokens, seen, asked, samples, variance, _seed_of_pass(turn, seed))
+        for turn, (seen, asked) in enumerate(masks.in_turns(S, T, passes, seed_of_turns(seed))):
+            weights = self._log_weights(tokens, seen, asked, samples, variance, seed_of_pass(turn, seed))
             bound = bound + weights.logsumexp(0) - math.log(samples)
         if unit == "bits_per_dim":
             bound = bits_per_dim(bound, T.sum(-1).double() * self.net.token_dim)
@@ -456,9 +456,9 @@ class BigLearnVAE:
             return images
         result = images.view(-1, *self.image_shape)
         mask = data.mask.repeat(len(result) // len(data.mask), 1)
-        for turn, (seen, _) in islice(enumerate(masks.in_turns(mask, ~mask, passes, _seed_of_turns(seed))), 1, None):
+        for turn, (seen, _) in islice(enumerate(masks.in_turns(mask, ~mask, passes, seed_of_turns(seed))), 1, None):
             tokens = self._tokens_of(result, data).masked_fill(~seen.unsqueeze(-1), 0)
-            z = self._encode(tokens, seen).sample(seed=_seed_of_pass(turn, seed))
+            z = self._encode(tokens, seen).sample(seed=seed_of_pass(turn, seed))
             result = self._complete(z, Observed(tokens, seen, result, False))
         return result.view(images.shape)
 
@@ -565,11 +565,13 @@ def _draws(draws: int | None, seed: int | None) -> int | None:
     return None if draws is None else checks.whole_number("draws", draws, 1)
 
 
-def _seed_of_turns(seed: int | None) -> int | None:
+def seed_of_turns(seed: int | None) -> int | None:
+    """What the order of the patches is drawn by in several passes."""
     return None if seed is None else derive_seed("turns", int(seed))
 
 
-def _seed_of_pass(turn: int, seed: int | None) -> int | None:
+def seed_of_pass(turn: int, seed: int | None) -> int | None:
+    """What the noise of a pass is drawn by, that of the first being the caller's seed."""
     return derive_seed("pass", turn, int(seed)) if turn and seed is not None else seed
 
 

@@ -339,15 +339,15 @@ def measure_likelihood(
 
 
 def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int) -> dict[str, Any]:
-    """`samples.by_passes` beside whole images of a split; nothing if there are too few. The variance is fitted."""
+    """`samples.by_passes` beside whole images of a split; nothing if there are too few."""
     images = evaluation.whole(getattr(splits, split).select(slice(settings.images)), vae.grid)
     if len(images) <= 3:
         print(f"fewer than 4 of these {settings.images} images were recorded as a whole: samples are not measured")
         return {}
     count = settings.likelihood_images
-    fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed) if count else None
-    scores = samples.by_passes(vae, images[:], settings.passes, count, settings.samples, fitted, seed)
-    return {"passes": {"images": len(images), "variance": fitted, "scores": scores}}
+    train = evaluation.whole(splits.train.select(slice(10 * count)), vae.grid)
+    scores = samples.by_passes(vae, images[:], settings.passes, train, count, settings.samples, seed)
+    return {"passes": {"images": len(images), "scores": scores}}
 
 
 def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -300,7 +300,7 @@ def _passes(runs: Runs) -> str:
 def _samples(runs: Runs) -> str:
     """Samples in one pass and in several."""
     own, rows = [run for run in runs if run.get("evaluate", {}).get("passes")], []
-    digits = {"precision": 3, "recall": 3, "joint_nats": 1, "seconds": 2}
+    digits = {"precision": 3, "recall": 3, "joint_nats": 1, "variance": 5, "seconds": 2}
     for data, case, method, of in groups(own):
         found = [run["evaluate"]["passes"]["scores"] for run in of]
         for count in sorted(set().union(*found), key=int):
@@ -311,9 +311,9 @@ def _samples(runs: Runs) -> str:
         "Precision is the share of samples that lie nearer to a test image than its third nearest test image does,\n"
         "recall the share of test images that lie nearer to a sample than its third nearest sample does; as many\n"
         "samples as images, distances between pixels. log p(x) is a bound in nats an image, in as many passes, with\n"
-        "the variance that is fitted on training images for one.\n"
+        "the variance under which it is largest on training images.\n"
     )
-    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "seconds"]
+    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "variance", "seconds"]
     return f"### Samples in several passes\n\n{text}\n" + table(head, rows) if rows else ""
 
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from biglearn_vae import checks
-from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae import checks, masks
+from biglearn_vae.capabilities import BigLearnVAE, seed_of_pass, seed_of_turns
+from biglearn_vae.data import Images
+from biglearn_vae.gaussian import LOG_2PI
 
 BLOCK = 2**12  # rows of a matrix of distances at a time
 
@@ -58,19 +60,20 @@ def by_passes(
     vae: BigLearnVAE,
     images: Tensor,
     passes: Sequence[int],
+    train: Images | None = None,
     likelihood_images: int = 0,
     samples: int = 64,
-    variance: float | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """By number of passes: `precision_recall` of N samples, the seconds that they took, and a bound on log p(x).
 
     Args:
         images: whole ones (N, C, H, W), in [0, 1].
-        likelihood_images: of so many of them the bound (`BigLearnVAE.log_prob`) is taken, "joint_nats", mean an image;
-            0 leaves it out.
+        train: whole training images, of which the first `likelihood_images` give the variance of the observations, for
+            each number of passes (`best_variance`).
+        likelihood_images: of so many images the bound (`BigLearnVAE.log_prob`) is taken, "joint_nats", mean an image;
+            0, or no training images, leaves it out.
         samples: of the bound, for each image and pass.
-        variance: of the bound; by default the model's.
     """
     images, result = images.to(vae.device), {}
     vae.sample(len(images), seed=seed)  # a first call takes longer
@@ -79,18 +82,50 @@ def by_passes(
         drawn = vae.sample(len(images), seed=seed, passes=count)
         if vae.device.type == "cuda":
             torch.cuda.synchronize(vae.device)
-        result[str(count)] = {"seconds": time.perf_counter() - start} | precision_recall(drawn, images)
-        if likelihood_images:
+        scores = {"seconds": time.perf_counter() - start} | precision_recall(drawn, images)
+        if likelihood_images and train is not None and len(train):
+            variance = best_variance(vae, train[:likelihood_images], count, samples, seed)
             nats = vae.log_prob(images[:likelihood_images], None, None, samples, variance, seed, passes=count)
-            result[str(count)]["joint_nats"] = nats.mean().item()
+            scores |= {"joint_nats": nats.mean().item(), "variance": variance}
+        result[str(count)] = scores
     return result
+
+
+def best_variance(vae: BigLearnVAE, images: Tensor, passes: int = 1, samples: int = 64, seed: int = 0) -> float:
+    """The variance of N(mu, variance I) under which `vae.log_prob(images, ...)` is largest in the mean.
+
+    With the noise of its importance samples held, the bound is a sum over images and passes of log-means of
+    exp(ratio - error / (2 variance)) variance^(-n / 2), which EM climbs: the variance becomes the mean of the squared
+    errors, each weighed by its share of the importance weights.
+
+    Args:
+        images: whole ones (N, C, H, W), in [0, 1].
+        passes, samples, seed: as of `vae.log_prob`.
+    """
+    errors, ratios, numbers = [], [], 0.0
+    nothing = torch.zeros(len(images), vae.num_tokens, dtype=torch.bool, device=vae.device)
+    for turn, (S, T) in enumerate(masks.in_turns(nothing, ~nothing, passes, seed_of_turns(seed))):
+        # The error comes of two variances: -error / (2 variance) - n / 2 log(2 pi variance) is all that they change.
+        one, two = (vae.log_weights(images, T, S, samples, v, seed_of_pass(turn, seed)) for v in (1.0, 2.0))
+        n = T.sum(-1).double() * vae.net.token_dim  # (N,)
+        errors.append(4 * (two - one + 0.5 * n * math.log(2)))  # (K, N)
+        ratios.append(one + errors[-1] / 2 + 0.5 * n * LOG_2PI)
+        numbers += n.sum().item()
+    error, ratio = torch.cat(errors, 1), torch.cat(ratios, 1)
+    variance = error.mean(0).sum().item() / numbers
+    for _ in range(200):
+        share = (ratio - error / (2 * variance)).softmax(0)
+        before, variance = variance, (share * error).sum().item() / numbers
+        if abs(variance - before) < 1e-6 * before:
+            break
+    return variance
 
 
 def table(found: dict[str, dict[str, float]]) -> list[str]:
     """What `by_passes` gave, as lines of text and an empty one; none of nothing."""
     if not found:
         return []
-    heads = {"precision": 3, "recall": 3, "joint_nats": 2, "seconds": 2}
+    heads = {"precision": 3, "recall": 3, "joint_nats": 2, "variance": 5, "seconds": 2}
     lines = ["samples, by number of passes", f"  {'passes':<10}" + "".join(f"{head:>13}" for head in heads)]
     for count, scores in found.items():
         cells = (f"{scores.get(name, math.nan):>13.{digits}f}" for name, digits in heads.items())

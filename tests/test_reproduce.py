@@ -100,7 +100,7 @@ def test_several_passes_are_averaged_over_seeds():
     for run in runs:
         scores = {"psnr_draw": 14.0 + run["seed"], "psnr_mean": 15.0, "diversity": 0.1, "seconds": 2.0}
         run["complete"]["tasks"]["0.5"]["several passes"] = [scores | {"passes": 4}]
-        drawn = {"precision": 0.5, "recall": 0.25, "joint_nats": 7.0 + run["seed"], "seconds": 1.0}
+        drawn = {"precision": 0.5, "recall": 0.25, "joint_nats": 7.0 + run["seed"], "variance": 0.003, "seconds": 1.0}
         run["evaluate"] = {"passes": {"scores": {"1": drawn, "4": drawn | {"precision": 0.75}}}}
     text = results_page.page({"p": runs}, {})
     assert (
@@ -109,10 +109,10 @@ def test_several_passes_are_averaged_over_seeds():
     assert (
         "| digits | tiny | biglearn_u | 0.5 | 4 | 14.50 ± 0.71 | 15.00 ± 0.00 | 0.100 ± 0.000 | 2.00 ± 0.00 |" in text
     )
-    assert "| digits | tiny | biglearn_u | 4 | 0.750 ± 0.000 | 0.250 ± 0.000 | 7.5 ± 0.7 | 1.00 ± 0.00 |" in text
+    assert "| digits | tiny | biglearn_u | 4 | 0.750 ± 0.000 | 0.250 ± 0.000 | 7.5 ± 0.7 | 0.00300 ± 0.00000 |" in text
     del runs[0]["evaluate"]["passes"]["scores"]["1"], runs[1]["evaluate"]["passes"]["scores"]["1"]["joint_nats"]
     text = results_page.page({"p": runs}, {})
-    assert "| digits | tiny | biglearn_u | 1 | 0.500 | 0.250 | nan | 1.00 |" in text
+    assert "| digits | tiny | biglearn_u | 1 | 0.500 | 0.250 | nan | 0.00300 | 1.00 |" in text
 
 
 def test_bounds_are_those_with_the_fitted_variance():

@@ -54,12 +54,29 @@ def test_precision_recall_refuses():
 def test_every_number_is_that_of_its_own_function():
     vae = make()
     images = pictures(vae)
-    found = samples.by_passes(vae, images, [1, 3], likelihood_images=4, samples=2, variance=0.1, seed=6)
+    train = pictures(vae, seed=5)
+    found = samples.by_passes(vae, images, [1, 3], train, likelihood_images=4, samples=2, seed=6)
     assert list(found) == ["1", "3"]
     for count in (1, 3):
         scores = found[str(count)]
         drawn = vae.sample(len(images), seed=6, passes=count)
-        nats = vae.log_prob(images[:4], samples=2, variance=0.1, seed=6, passes=count).mean().item()
-        expected = samples.precision_recall(drawn, images) | {"joint_nats": nats, "seconds": scores["seconds"]}
+        variance = samples.best_variance(vae, train[:4], count, 2, 6)
+        nats = vae.log_prob(images[:4], samples=2, variance=variance, seed=6, passes=count).mean().item()
+        expected = samples.precision_recall(drawn, images) | {"joint_nats": nats, "variance": variance}
+        expected |= {"seconds": scores["seconds"]}
         assert scores == pytest.approx(expected) and scores["seconds"] > 0
     assert "joint_nats" not in samples.by_passes(vae, images, [1])["1"]
+
+
+@pytest.mark.parametrize("K", [1, 5])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_best_variance_is_that_of_the_largest_bound(passes, K):
+    vae = make()
+    vae.net.double()
+    images = pictures(vae).double()
+    best = samples.best_variance(vae, images, passes, K, seed=2)
+
+    def bound(variance: float) -> float:
+        return vae.log_prob(images, samples=K, variance=variance, seed=2, passes=passes).mean().item()
+
+    assert bound(best) > max(bound(factor * best) for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2))
