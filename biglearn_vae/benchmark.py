@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import cuda_graph, data
 from biglearn_vae.data import Batches, ImageSet
-from biglearn_vae.distributed import StepRandom, World
+from biglearn_vae.distributed import StepRandom, World, synchronize
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import MaskedViT
@@ -669,12 +669,6 @@ def seconds_of(step: Callable[[], Any], steps: int, device: torch.device) -> flo
         step()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU to be done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def start_peak(device: torch.device) -> int | None:

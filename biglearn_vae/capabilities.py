@@ -50,6 +50,25 @@ class Observed(NamedTuple):
     single: bool
 
 
+class _Importance(NamedTuple):
+    """What importance weights are made of, whatever the variance of the observations; float64.
+
+    Attributes:
+        error: sum over T of (x - mu)^2, (K, B).
+        ratio: log p(z | x_S) - log p(z | x_{S u T}), (K, B).
+        numbers: how many T holds, (B,).
+    """
+
+    error: Tensor
+    ratio: Tensor
+    numbers: Tensor
+
+    def log_weights(self, variance: float) -> Tensor:
+        """(K, B), 0 where T is empty."""
+        constant = 0.5 * self.numbers * (LOG_2PI + math.log(variance))
+        return -0.5 * self.error / variance - constant + self.ratio
+
+
 class BigLearnVAE:
     """A trained network with its tokenizer.
 
@@ -182,10 +201,7 @@ class BigLearnVAE:
             passes: in how many passes, as of `inpaint`; at most one a patch.
         """
         n = checks.whole_number("the number of samples", n, 1)
-        passes = checks.whole_number("passes", passes, 1)
-        data = self._nothing()
-        images = self._complete(self._encode(data.tokens, data.mask)[0].sample(draws=n, seed=seed), data)
-        return self._in_passes(images, data, passes, seed)
+        return self._drawn(self._nothing(), n, seed, passes)
 
     @torch.no_grad()
     def reconstruct(
@@ -216,11 +232,8 @@ class BigLearnVAE:
                 the network as they are, means without the noise of observations, so draws differ less than by p(x_T |
                 x_S).
         """
-        draws, passes = _draws(draws, seed), checks.whole_number("passes", passes, 1)
-        data = self.observe(x, S)
-        q = self._encode(data.tokens, data.mask)
-        images = self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
-        return self._in_passes(images, data, passes, seed)
+        draws = _draws(draws, seed)
+        return self._drawn(self.observe(x, S), draws, seed, passes)
 
     def combine(self, *observations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Several observations (x1, S1), (x2, S2), ... as one, (x, S1 u S2 u ...), for every other method.
@@ -362,11 +375,10 @@ class BigLearnVAE:
         """
         if unit not in ("nats", "bits_per_dim"):
             raise ValueError(f"unit must be 'nats' or 'bits_per_dim', got {unit!r}")
+        variance = self._variance(variance)
         tokens, S, T, single = self._tasks(x, T, given)
-        bound: Tensor = torch.zeros((), dtype=torch.float64)
-        for turn, (seen, asked) in enumerate(masks.in_turns(S, T, passes, seed_of_turns(seed))):
-            weights = self._log_weights(tokens, seen, asked, samples, variance, seed_of_pass(turn, seed))
-            bound = bound + weights.logsumexp(0) - math.log(samples)
+        of_passes = self._importance_by_pass(tokens, S, T, samples, seed, passes)
+        bound = sum(part.log_weights(variance).logsumexp(0) - math.log(samples) for part in of_passes)
         if unit == "bits_per_dim":
             bound = bits_per_dim(bound, T.sum(-1).double() * self.net.token_dim)
         return bound[0] if single else bound
@@ -385,28 +397,34 @@ class BigLearnVAE:
 
         For S empty they are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
         """
+        variance = self._variance(variance)
         tokens, S, T, single = self._tasks(x, T, given)
-        weights = self._log_weights(tokens, S, T, samples, variance, seed)
+        weights = self._importance(tokens, S, T, samples, seed).log_weights(variance)
         return weights[:, 0] if single else weights
 
-    def _log_weights(
-        self, tokens: Tensor, S: Tensor, T: Tensor, samples: int, variance: float | None, seed: int | None
-    ) -> Tensor:
-        """`log_weights` (K, B) of tokens; 0 where T is empty."""
-        samples = checks.whole_number("samples", samples, 1)
-        checks.check_seed(seed)
+    def _variance(self, variance: float | None) -> float:
         variance = self.variance if variance is None else variance
         if not 0 < checks.real_number(variance) < math.inf:
             raise ValueError(f"variance must be positive, got {variance}: give one, log_prob(..., variance=0.01)")
+        return variance
+
+    def _importance_by_pass(
+        self, tokens: Tensor, S: Tensor, T: Tensor, samples: int, seed: int | None, passes: int
+    ) -> Iterator["_Importance"]:
+        """Of each pass, what its log-weights are made of."""
+        for turn, (seen, asked) in enumerate(masks.in_turns(S, T, passes, _seed_of_turns(seed))):
+            yield self._importance(tokens, seen, asked, samples, _seed_of_pass(turn, seed))
+
+    def _importance(self, tokens: Tensor, S: Tensor, T: Tensor, samples: int, seed: int | None) -> "_Importance":
+        samples = checks.whole_number("samples", samples, 1)
+        checks.check_seed(seed)
         q, p = self._encode(tokens, S | T).double(), self._encode(tokens, S).double()
-        numbers = T.sum(-1).double() * self.net.token_dim  # (B,)
-        constant = 0.5 * numbers * (LOG_2PI + math.log(variance))
-        result = []
+        errors, ratios = [], []
         for noise in _noise(samples, q.mean, max(1, self.chunk // len(tokens)), seed):
             z = q.sample(noise)  # (k, B, Z)
-            error = self._squared_error(z.to(tokens), tokens, S, T)
-            result.append(-0.5 * error / variance - constant + p.log_prob(z) - q.log_prob(z))
-        return torch.cat(result)
+            errors.append(self._squared_error(z.to(tokens), tokens, S, T))
+            ratios.append(p.log_prob(z) - q.log_prob(z))
+        return _Importance(torch.cat(errors), torch.cat(ratios), T.sum(-1).double() * self.net.token_dim)
 
     def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Tokens, S, T and whether there was no batch axis, for `log_prob`."""
@@ -450,15 +468,16 @@ class BigLearnVAE:
         ]
         return torch.cat(images).view(*z.shape[:-1], *self.image_shape)
 
-    def _in_passes(self, images: Tensor, data: Observed, passes: int, seed: int | None) -> Tensor:
-        """Images (..., C, H, W) that the first pass completed, gone on with by the others."""
-        if passes == 1:
-            return images
+    def _drawn(self, data: Observed, draws: int | None, seed: int | None, passes: int) -> Tensor:
+        """What `inpaint` gives for data: a first pass, and others that go on from it."""
+        passes = checks.whole_number("passes", passes, 1)
+        q = self._encode(data.tokens, data.mask)
+        images = self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
         result = images.view(-1, *self.image_shape)
         mask = data.mask.repeat(len(result) // len(data.mask), 1)
-        for turn, (seen, _) in islice(enumerate(masks.in_turns(mask, ~mask, passes, seed_of_turns(seed))), 1, None):
+        for turn, (seen, _) in islice(enumerate(masks.in_turns(mask, ~mask, passes, _seed_of_turns(seed))), 1, None):
             tokens = self._tokens_of(result, data).masked_fill(~seen.unsqueeze(-1), 0)
-            z = self._encode(tokens, seen).sample(seed=seed_of_pass(turn, seed))
+            z = self._encode(tokens, seen).sample(seed=_seed_of_pass(turn, seed))
             result = self._complete(z, Observed(tokens, seen, result, False))
         return result.view(images.shape)
 
@@ -483,7 +502,7 @@ class BigLearnVAE:
         """One image of which nothing is observed."""
         zeros = next(self.net.parameters()).new_zeros
         tokens, images = zeros(1, self.num_tokens, self.net.token_dim), zeros(1, *self.image_shape)
-        return Observed(tokens, self._mask(None, 1, default=False), images, False)
+        return Observed(tokens, self._mask(None, 1, default=False), images, True)
 
     def _seen(self, tokens: Tensor, images: Tensor | None, mask: Tensor) -> Tensor:
         """Tokens (B, L, D) with zeros where they are not observed; where they are they must be finite, and the pixels
@@ -553,6 +572,31 @@ class BigLearnVAE:
         return mask.expand(batch, -1)
 
 
+@torch.no_grad()
+def best_variance(vae: BigLearnVAE, x: Tensor, passes: int = 1, samples: int = 64, seed: int = 0) -> float:
+    """The variance of N(mu, variance I) under which `vae.log_prob(x, ...)` is largest in the mean.
+
+    With the noise of its importance samples held, the bound is a sum over data and passes of log-means of
+    exp(ratio - error / (2 variance)) variance^(-n / 2), which EM climbs: the variance becomes the mean of the squared
+    errors, each weighed by its share of the importance weights.
+
+    Args:
+        x: of which everything was recorded.
+        passes, samples, seed: as of `vae.log_prob`.
+    """
+    tokens, S, T, _ = vae._tasks(x, None, None)
+    error, ratio, numbers = (
+        torch.cat(part, -1) for part in zip(*vae._importance_by_pass(tokens, S, T, samples, seed, passes), strict=True)
+    )
+    variance = (error.mean(0).sum() / numbers.sum()).item()
+    for _ in range(200):
+        share = (ratio - error / (2 * variance)).softmax(0)
+        before, variance = variance, ((share * error).sum() / numbers.sum()).item()
+        if abs(variance - before) < 1e-6 * before:
+            break
+    return variance
+
+
 def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:
     """Raise a ValueError unless this is a module with all of these."""
     if not isinstance(part, nn.Module) or not all(hasattr(part, name) for name in names):
@@ -565,12 +609,12 @@ def _draws(draws: int | None, seed: int | None) -> int | None:
     return None if draws is None else checks.whole_number("draws", draws, 1)
 
 
-def seed_of_turns(seed: int | None) -> int | None:
+def _seed_of_turns(seed: int | None) -> int | None:
     """What the order of the patches is drawn by in several passes."""
     return None if seed is None else derive_seed("turns", int(seed))
 
 
-def seed_of_pass(turn: int, seed: int | None) -> int | None:
+def _seed_of_pass(turn: int, seed: int | None) -> int | None:
     """What the noise of a pass is drawn by, that of the first being the caller's seed."""
     return derive_seed("pass", turn, int(seed)) if turn and seed is not None else seed
 

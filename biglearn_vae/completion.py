@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from biglearn_vae import checks, evaluation, gibbs
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Images, ImageSet
-from biglearn_vae.distributed import World, derive_seed
+from biglearn_vae.distributed import World, derive_seed, synchronize
 from biglearn_vae.evaluation import Task
 from biglearn_vae.losses import InpaintingRegression
 from biglearn_vae.masks import MaskSampler
@@ -126,8 +126,7 @@ def _drawn(
     """Scores of the model's own completions, and the seconds that they took."""
     start = time.perf_counter()
     drawn = vae.inpaint(x, S, draws, seed, passes)
-    if vae.device.type == "cuda":
-        torch.cuda.synchronize(vae.device)
+    synchronize(vae.device)
     seconds = time.perf_counter() - start
     return evaluation.completion_scores(drawn, x, vae.pixel_mask(T)) | {"seconds": seconds}
 

@@ -106,6 +106,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU to be done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
     """The device of this name; "auto" is a GPU if there is one, and "cuda" the GPU with this local rank."""
     if device == "auto":

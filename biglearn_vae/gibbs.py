@@ -23,6 +23,7 @@ from torch import Tensor
 
 from biglearn_vae import checks, gaussian
 from biglearn_vae.capabilities import BigLearnVAE, Observed
+from biglearn_vae.distributed import synchronize
 from biglearn_vae.gaussian import DiagGaussian
 
 
@@ -263,8 +264,7 @@ def _record(
             images = _images(vae, state.mean, observed)
             result.images[count] = images[:, 0] if observed.single else images
             result.acceptance[count] = torch.stack(taken).mean().item() if taken else 1.0
-            if vae.device.type == "cuda":
-                torch.cuda.synchronize(vae.device)
+            synchronize(vae.device)
             result.seconds[count] = time.perf_counter() - begin
     return result
 

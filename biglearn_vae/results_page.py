@@ -58,8 +58,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of several, standard deviation over seeds."""
-    text = f"{statistics.fmean(values):.{digits}f}"
+    """Mean and, of several, standard deviation over seeds; NaN of none."""
+    text = f"{statistics.fmean(values or [math.nan]):.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
@@ -256,7 +256,7 @@ def _nats(runs: Runs) -> str:
     rows = []
     for data, case, method, of in groups(own):
         found = [[_tasks(run)[task].get("nats") for run in of] for task in tasks]
-        cells = [spread([nats["mean"] for nats in of_task if nats] or [math.nan], 1) for of_task in found]
+        cells = [spread([nats["mean"] for nats in of_task if nats], 1) for of_task in found]
         errors = [nats["error"] for of_task in found for nats in of_task if nats]
         rows.append([data, case, method, *cells, f"{max(errors):.1f}"])
     text = (
@@ -305,7 +305,7 @@ def _samples(runs: Runs) -> str:
         found = [run["evaluate"]["passes"]["scores"] for run in of]
         for count in sorted(set().union(*found), key=int):
             scores = [of_run[count] for of_run in found if count in of_run]
-            values = ([score[name] for score in scores if name in score] or [math.nan] for name in digits)
+            values = ([score[name] for score in scores if name in score] for name in digits)
             rows.append([data, case, method, count, *map(spread, values, digits.values())])
     text = (
         "Precision is the share of samples that lie nearer to a test image than its third nearest test image does,\n"
@@ -348,7 +348,7 @@ def _bounds(runs: Runs) -> str:
     for data, case, method, of in groups(own):
         found = [run["evaluate"]["likelihood"] for run in of]
         fitted = [likelihood["fitted"] for likelihood in found]
-        nats = [spread([bounds[name] for bounds in fitted if name in bounds] or [math.nan], 1) for name in BOUNDS]
+        nats = [spread([bounds[name] for bounds in fitted if name in bounds], 1) for name in BOUNDS]
         counts = [str(max(likelihood[name] for likelihood in found)) for name in ("images", "samples")]
         rows.append([data, case, method, *counts, spread([bounds["variance"] for bounds in fitted], 5), *nats])
     text = (

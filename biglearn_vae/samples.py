@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from biglearn_vae import checks, masks
-from biglearn_vae.capabilities import BigLearnVAE, seed_of_pass, seed_of_turns
+from biglearn_vae import checks
+from biglearn_vae.capabilities import BigLearnVAE, best_variance
 from biglearn_vae.data import Images
-from biglearn_vae.gaussian import LOG_2PI
+from biglearn_vae.distributed import synchronize
 
 BLOCK = 2**12  # rows of a matrix of distances at a time
 
@@ -80,8 +80,7 @@ def by_passes(
     for count in passes:
         start = time.perf_counter()
         drawn = vae.sample(len(images), seed=seed, passes=count)
-        if vae.device.type == "cuda":
-            torch.cuda.synchronize(vae.device)
+        synchronize(vae.device)
         scores = {"seconds": time.perf_counter() - start} | precision_recall(drawn, images)
         if likelihood_images and train is not None and len(train):
             variance = best_variance(vae, train[:likelihood_images], count, samples, seed)
@@ -89,36 +88,6 @@ def by_passes(
             scores |= {"joint_nats": nats.mean().item(), "variance": variance}
         result[str(count)] = scores
     return result
-
-
-def best_variance(vae: BigLearnVAE, images: Tensor, passes: int = 1, samples: int = 64, seed: int = 0) -> float:
-    """The variance of N(mu, variance I) under which `vae.log_prob(images, ...)` is largest in the mean.
-
-    With the noise of its importance samples held, the bound is a sum over images and passes of log-means of
-    exp(ratio - error / (2 variance)) variance^(-n / 2), which EM climbs: the variance becomes the mean of the squared
-    errors, each weighed by its share of the importance weights.
-
-    Args:
-        images: whole ones (N, C, H, W), in [0, 1].
-        passes, samples, seed: as of `vae.log_prob`.
-    """
-    errors, ratios, numbers = [], [], 0.0
-    nothing = torch.zeros(len(images), vae.num_tokens, dtype=torch.bool, device=vae.device)
-    for turn, (S, T) in enumerate(masks.in_turns(nothing, ~nothing, passes, seed_of_turns(seed))):
-        # The error comes of two variances: -error / (2 variance) - n / 2 log(2 pi variance) is all that they change.
-        one, two = (vae.log_weights(images, T, S, samples, v, seed_of_pass(turn, seed)) for v in (1.0, 2.0))
-        n = T.sum(-1).double() * vae.net.token_dim  # (N,)
-        errors.append(4 * (two - one + 0.5 * n * math.log(2)))  # (K, N)
-        ratios.append(one + errors[-1] / 2 + 0.5 * n * LOG_2PI)
-        numbers += n.sum().item()
-    error, ratio = torch.cat(errors, 1), torch.cat(ratios, 1)
-    variance = error.mean(0).sum().item() / numbers
-    for _ in range(200):
-        share = (ratio - error / (2 * variance)).softmax(0)
-        before, variance = variance, (share * error).sum().item() / numbers
-        if abs(variance - before) < 1e-6 * before:
-            break
-    return variance
 
 
 def table(found: dict[str, dict[str, float]]) -> list[str]:

@@ -170,9 +170,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         for _ in range(2)
     ]
     out = capsys.readouterr().out
-    assert all(
-        words in out for words in ("2 passes, a draw", "pseudo-Gibbs, 2 iterations, mean", "regressor", "nearest")
-    )
+    assert "pseudo-Gibbs, 2 iterations, mean" in out and "regressor" in out and "10 nearest" in out
+    assert "2 passes, a draw" in out
 
     def timeless(value):
         if isinstance(value, dict):

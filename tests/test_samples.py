@@ -8,6 +8,7 @@ from test_evaluation import make, pictures
 from torch import Tensor
 
 from biglearn_vae import samples
+from biglearn_vae.capabilities import best_variance
 
 
 def slow_covered(x: Tensor, y: Tensor, k: int) -> float:
@@ -60,7 +61,7 @@ def test_every_number_is_that_of_its_own_function():
     for count in (1, 3):
         scores = found[str(count)]
         drawn = vae.sample(len(images), seed=6, passes=count)
-        variance = samples.best_variance(vae, train[:4], count, 2, 6)
+        variance = best_variance(vae, train[:4], count, 2, 6)
         nats = vae.log_prob(images[:4], samples=2, variance=variance, seed=6, passes=count).mean().item()
         expected = samples.precision_recall(drawn, images) | {"joint_nats": nats, "variance": variance}
         expected |= {"seconds": scores["seconds"]}
@@ -74,7 +75,7 @@ def test_the_best_variance_is_that_of_the_largest_bound(passes, K):
     vae = make()
     vae.net.double()
     images = pictures(vae).double()
-    best = samples.best_variance(vae, images, passes, K, seed=2)
+    best = best_variance(vae, images, passes, K, seed=2)
 
     def bound(variance: float) -> float:
         return vae.log_prob(images, samples=K, variance=variance, seed=2, passes=passes).mean().item()
