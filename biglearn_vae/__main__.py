@@ -9,5 +9,4 @@ SCRIPTS = ("train", "evaluate", "figures", "complete", "probe", "benchmark", "re
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
         sys.exit(f"error: python -m biglearn_vae SCRIPT ..., SCRIPT being one of {', '.join(SCRIPTS)}")
-    script = sys.argv.pop(1)
-    commands.main(getattr(commands, script), config_name=script)
+    commands.call(sys.argv[1], sys.argv[2:])

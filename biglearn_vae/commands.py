@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 PROGRAMS = {"train": ("train", config.PATCH_AE)}  # the settings files that a script takes, where there are several
 
 
+def call(script: str, words: Sequence[str]) -> None:
+    """The main program of a script, "train" and so on, with these words as its command line (see `main`)."""
+    sys.argv[1:] = words
+    main(globals()[script], config_name=script)
+
+
 def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -> None:
     """The main program of a script: compose the settings of the command line and call task(settings, overrides).
 
@@ -649,7 +655,7 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     )
     left = campaign.missing()
     print(f"{len(campaign.preset.runs()) - len(left)} runs are there, {len(left)} to be made", flush=True)
-    done = campaign.make()
+    done = campaign.make(call)
     page = write_results(campaign.results)
     print(f"{page}" if done else f"{page}, of what is there so far; the same command goes on")
     return done

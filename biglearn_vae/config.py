@@ -145,8 +145,12 @@ def values_of(override: "Override") -> list[Any]:
 def _groups(config_name: str) -> dict[str, list[str]]:
     """The groups of settings of a program, each with its choices."""
     chosen = _compose((), config_name, with_hydra=True).hydra.runtime.choices
-    found = (folder() / name for name in sorted(chosen) if not name.startswith("hydra/"))
-    return {path.name: sorted(choice.stem for choice in path.glob("*.yaml")) for path in found}
+    return {Path(name).name: choices(name) for name in sorted(chosen) if not name.startswith("hydra/")}
+
+
+def choices(group: str) -> list[str]:
+    """What can be chosen of a group of settings, such as "case"."""
+    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
 
 
 def _check_choices(overrides: "Sequence[Override]", config_name: str) -> list[list[str]]:

@@ -1,19 +1,17 @@
 """The paper's experiments: which runs a preset has, what is missing of them, and one small JSON file of each.
 
-Every run is trained and measured by the scripts themselves, each in a process of its own, so that several share a
-machine, and one that is stopped goes on when it is called again.
+Every run is trained and measured by the scripts themselves, several at a time, in as many processes that go from script
+to script; one that is stopped goes on when it is called again.
 """
 
 import itertools
 import json
 import os
+import queue
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from biglearn_vae import config
 from biglearn_vae.files import read_json, write_json
 from biglearn_vae.runs import FILES
 from biglearn_vae.trainer import Interruption
+from biglearn_vae.workers import Worker
 
 # The scripts that each target needs.
 TARGETS = {
@@ -46,13 +45,14 @@ class Preset:
         methods: methods.
         seeds: seeds by case.
         settings: command-line settings of each script, for all runs.
-        more: more of them for the runs of a method.
+        more: more of them for runs that are all that is named, such as "biglearn_u" or "biglearn_u case1 seed0".
         scripts: which of them are called, of those that a target needs.
         grid: what is compared, by name; of each, its levels and what they are on the command line of scripts/train.py.
             Every combination is trained, as by Hydra's multirun.
 
     Raises:
-        ValueError: for scripts that there are not, and for a grid that is not made so or whose runs share a name.
+        ValueError: for scripts that there are not, for `more` of what there is not, and for a grid that is not made so
+            or whose runs share a name.
     """
 
     name: str
@@ -71,9 +71,16 @@ class Preset:
         if not isinstance(self.scripts, list) or "train" not in self.scripts or set(self.scripts) - set(FILES):
             raise ValueError(f"scripts must be a list of {', '.join(FILES)}, with train, got {self.scripts}")
         self._check_grid()
+        self._check_more()
         names = [run.name for run in self.runs()]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"runs must differ in letters or digits of their names, several are {sorted(twice)[0]}")
+
+    def _check_more(self) -> None:
+        known = {*self.data, *self.seeds, *self.methods}.union(*map(config.choices, ("data", "case", "method")))
+        for word in itertools.chain.from_iterable(which.split() for which in self.more):
+            if word not in known and not re.fullmatch(r"seed\d+", word):
+                raise ValueError(f"more must be of runs by data, case, method and seed0, seed1 ..., got {word}")
 
     def _check_grid(self) -> None:
         if not isinstance(self.grid, dict):
@@ -101,7 +108,8 @@ class Preset:
     def words(self, run: "Run", script: str) -> list[str]:
         """The command-line settings of a script for a run."""
         own = [word for axis, level in run.levels for word in self.grid[axis][level]] if script == "train" else []
-        return [*self.settings.get(script, []), *self.more.get(run.method, {}).get(script, []), *own]
+        more = (words for which, scripts in self.more.items() if run.is_all(which) for words in scripts.get(script, []))
+        return [*self.settings.get(script, []), *more, *own]
 
     def resolved(self, run: "Run", script: str) -> dict[str, Any]:
         """Every setting of a script that the numbers of a run depend on.
@@ -130,6 +138,10 @@ class Run:
     def name(self) -> str:
         words = (re.sub(r"[^A-Za-z0-9_.]+", "-", f"{axis}-{level}").strip("-") for axis, level in self.levels)
         return "-".join((self.data, self.case, self.method, f"seed{self.seed}", *words))
+
+    def is_all(self, which: str) -> bool:
+        """Whether it is of each data set, case, method and seed in a text, "biglearn_u seed0"."""
+        return {self.data, self.case, self.method, f"seed{self.seed}"}.issuperset(which.split())
 
     def words(self) -> list[str]:
         """What makes it this run on the command line of scripts/train.py."""
@@ -189,14 +201,30 @@ class Campaign:
         """The file of a run's numbers."""
         return self.results / "runs" / self.preset.name / f"{run.name}.json"
 
-    def make(self) -> bool:
+    def make(self, call: Callable[[str, list[str]], Any]) -> bool:
         """Make what is missing; returns whether nothing is left. Ctrl-C and SIGTERM stop it like the end of its budget.
+
+        Args:
+            call: what runs a script, given its name and the words of its command line; a module's function, since it is
+                called in other processes.
 
         Raises:
             ValueError: if a script fails, with the end of what it said.
         """
+        threads = max(1, (os.cpu_count() or 1) // self.workers)  # each of several gets its share of the processor
+        workers = [Worker(call, {"OMP_NUM_THREADS": str(threads)}) for _ in range(self.workers)]
+        idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in workers:
+            idle.put(worker)
+        try:
+            return self._make_all(idle)
+        finally:
+            for worker in workers:
+                worker.close()
+
+    def _make_all(self, idle: "queue.SimpleQueue[Worker]") -> bool:
         with self._interruption, ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self._make, run) for run in self.missing()]
+            futures = [pool.submit(self._make, run, idle) for run in self.missing()]
             try:
                 for future in futures:
                     future.result()
@@ -219,12 +247,16 @@ class Campaign:
             return [script for script in FILES if script in (*asked, *there)]
         return lacking
 
-    def _make(self, run: Run) -> None:
-        for script in self._lacking(run):
-            self._call(run, script)
-            self._keep(run, script)
+    def _make(self, run: Run, idle: "queue.SimpleQueue[Worker]") -> None:
+        worker = idle.get()
+        try:
+            for script in self._lacking(run):
+                self._call(worker, run, script)
+                self._keep(run, script)
+        finally:
+            idle.put(worker)
 
-    def _call(self, run: Run, script: str) -> None:
+    def _call(self, worker: Worker, run: Run, script: str) -> None:
         """One script on one run."""
         if self._over():
             raise Stopped
@@ -233,39 +265,25 @@ class Campaign:
             (self._folder(run) / FILES[script]).unlink(missing_ok=True)
         log = self.output / self.preset.name / f"{run.name}-{script}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                self._command(run, script), stdout=out, stderr=subprocess.STDOUT, env=self._environment()
-            )
-            while process.poll() is None:
-                if self._over():
-                    process.send_signal(signal.SIGTERM)
-                    process.wait()
-                    raise Stopped
-                time.sleep(0.2)
-        if not (code := process.returncode) and not (self._folder(run) / FILES[script]).exists():
-            raise Stopped  # a signal reached the script, too
+        code = worker.call((script, self._words(run, script)), log, self._over)
+        if self._over() or (not code and not (self._folder(run) / FILES[script]).exists()):
+            raise Stopped  # in the second case somebody else told the script to stop
         if code:
-            said = log.read_text().strip().splitlines()[-3:]
+            said = log.read_text().strip().splitlines()[-3:] or [f"exit code {code}"]
             raise ValueError(f"{script} of {run.name} failed: {' / '.join(said)} ({log})")
 
-    def _command(self, run: Run, script: str) -> list[str]:
-        program = [sys.executable, "-m", "biglearn_vae", script, f"device={self.device}"]
-        own = self.preset.words(run, script)
+    def _words(self, run: Run, script: str) -> list[str]:
+        """The command line of a script for a run."""
+        device, own = f"device={self.device}", self.preset.words(run, script)
         if script != "train":
             root = [] if self.data_root is None else [f"data_root={self.data_root}"]
-            return [*program, f"run={self._folder(run)}", *root, *own]
+            return [device, f"run={self._folder(run)}", *root, *own]
         root = [] if self.data_root is None or run.data == "digits" else [f"data.root={self.data_root}"]
         folder = self._folder(run)
-        return [*program, *run.words(), f"output_dir={folder.parent}", f"name={folder.name}", *root, *own]
+        return [device, *run.words(), f"output_dir={folder.parent}", f"name={folder.name}", *root, *own]
 
     def _folder(self, run: Run) -> Path:
         return self.output / self.preset.name / run.name
-
-    def _environment(self) -> dict[str, str]:
-        """Each of several runs gets its share of the processor."""
-        threads = max(1, (os.cpu_count() or 1) // self.workers)
-        return {"OMP_NUM_THREADS": str(threads)} | os.environ
 
     def _over(self) -> bool:
         asked = self._stop.is_set() or self._interruption.requested

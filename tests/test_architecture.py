@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
-    {"files", "checks", "kernels", "cuda_graph"},
+    {"files", "checks", "kernels", "cuda_graph", "workers"},
     {"patches", "gaussian", "attention", "biases", "norms", "distributed", "masks", "image_files"},
     {"layers", "data", "patch_ae", "annealing", "optim"},
     {"models", "losses"},

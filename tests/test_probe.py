@@ -425,6 +425,28 @@ def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
     assert single["mean"] == result["codes"][0.5]["draws"][0] and single["std"] is None
 
 
+def test_of_equal_channels_one_is_probed(vae):
+    def grey(count: int, seed: int) -> ImageSet:
+        images = labelled(vae, count, seed)
+        return ImageSet(images.pixels[:, :1].expand_as(images.pixels), images.labels)
+
+    sets, seeds = (grey(60, 0), grey(40, 1)), probe.mask_seeds(0, 0.5, 0)
+    (x, y), (more, _) = (
+        [probe.pixels(vae, part[:][:, :channels], 0.5, seed=seed) for part, seed in zip(sets, seeds, strict=True)]
+        for channels in (1, vae.image_shape[0])
+    )
+    labels = [part.labels for part in sets]
+    assert more.shape[1] == vae.image_shape[0] * x.shape[1] > x.shape[1]
+    expected = probe.fit_and_score(x, labels[0], y, labels[1]).value
+    assert probe.linear_probe(vae, *sets, [0.5], draws=1)["pixels"][0.5]["draws"] == [expected]
+    one, all_of_them = (probe.fit(features, labels[0]).pipeline for features in (x, more))
+    assert_close(one.predict_proba(x.numpy()), all_of_them.predict_proba(more.numpy()), rtol=0.02, atol=2e-3)
+    colour = (sets[0], labelled(vae, 40, seed=1))  # of one of the sets: all channels of both
+    x, y = (probe.pixels(vae, part[:], 0.5, seed=seed) for part, seed in zip(colour, seeds, strict=True))
+    expected = probe.fit_and_score(x, labels[0], y, colour[1].labels).value
+    assert probe.linear_probe(vae, *colour, [0.5], draws=1)["pixels"][0.5]["draws"] == [expected]
+
+
 def test_attributes_of_images(single):
     sets = []
     for count, seed in ((80, 0), (50, 1)):

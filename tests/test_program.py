@@ -94,31 +94,33 @@ def test_a_sweep_skips_what_is_done_and_goes_on_with_what_is_not(here, monkeypat
     assert capsys.readouterr().out.count("is finished: 24 steps") == 4
 
 
-def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tmp_path):
-    whole = start(*SMALL, "name=whole", cwd=tmp_path)
-    finish(whole)
-    process = start(*SMALL, "name=killed", cwd=tmp_path)
-    latest = tmp_path / "outputs" / "killed" / "checkpoints" / checkpoint.LATEST
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=whole") == 0
+    process = start(*SMALL, "name=killed", cwd=here)
+    latest = here / "outputs" / "killed" / "checkpoints" / checkpoint.LATEST
     while not latest.exists() and process.poll() is None:
         time.sleep(0.005)
     process.kill()
     finish(process, -signal.SIGKILL)
-    assert "going on with" in finish(start(*SMALL, "name=killed", cwd=tmp_path))
-    assert_same_runs(tmp_path / "outputs" / "whole", tmp_path / "outputs" / "killed")
+    assert run_here(monkeypatch, *SMALL, "name=killed") == 0
+    assert "going on with" in capsys.readouterr().out
+    assert_same_runs(here / "outputs" / "whole", here / "outputs" / "killed")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
-    finish(start(*SMALL, "name=whole", cwd=tmp_path))
-    process = start(*SMALL, "name=killed", "trainer.steps=100000", "trainer.checkpoint_every=7", cwd=tmp_path)
-    log = tmp_path / "outputs" / "killed" / "metrics.jsonl"
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=whole") == 0
+    process = start(*SMALL, "name=killed", "trainer.steps=100000", "trainer.checkpoint_every=7", cwd=here)
+    log = here / "outputs" / "killed" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.002)
     process.kill()
     finish(process, -signal.SIGKILL)
-    for left in (tmp_path / "outputs" / "killed" / "checkpoints").glob("*"):  # as if killed a moment earlier
+    for left in (here / "outputs" / "killed" / "checkpoints").glob("*"):  # as if killed a moment earlier
         left.unlink()
-    assert "training outputs/killed" in finish(start(*SMALL, "name=killed", cwd=tmp_path))
-    assert_same_runs(tmp_path / "outputs" / "whole", tmp_path / "outputs" / "killed")
+    capsys.readouterr()
+    assert run_here(monkeypatch, *SMALL, "name=killed") == 0
+    assert "training outputs/killed" in capsys.readouterr().out
+    assert_same_runs(here / "outputs" / "whole", here / "outputs" / "killed")
 
 
 def test_a_machine_without_git_and_damaged_leftovers(here, monkeypatch, capsys):
@@ -171,11 +173,11 @@ def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, number):
     assert f"stopped at step {state['step']} of 100000" in output
 
 
-def test_two_processes_train_like_one(tmp_path):
-    finish(start(*SMALL, "name=one", cwd=tmp_path))
-    output = finish(start(*SMALL, "name=two", cwd=tmp_path, torchrun=2))
+def test_two_processes_train_like_one(here, monkeypatch):
+    assert run_here(monkeypatch, *SMALL, "name=one") == 0
+    output = finish(start(*SMALL, "name=two", cwd=here, torchrun=2))
     assert output.count("training outputs/two") == 1  # rank 0 alone prints
-    one, two = (metrics(tmp_path / "outputs" / name) for name in ("one", "two"))
+    one, two = (metrics(here / "outputs" / name) for name in ("one", "two"))
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)

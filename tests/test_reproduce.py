@@ -125,6 +125,16 @@ def test_bounds_are_those_with_the_fitted_variance():
     assert "| 0.00400 | 41.0 | nan | nan |" in results_page.page({"p": [run]}, {})
 
 
+def test_a_floor_of_some_seeds_is_shown_and_one_that_lacks_a_task_is_not():
+    numbers = [run_numbers(seed=seed) for seed in (0, 1)]
+    for run in numbers:
+        run["complete"]["tasks"]["top"] = run["complete"]["tasks"]["0.5"] | {"10 nearest": {"psnr": 9.0}}
+    for task, value in (("0.5", 14.0), ("top", 15.0)):
+        numbers[0]["complete"]["tasks"][task] = numbers[0]["complete"]["tasks"][task] | {"regressor": {"psnr": value}}
+    text = results_page.page({"p": numbers}, {})
+    assert "| digits | tiny | regressor | 14.00 | 15.00 |" in text and "10 nearest" not in text
+
+
 def test_verdicts_are_within_a_standard_error_or_not():
     error = math.sqrt(1 / 3)  # of the mean of three differences of variance 1
     for gap, word in ((0.9 * error, "comparable"), (1.1 * error, "better"), (-1.1 * error, "worse")):
@@ -161,6 +171,19 @@ def test_runs_come_seed_by_seed():
     assert names[:2] == ["digits-tiny-vae-seed0", "digits-tiny-biglearn_u-seed0"]
     assert names[2:4] == ["digits-case1-vae-seed0", "digits-case1-biglearn_u-seed0"]
     assert names[4:] == ["digits-tiny-vae-seed1", "digits-tiny-biglearn_u-seed1"]
+
+
+def test_some_runs_have_more_settings():
+    more = {"biglearn_u": {"probe": ["draws=2"]}, "seed1 vae": {"probe": ["seed=1"], "train": ["seed=3"]}, "": {}}
+    own = preset(more=more | {"case4": {"probe": ["draws=9"]}})  # a case that there is, though not here
+    words = {run.name.removeprefix("digits-tiny-"): own.words(run, "probe")[1:] for run in own.runs()}
+    assert words == {
+        "vae-seed0": [],
+        "biglearn_u-seed0": ["draws=2"],
+        "vae-seed1": ["seed=1"],
+        "biglearn_u-seed1": ["draws=2"],
+    }
+    assert own.words(own.runs()[2], "train") == ["trainer.steps=3", "seed=3"]
 
 
 GRID = {"S-ratio": {"even": [], "Beta(1, 2)": ["masks.s_ratio=[1,2]"]}, "joint": {"0": [], "0.3": ["masks.joint=0.3"]}}
@@ -317,6 +340,8 @@ def test_campaigns_that_make_no_sense(tmp_path, settings, message):
             preset(grid={"joint": levels})
     with pytest.raises(ValueError, match=r"in quotes, for 0\.1"):
         preset(grid={"joint": {0.1: []}})
+    with pytest.raises(ValueError, match=r"more must be of runs by data, case, method and seed0, .* got biglearn_x"):
+        preset(more={"biglearn_x seed0": {}})
     with pytest.raises(ValueError, match="scripts must be a list"):
         preset(scripts=["evaluate"])
     with pytest.raises(ValueError, match="several are digits-tiny-biglearn_u-seed0-S-1-2"):

@@ -95,17 +95,18 @@ def test_a_folder_is_locked_by_one_process_at_a_time(tmp_path):
         pass
 
 
-def test_two_processes_do_not_train_in_one_folder(tmp_path):
+def test_two_processes_do_not_train_in_one_folder(here, monkeypatch, capsys):
     words = [*SMALL, "name=run", "trainer.steps=100000"]
-    first = start(*words, cwd=tmp_path)
-    log = tmp_path / "outputs" / "run" / "metrics.jsonl"
+    first = start(*words, cwd=here)
+    log = here / "outputs" / "run" / "metrics.jsonl"
     while first.poll() is None and not (log.exists() and '"train/loss"' in log.read_text()):
         time.sleep(0.01)
-    said = finish(start(*words, cwd=tmp_path), 2)
+    assert run_here(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
     assert f"process {first.pid} on " in said and "trains in outputs/run: wait for it" in said
     first.send_signal(signal.SIGTERM)
     assert "a checkpoint is written" in finish(first)
-    finish(start(*SMALL, "name=run", "trainer.steps=1", cwd=tmp_path))
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=1") == 0
 
 
 def test_a_folder_that_cannot_be_made(here, monkeypatch, capsys):

@@ -1,0 +1,132 @@
+"""Processes that run one program after another: libraries are imported, and a GPU is woken, once for all of them."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STARTING = threading.Lock()  # a process takes its environment from this one's, of which there is one for all threads
+
+
+class Worker:
+    """A process in which a function is called again and again; it starts with the first call, and anew if it died.
+
+    Args:
+        function: that of a module, which the process imports. It may end as a program does, by SystemExit.
+        environment: variables that the process has unless this one's environment says otherwise.
+    """
+
+    def __init__(self, function: Callable[..., Any], environment: Mapping[str, str] | None = None):
+        self._function, self._environment = function, dict(environment or {})
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def call(self, arguments: tuple, log: Path, over: Callable[[], bool]) -> int:
+        """Call the function, with all that it prints in a file, and wait for its end.
+
+        Args:
+            arguments: of the function; they are pickled.
+            log: the file, which is written anew.
+            over: asked five times a second; once it is true the process gets SIGTERM, and may take its time to end.
+
+        Returns:
+            The exit code that a program of this function has: 0 unless SystemExit says otherwise, 1 for any other
+            exception, whose traceback is in the file, and minus the signal's number if one ended the process.
+        """
+        connection = self._running()
+        try:
+            connection.send((arguments, str(log)))
+            while not connection.poll(0.2):
+                if over():
+                    self._process.terminate()
+                    connection.poll(None)
+            return connection.recv()
+        except (EOFError, OSError):
+            self.close()
+            return self._process.exitcode
+
+    def close(self) -> None:
+        """Let the process end, if there is one. It must not be in a call."""
+        if self._connection is not None:
+            self._connection.close()
+            self._process.join()
+            self._connection = None
+
+    def _running(self) -> Connection:
+        """The connection to the process, which is started if there is none."""
+        if self._process is not None and not self._process.is_alive():
+            self.close()
+        if self._connection is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, self._function))
+            with _STARTING, _defaults(self._environment):
+                self._process.start()
+            theirs.close()
+        return self._connection
+
+
+@contextmanager
+def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the environment for a while, those that it does not have."""
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
+
+
+def _serve(connection: Connection, function: Callable[..., Any]) -> None:
+    """Call a function with what comes, until nothing does any more, and answer with its exit codes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; one of them decides
+    while True:
+        try:
+            arguments, log = connection.recv()
+        except EOFError:
+            return
+        _print_into(log)
+        code = _exit_code(function, arguments)
+        gc.collect()  # networks and optimizers refer to themselves
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # for the other processes on this GPU
+        connection.send(code)
+
+
+def _print_into(log: str) -> None:
+    """Send what this process prints, from Python or not, into a file."""
+    with open(log, "wb") as file:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            os.dup2(file.fileno(), number)
+            stream.reconfigure(line_buffering=True)
+
+
+def _exit_code(function: Callable[..., Any], arguments: tuple) -> int:
+    """What a program of this function would end with, having said why on stderr."""
+    try:
+        with warnings.catch_warnings():  # what was warned of before is warned of again
+            function(*arguments)
+        return 0
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()

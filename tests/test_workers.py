@@ -1,0 +1,95 @@
+"""Processes that run one program after another."""
+
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from biglearn_vae.workers import Worker
+
+
+def act(what: str) -> None:
+    """A program that does as it is told."""
+    print(f"{what} in {os.getpid()} with {os.environ.get('SPICE')}")
+    warnings.warn("take care", stacklevel=1)
+    if what.isdigit():
+        sys.exit(int(what))
+    if what == "words":
+        sys.exit("no more")
+    if what == "raise":
+        raise RuntimeError("oh")
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "outside":
+        os.system("echo from outside of Python")
+    if what == "sleep":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+        print("asleep", flush=True)
+        time.sleep(100)
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture(scope="module")
+def worker():
+    result = Worker(act, {"SPICE": "salt"})
+    yield result
+    result.close()
+
+
+def said(worker: Worker, what: str, log: Path) -> tuple[int, str]:
+    code = worker.call((what,), log, never)
+    return code, log.read_text()
+
+
+def test_exit_codes_are_those_of_programs_and_all_are_of_one_process(worker, tmp_path):
+    found = {what: said(worker, what, tmp_path / what) for what in ("work", "0", "7", "words", "raise", "outside")}
+    assert [code for code, _ in found.values()] == [0, 0, 7, 1, 1, 0]
+    processes = {text.split(" in ")[1].split()[0] for _, text in found.values()}
+    assert len(processes) == 1 and str(os.getpid()) not in processes
+    for what, (_, text) in found.items():  # each file has what was printed for it, and nothing of the others
+        assert (
+            text.startswith(f"{what} in ")
+            and text.count(" with salt") == 1
+            and text.count("UserWarning: take care") == 1
+        )
+    assert "no more" in found["words"][1] and "RuntimeError: oh" in found["raise"][1]
+    assert "from outside of Python" in found["outside"][1]
+
+
+def test_a_process_that_died_is_told_by_its_signal_and_replaced(worker, tmp_path):
+    code, text = said(worker, "die", tmp_path / "log")
+    assert code == -signal.SIGKILL
+    again, other = said(worker, "work", tmp_path / "log")
+    assert again == 0 and text.split()[2] != other.split()[2]
+
+
+def test_it_is_asked_to_end_and_may_take_its_time(worker, tmp_path):
+    log = tmp_path / "log"
+    over = lambda: log.exists() and "asleep" in log.read_text()  # noqa: E731
+    assert worker.call(("sleep",), log, over) == 5
+
+
+def test_its_environment_yields_to_what_is_set_and_leaves_this_one_alone(worker, tmp_path, monkeypatch):
+    monkeypatch.delenv("SPICE", raising=False)
+    worker.close()
+    code, text = said(worker, "work", tmp_path / "log")
+    assert code == 0 and "with salt" in text and "SPICE" not in os.environ
+    process = int(text.split()[2])
+    os.kill(process, 0)
+    worker.close()
+    with pytest.raises(ProcessLookupError):  # no process is left
+        os.kill(process, 0)
+    monkeypatch.setenv("SPICE", "pepper")
+    assert "with pepper" in said(worker, "work", tmp_path / "log")[1]
+    assert os.environ["SPICE"] == "pepper"
+
+
+def test_closing_what_never_started():
+    Worker(act).close()
