@@ -270,9 +270,11 @@ def _nats(runs: Runs) -> str:
 
 
 def _chains(runs: Runs) -> str:
-    """The alternatives: chains of the joint VAE against one pass."""
-    asked, rows = _chain_tasks(runs), []
-    for data, case, method, own in groups(runs):
+    """The alternatives: chains of the joint VAE against one pass, of the seeds of which there are chains."""
+    with_chains = [run for run in runs if any("pseudo-Gibbs" in found for found in _tasks(run).values())]
+    asked = sorted({task for run in with_chains for task, found in _tasks(run).items() if "pseudo-Gibbs" in found})
+    beside, rows = set(map(_matched_by, with_chains)), []
+    for data, case, method, own in groups([run for run in runs if _matched_by(run) in beside]):
         for task in asked if method in ("vae", METHODS[-1]) else []:
             for name in ("one pass", "pseudo-Gibbs", "Metropolis-within-Gibbs"):
                 found = [_entries(_tasks(run).get(task, {}), name) for run in own]
@@ -338,8 +340,9 @@ def _by_count(seeds: Sequence[Runs], name: str) -> dict[str, Runs]:
     return result
 
 
-def _chain_tasks(runs: Runs) -> list[str]:
-    return sorted({task for run in runs for task, found in _tasks(run).items() if "pseudo-Gibbs" in found})
+def _matched_by(run: dict[str, Any]) -> tuple[str, str, int]:
+    """What runs of the three methods are compared by."""
+    return run["data"], run["case"], run["seed"]
 
 
 def _bounds(runs: Runs) -> str:

@@ -86,6 +86,17 @@ def test_chains_are_averaged_over_seeds_that_ran_as_long():
     assert "| digits | tiny | vae | 0.5 | pseudo-Gibbs | 10 | 10.50 ± 0.71 | 13.00 ± 0.00 | 0.100 ± 0.000 |" in text
 
 
+def test_chains_are_compared_with_one_pass_of_the_same_seeds():
+    runs = [run_numbers(method, seed) for method in ("biglearn_u", "vae") for seed in (0, 1)]
+    scores = {"psnr_draw": 10.0, "psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}
+    runs[3]["complete"]["tasks"]["0.5"]["pseudo-Gibbs"] = [{"iterations": 5} | scores]
+    for seed in (0, 1):
+        runs[seed]["complete"]["tasks"]["0.5"] = {"one pass": scores | {"psnr_draw": 12.0 + seed}}
+    text = results_page.page({"p": runs}, {}).split("One pass against chains")[1].split("###")[0]
+    assert "| digits | tiny | biglearn_u | 0.5 | one pass |  | 13.00 | 13.00 |" in text  # of seed 1
+    assert "| digits | tiny | vae | 0.5 | pseudo-Gibbs | 5 | 10.00 | 13.00 |" in text
+
+
 def test_a_plot_of_what_nobody_measured_is_not_made():
     runs = [run_numbers()]
     assert "![Probe by share observed](p-probe.png)" in results_page.page({"p": runs}, {})
