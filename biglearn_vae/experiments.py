@@ -17,11 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from biglearn_vae import config
 from biglearn_vae.files import read_json, write_json
 from biglearn_vae.runs import FILES
 from biglearn_vae.trainer import Interruption
 from biglearn_vae.workers import Worker
+
+Idle = queue.SimpleQueue[tuple[Worker, str]]  # workers that wait for a run, each with its device
 
 # The scripts that each target needs.
 TARGETS = {
@@ -161,7 +165,7 @@ class Campaign:
         target: a key of `TARGETS`.
         output: folder of the runs.
         results: folder of the numbers.
-        device: for all scripts.
+        device: for all scripts; "auto" and "cuda" deal the workers out to the GPUs.
         data_root: folder of the data, or None for the default of each data set.
         workers: runs at a time.
         budget: minutes, or None.
@@ -212,17 +216,21 @@ class Campaign:
             ValueError: if a script fails, with the end of what it said.
         """
         threads = max(1, (os.cpu_count() or 1) // self.workers)  # each of several gets its share of the processor
-        workers = [Worker(call, {"OMP_NUM_THREADS": str(threads)}) for _ in range(self.workers)]
-        idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in workers:
-            idle.put(worker)
+        idle: Idle = queue.SimpleQueue()
+        for device in self._devices():
+            idle.put((Worker(call, {"OMP_NUM_THREADS": str(threads)}), device))
         try:
             return self._make_all(idle)
         finally:
-            for worker in workers:
-                worker.close()
+            while not idle.empty():
+                idle.get()[0].close()
 
-    def _make_all(self, idle: "queue.SimpleQueue[Worker]") -> bool:
+    def _devices(self) -> list[str]:
+        """The device of each worker."""
+        count = torch.cuda.device_count() if self.device in ("auto", "cuda") else 0
+        return [f"cuda:{place % count}" if count > 1 else self.device for place in range(self.workers)]
+
+    def _make_all(self, idle: Idle) -> bool:
         with self._interruption, ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._make, run, idle) for run in self.missing()]
             try:
@@ -247,16 +255,16 @@ class Campaign:
             return [script for script in FILES if script in (*asked, *there)]
         return lacking
 
-    def _make(self, run: Run, idle: "queue.SimpleQueue[Worker]") -> None:
-        worker = idle.get()
+    def _make(self, run: Run, idle: Idle) -> None:
+        worker, device = idle.get()
         try:
             for script in self._lacking(run):
-                self._call(worker, run, script)
+                self._call(worker, device, run, script)
                 self._keep(run, script)
         finally:
-            idle.put(worker)
+            idle.put((worker, device))
 
-    def _call(self, worker: Worker, run: Run, script: str) -> None:
+    def _call(self, worker: Worker, device: str, run: Run, script: str) -> None:
         """One script on one run."""
         if self._over():
             raise Stopped
@@ -265,7 +273,7 @@ class Campaign:
             (self._folder(run) / FILES[script]).unlink(missing_ok=True)
         log = self.output / self.preset.name / f"{run.name}-{script}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        code = worker.call((script, self._words(run, script)), log, self._over)
+        code = worker.call((script, [f"device={device}", *self._words(run, script)]), log, self._over)
         if self._over() or (not code and not (self._folder(run) / FILES[script]).exists()):
             raise Stopped  # in the second case somebody else told the script to stop
         if code:
@@ -273,14 +281,14 @@ class Campaign:
             raise ValueError(f"{script} of {run.name} failed: {' / '.join(said)} ({log})")
 
     def _words(self, run: Run, script: str) -> list[str]:
-        """The command line of a script for a run."""
-        device, own = f"device={self.device}", self.preset.words(run, script)
+        """The command line of a script for a run, but for the device."""
+        own = self.preset.words(run, script)
         if script != "train":
             root = [] if self.data_root is None else [f"data_root={self.data_root}"]
-            return [device, f"run={self._folder(run)}", *root, *own]
+            return [f"run={self._folder(run)}", *root, *own]
         root = [] if self.data_root is None or run.data == "digits" else [f"data.root={self.data_root}"]
         folder = self._folder(run)
-        return [device, *run.words(), f"output_dir={folder.parent}", f"name={folder.name}", *root, *own]
+        return [*run.words(), f"output_dir={folder.parent}", f"name={folder.name}", *root, *own]
 
     def _folder(self, run: Run) -> Path:
         return self.output / self.preset.name / run.name

@@ -359,6 +359,16 @@ def test_campaigns_that_make_no_sense(tmp_path, settings, message):
         preset(grid={"S": {"[1, 2]": [], "(1, 2)": []}})
 
 
+def test_workers_are_dealt_out_to_the_gpus(tmp_path, monkeypatch):
+    def devices(count: int, device: str) -> list[str]:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        return Campaign(preset(), "all", tmp_path, tmp_path, device=device, workers=3)._devices()
+
+    assert devices(2, "auto") == devices(2, "cuda") == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices(2, "cuda:1") == ["cuda:1"] * 3 and devices(2, "cpu") == ["cpu"] * 3
+    assert devices(1, "cuda") == ["cuda"] * 3 and devices(0, "auto") == ["auto"] * 3
+
+
 WORDS = ["target=joint_elbo", "workers=1", "device=cpu", "preset.seeds={tiny:[0]}", "preset.methods=[biglearn_u]"]
 TRAIN = '["trainer.steps=2","evaluation.images=4","evaluation.valid_images=4","trainer.report_every=1"]'
 
