@@ -1,5 +1,6 @@
 """What the scripts do: train, evaluate, probe, draw, time steps. They print for a person, write for a program."""
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -266,8 +267,6 @@ def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
 
 def environment(device: str) -> dict[str, Any]:
     """Where a run was made: versions, machine, commit, command."""
-    import torchvision
-
     chosen = pick_device(device)
     return {
         "command": " ".join(sys.argv),
@@ -275,7 +274,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": importlib.metadata.version("torchvision"),  # its import would take a second
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(chosen)
         if chosen.type == "cuda"
