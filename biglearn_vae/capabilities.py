@@ -74,10 +74,11 @@ class BigLearnVAE:
 
     Wherever a method takes data `x`, it may be images (B, C, H, W) with values in [0, 1] (uint8 images are divided by
     255) or tokens (B, L, D), a batch or a single one; what comes back is images in [0, 1], a batch or a single one
-    alike. Where it takes a mask `S`, that is boolean with True = observed: patches (B, L) or pixels (B, H, W), one for
-    all or one for each; a patch counts as observed if all of its pixels are. What lies outside S has no influence and
-    may be NaN. Where the sizes fit both, data are images and masks are of patches: tokens of a single grey image may
-    be such data, and (H, W) such a mask, which then is given as (1, H, W). `seed` makes a result repeatable.
+    alike. Where it takes a mask `S`, that is boolean with True = observed: patches (B, L) or pixels (B, H, W) or
+    (B, 1, H, W), one for all or one for each; a patch counts as observed if all of its pixels are. What lies outside S
+    has no influence and may be NaN. Where the sizes fit both, data are images, which tokens of a single grey image may
+    seem to be, and masks are of patches: where W = L one of pixels for all is (1, H, W). `seed` makes a result
+    repeatable. No gradients pass through; through `net` and `tokenizer` they do.
 
     All methods raise ValueError for data or masks of another shape or type, an empty batch, NaN or infinite values in
     observed patches, and pixels there of an absolute value above 10, as in images that were not divided by 255. Tokens
@@ -517,7 +518,7 @@ class BigLearnVAE:
         if bad.any():
             raise ValueError(
                 f"expected finite values where S says observed, got NaN or infinity in {int(bad.sum())} "
-                "observed patches: leave them out of S, such as by S = ~x.isnan().any(1), pixels (B, H, W)"
+                "observed patches: leave them out of S, such as by S = ~x.isnan().any(-3), pixels (B, H, W)"
             )
         low, high = images.masked_select(self.pixel_mask(mask)).aminmax()
         raise ValueError(
@@ -541,8 +542,8 @@ class BigLearnVAE:
                 x = x.unsqueeze(0) if single else x
                 return (x, None, single) if shape == token_shape else (self.tokenizer.encode(x), x, single)
         raise ValueError(
-            f"expected images {of_batch(self.image_shape)} or tokens {of_batch(token_shape)}, a batch or one, "
-            f"got {tuple(x.shape)}"
+            f"expected images {of_batch(self.image_shape)} or tokens {of_batch(token_shape)}, a batch of at least one "
+            f"or a single one, got {tuple(x.shape)}"
         )
 
     def _numbers(self, x: Tensor) -> Tensor:
@@ -560,14 +561,21 @@ class BigLearnVAE:
             raise ValueError(
                 f"expected a boolean mask, a tensor with True = observed, got {checks.described(S)}{advice}"
             )
-        # Patches are tried first: a mask (B, L) may look like one of pixels, (H, W).
         mask = S.to(self.device)
-        if tuple(S.shape) != (batch, self.num_tokens) and tuple(S.shape[-2:]) == self.image_shape[1:]:
+        if mask.ndim == 4 and mask.shape[1] == 1:  # as `pixel_mask` has it
+            mask = mask.squeeze(1)
+        # Masks (B, L) may look like one of pixels, (H, W); what they are must not hang on B.
+        patches = mask.ndim == 2 and mask.shape[1] == self.num_tokens
+        if not patches and mask.ndim in (2, 3) and tuple(mask.shape[-2:]) == self.image_shape[1:]:
             mask = masks.from_pixels(mask, self.grid)
         if tuple(mask.shape) not in ((self.num_tokens,), (1, self.num_tokens), (batch, self.num_tokens)):
+            height, width = self.image_shape[1:]
+            both = f"; as W = L, one mask of pixels for all is (1, {height}, {width})"
             raise ValueError(
                 f"expected a mask of patches (L,) or (B, L), or of pixels (H, W) or (B, H, W), with B = {batch}, "
-                f"L = {self.num_tokens} and H x W = {self.image_shape[1]} x {self.image_shape[2]}, got {tuple(S.shape)}"
+                f"L = {self.num_tokens} and H x W = {height} x {width}, got {tuple(S.shape)}"
+                + both
+                * (self.num_tokens == width)
             )
         return mask.expand(batch, -1)
 

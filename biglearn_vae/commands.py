@@ -1,5 +1,6 @@
 """What the scripts do: train, evaluate, probe, draw, time steps. They print for a person, write for a program."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -47,7 +48,7 @@ PROGRAMS = {"train": ("train", config.PATCH_AE)}  # the settings files that a sc
 
 def call(script: str, words: Sequence[str]) -> None:
     """The main program of a script, "train" and so on, with these words as its command line (see `main`)."""
-    sys.argv[1:] = words
+    sys.argv = [f"-m biglearn_vae {script}", *words]
     main(globals()[script], config_name=script)
 
 
@@ -283,8 +284,9 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _commit() -> str | None:
-    """The commit of this repository, None for an installed package or where there is no git."""
+    """The commit of this repository when this process first asks; None if it was installed or there is no git."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

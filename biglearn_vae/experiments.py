@@ -9,10 +9,12 @@ import json
 import os
 import queue
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,14 @@ class Preset:
             raise ValueError(f"runs must differ in letters or digits of their names, several are {sorted(twice)[0]}")
 
     def _check_more(self) -> None:
-        known = {*self.data, *self.seeds, *self.methods}.union(*map(config.choices, ("data", "case", "method")))
-        for word in itertools.chain.from_iterable(which.split() for which in self.more):
-            if word not in known and not re.fullmatch(r"seed\d+", word):
-                raise ValueError(f"more must be of runs by data, case, method and seed0, seed1 ..., got {word}")
+        own = {"data": self.data, "case": self.seeds, "method": self.methods}
+        kinds = {word: kind for kind, words in own.items() for word in (*words, *config.choices(kind))}
+        for which in self.more:
+            found = ["seed" if re.fullmatch("seed(0|[1-9][0-9]*)", word) else kinds.get(word) for word in which.split()]
+            if None in found or len(set(found)) < len(found):
+                raise ValueError(
+                    f'more must be of runs, by at most one data set, case, method and seed0, seed1 ..., got "{which}"'
+                )
 
     def _check_grid(self) -> None:
         if not isinstance(self.grid, dict):
@@ -216,21 +222,21 @@ class Campaign:
             ValueError: if a script fails, with the end of what it said.
         """
         threads = max(1, (os.cpu_count() or 1) // self.workers)  # each of several gets its share of the processor
-        idle: Idle = queue.SimpleQueue()
-        for device in self._devices():
-            idle.put((Worker(call, {"OMP_NUM_THREADS": str(threads)}), device))
-        try:
-            return self._make_all(idle)
-        finally:
-            while not idle.empty():
-                idle.get()[0].close()
+        workers = [Worker(call, {"OMP_NUM_THREADS": str(threads)}) for _ in range(self.workers)]
+        with ExitStack() as ends:
+            for worker in workers:
+                ends.callback(worker.close)
+            return self._make_all(workers)
 
     def _devices(self) -> list[str]:
         """The device of each worker."""
         count = torch.cuda.device_count() if self.device in ("auto", "cuda") else 0
         return [f"cuda:{place % count}" if count > 1 else self.device for place in range(self.workers)]
 
-    def _make_all(self, idle: Idle) -> bool:
+    def _make_all(self, workers: Sequence[Worker]) -> bool:
+        idle: Idle = queue.SimpleQueue()
+        for pair in zip(workers, self._devices(), strict=True):
+            idle.put(pair)
         with self._interruption, ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._make, run, idle) for run in self.missing()]
             try:
@@ -238,6 +244,10 @@ class Campaign:
                     future.result()
             except Stopped:
                 return False
+            except KeyboardInterrupt:  # the second Ctrl-C
+                for worker in workers:
+                    worker.kill()
+                raise
             finally:
                 self._stop.set()
         return True
@@ -277,8 +287,10 @@ class Campaign:
         if self._over() or (not code and not (self._folder(run) / FILES[script]).exists()):
             raise Stopped  # in the second case somebody else told the script to stop
         if code:
-            said = log.read_text().strip().splitlines()[-3:] or [f"exit code {code}"]
-            raise ValueError(f"{script} of {run.name} failed: {' / '.join(said)} ({log})")
+            said = log.read_text().strip().splitlines()[-3:]
+            why = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+            why += ", perhaps for want of memory" if code == -9 else ""
+            raise ValueError(f"{script} of {run.name} failed: {' / '.join(said)} ({why}; {log})")
 
     def _words(self, run: Run, script: str) -> list[str]:
         """The command line of a script for a run, but for the device."""

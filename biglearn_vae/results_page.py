@@ -204,14 +204,14 @@ def _probe(runs: Runs) -> str:
     own = [run for run in runs if run.get("probe")]
     if not own:
         return ""
-    ratios = list(own[0]["probe"]["codes"])
+    ratios = list(dict.fromkeys(ratio for run in own for ratio in run["probe"]["codes"]))
     rows = []
     for data, case, method, of_method in groups(own):
         for name, label in (("codes", method), ("pixels", "raw pixels"), ("ceiling", "trained with labels")):
             if (name == "pixels" and method != METHODS[-1]) or not any(name in run["probe"] for run in of_method):
                 continue
             scores = [run["probe"][name] for run in of_method if name in run["probe"]]
-            cells = [spread([100 * score[ratio]["mean"] for score in scores], 1) for ratio in ratios]
+            cells = [spread([100 * score[ratio]["mean"] for score in scores if ratio in score], 1) for ratio in ratios]
             rows.append([data, case, label, *cells])
     images = max(run["probe"]["train_images"] for run in own)
     text = (
@@ -228,18 +228,22 @@ def _tasks(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return run.get("complete", {}).get("tasks", {})
 
 
+def _all_tasks(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(task for run in runs for task in _tasks(run)))
+
+
 def _inpainting(runs: Runs) -> str:
     own = [run for run in runs if run.get("complete")]
     if not own:
         return ""
-    tasks = list(_tasks(own[0]))
+    tasks = _all_tasks(own)
     rows = []
     for data, case, method, of_method in groups(own):
         entries = {"one pass, a draw": ("one pass", "psnr_draw"), "one pass, mean": ("one pass", "psnr_mean")}
         if method == METHODS[-1]:
             entries |= {name: (name, "psnr") for name in ("regressor", "10 nearest", "training mean")}
         for label, (name, key) in entries.items():
-            found = [[_tasks(run)[task].get(name, {}) for run in of_method] for task in tasks]
+            found = [[_tasks(run).get(task, {}).get(name, {}) for run in of_method] for task in tasks]
             values = [[entry[key] for entry in of_task if key in entry] for of_task in found]
             if all(values):  # a floor need not be measured for each seed
                 who = label if name != "one pass" else f"{method}, {label}"
@@ -253,10 +257,10 @@ def _nats(runs: Runs) -> str:
     own = [run for run in runs if any("nats" in found for found in _tasks(run).values())]
     if not own:
         return ""
-    tasks = list(_tasks(own[0]))
+    tasks = _all_tasks(own)
     rows = []
     for data, case, method, of in groups(own):
-        found = [[_tasks(run)[task].get("nats") for run in of] for task in tasks]
+        found = [[_tasks(run).get(task, {}).get("nats") for run in of] for task in tasks]
         cells = [spread([nats["mean"] for nats in of_task if nats], 1) for of_task in found]
         errors = [nats["error"] for of_task in found for nats in of_task if nats]
         rows.append([data, case, method, *cells, f"{max(errors):.1f}"])
@@ -288,7 +292,7 @@ def _passes(runs: Runs) -> str:
     """Completions in one pass and in several."""
     own, rows = [run for run in runs if any("several passes" in found for found in _tasks(run).values())], []
     for data, case, method, of in groups(own):
-        for task in _tasks(of[0]):
+        for task in _all_tasks(of):
             found = [_entries(_tasks(run).get(task, {}), name) for name in ("one pass", "several passes") for run in of]
             for count, same in _by_count(found, "passes").items():
                 rows.append([data, case, method, task, count or "1", *_draw_cells(same)])

@@ -9,7 +9,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ _STARTING = threading.Lock()  # a process takes its environment from this one's,
 
 class Worker:
     """A process in which a function is called again and again; it starts with the first call, and anew if it died.
+
+    Processes are spawned: if this one runs a script, that must do nothing when it is imported (`if __name__ == ...`).
 
     Args:
         function: that of a module, which the process imports. It may end as a program does, by SystemExit.
@@ -44,6 +46,7 @@ class Worker:
             The exit code that a program of this function has: 0 unless SystemExit says otherwise, 1 for any other
             exception, whose traceback is in the file, and minus the signal's number if one ended the process.
         """
+        log.write_bytes(b"")
         connection = self._running()
         try:
             connection.send((arguments, str(log)))
@@ -55,6 +58,11 @@ class Worker:
         except (EOFError, OSError):
             self.close()
             return self._process.exitcode
+
+    def kill(self) -> None:
+        """End the process at once, if there is one, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
 
     def close(self) -> None:
         """Let the process end, if there is one. It must not be in a call."""
@@ -69,11 +77,11 @@ class Worker:
             self.close()
         if self._connection is None:
             context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self._function))
-            with _STARTING, _defaults(self._environment):
-                self._process.start()
-            theirs.close()
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, self._function))
+            with theirs, _STARTING, _defaults(self._environment), _without_interrupts():
+                process.start()
+            self._process, self._connection = process, ours
         return self._connection
 
 
@@ -89,9 +97,25 @@ def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal: one that starts meanwhile is not to be interrupted by it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
     """Call a function with what comes, until nothing does any more, and answer with its exit codes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; one of them decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             arguments, log = connection.recv()
@@ -102,12 +126,21 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
         gc.collect()  # networks and optimizers refer to themselves
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # for the other processes on this GPU
-        connection.send(code)
+        with suppress(OSError):  # nobody is there any more
+            connection.send(code)
+
+
+def _end_with_parent() -> None:
+    """Ask this process to end once the one that started it is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _print_into(log: str) -> None:
-    """Send what this process prints, from Python or not, into a file."""
-    with open(log, "wb") as file:
+    """Send what this process prints, from Python or not, to the end of a file."""
+    with open(log, "ab") as file:
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(file.fileno(), number)

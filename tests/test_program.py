@@ -13,7 +13,7 @@ import torch
 from programs import ROOT, SMALL, assert_same_runs, finish, metrics, run_here, start
 
 import biglearn_vae as blv
-from biglearn_vae import checkpoint
+from biglearn_vae import checkpoint, commands
 
 
 @pytest.mark.parametrize("method", ["biglearn_u", "biglearn_t", "vae"])
@@ -124,6 +124,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(here, monkeypatch,
 
 
 def test_a_machine_without_git_and_damaged_leftovers(here, monkeypatch, capsys):
+    commands._commit.cache_clear()
     monkeypatch.setenv("PATH", str(here))
     assert run_here(monkeypatch, *SMALL, "name=run") == 0
     run = here / "outputs" / "run"
@@ -135,6 +136,8 @@ def test_a_machine_without_git_and_damaged_leftovers(here, monkeypatch, capsys):
     (run / "config.yaml").write_text("{ broken")
     assert run_here(monkeypatch, *SMALL, "name=run") == 2
     assert "config.yaml cannot be read" in capsys.readouterr().err
+    assert json.loads((run / "environment.json").read_text())["commit"] is None
+    commands._commit.cache_clear()
 
 
 def test_sweeps_are_checked_before_they_start(here, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """Processes that run one program after another."""
 
 import os
+import pickle
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -66,7 +68,7 @@ def test_exit_codes_are_those_of_programs_and_all_are_of_one_process(worker, tmp
 def test_a_process_that_died_is_told_by_its_signal_and_replaced(worker, tmp_path):
     code, text = said(worker, "die", tmp_path / "log")
     assert code == -signal.SIGKILL
-    again, other = said(worker, "work", tmp_path / "log")
+    again, other = said(worker, "work", tmp_path / "log")  # the file is written anew
     assert again == 0 and text.split()[2] != other.split()[2]
 
 
@@ -93,3 +95,32 @@ def test_its_environment_yields_to_what_is_set_and_leaves_this_one_alone(worker,
 
 def test_closing_what_never_started():
     Worker(act).close()
+    Worker(act).kill()
+
+
+def test_what_cannot_be_started_says_why(tmp_path):
+    worker = Worker(lambda: None)  # no function of a module
+    for _ in range(2):
+        with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+            worker.call((), tmp_path / "log", never)
+    worker.close()
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    program = (
+        "import os, sys, threading, pathlib; sys.path[:0] = sys.argv[2:]\n"
+        "from test_workers import Worker, act, never\n"
+        "if __name__ == '__main__':\n"
+        "    log = pathlib.Path(sys.argv[1])\n"
+        "    threading.Thread(target=Worker(act).call, args=(('sleep',), log, never), daemon=True).start()\n"
+        "    while not (log.exists() and 'asleep' in log.read_text()): pass\n"
+        "    os._exit(0)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    log = tmp_path / "log"
+    subprocess.run([sys.executable, tmp_path / "program.py", log, str(Path(__file__).parent), *sys.path], check=True)
+    process = int(log.read_text().split()[2])
+    with pytest.raises(ProcessLookupError):
+        for _ in range(3000):  # it sleeps for 100 seconds otherwise
+            os.kill(process, 0)
+            time.sleep(0.01)
