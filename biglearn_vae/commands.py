@@ -458,7 +458,8 @@ def _trained(cfg: "DictConfig") -> _Trained:
     """What `run`, `checkpoint`, `device` and `data_root` name.
 
     Raises:
-        ValueError: for settings of another type, or a run that is not there or was trained on other data.
+        ValueError: for settings of another type, a run that is not there, cannot be written to or was trained on other
+            data, and data that is not there.
     """
     config.check_seed(cfg.seed)
     words = dict.fromkeys(("run", "checkpoint", "device"), str) | {"data_root": str | None}
@@ -466,8 +467,13 @@ def _trained(cfg: "DictConfig") -> _Trained:
     runs.check_which(cfg.checkpoint)
     run = Path(cfg.run).expanduser()
     vae, state, path = runs.load_with_state(run, cfg.device, cfg.checkpoint)
+    if not os.access(run, os.W_OK):  # said before anything is measured
+        raise ValueError(f"{run} cannot be written, and what is found is written there: copy it to where it can")
     settings = config.saved(run)
-    splits = config.dataset(settings, cfg.data_root)
+    try:
+        splits = config.dataset(settings, cfg.data_root)
+    except ValueError as error:  # the scripts for a run have another name for it
+        raise ValueError(str(error).replace("data.root", "data_root")) from error
     if splits.train.fingerprint() != state["metadata"]["data"]:
         raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
     return _Trained(run, settings, vae, splits, path.name, state["step"])

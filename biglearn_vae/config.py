@@ -480,7 +480,7 @@ def saved(run: str | Path) -> "DictConfig":
         missing = [group for group in needed if group not in cfg]
     except LookupError:
         where = (path.parent.parent, Path("outputs"))
-        near = [str(p.parent) for folder in where for p in sorted(folder.glob(f"*/{CONFIG_FILE}"))][:5]
+        near = list(dict.fromkeys(str(p.parent) for at in where for p in sorted(at.glob(f"*/{CONFIG_FILE}"))))[:5]
         hint = f" There are {', '.join(near)}." if near else " Train one with scripts/train.py."
         raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}") from None
     except Exception as error:  # of YAML, of OmegaConf

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from biglearn_vae import image_files, masks
+from biglearn_vae import checks, image_files, masks
 from biglearn_vae.distributed import World, derive_seed
 
 PARTS = ("train", "valid", "test")
@@ -31,11 +31,23 @@ class ImageSet:
         labels: int64, or None: the class of each image, (N,), or several attributes of each that are 1, 0 or, where
             it is not known, -1, (N, A).
         recorded: boolean (N, rows, columns), which cells of a grid on each image were ever recorded, or None for all.
+
+    Raises:
+        ValueError: for pixels of another type or number of axes, and labels or `recorded` of other images.
     """
 
     pixels: Tensor
     labels: Tensor | None = None
     recorded: Tensor | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.pixels, Tensor) or self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
+            raise ValueError(
+                f"expected pixels of shape (N, C, H, W) as uint8, 0 to 255, got {checks.described(self.pixels)}"
+            )
+        for name, part in (("labels", self.labels), ("recorded", self.recorded)):
+            if part is not None and (not isinstance(part, Tensor) or len(part) != len(self.pixels)):
+                raise ValueError(f"expected {name} of the {len(self.pixels)} images, got {checks.described(part)}")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -205,6 +217,7 @@ def load(
     Args:
         name: one of `SOURCES`: digits, mnist, fashion_mnist, celeba, image_folder.
         root: where its files are or are downloaded to; by default the environment variable BIGLEARN_DATA, else data/.
+            Of image_folder the folder itself.
         image_size: side in pixels that images are resized to; each source has its default.
         channels: 1 (grey) or 3; each source has its default.
         options: of celeba and image_folder alone. `crop`, the side in pixels of the square in the middle that is taken

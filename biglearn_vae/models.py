@@ -148,6 +148,10 @@ class MaskedViT(nn.Module):
                 )
         if z is not None and (not isinstance(z, Tensor) or tuple(z.shape) != (len(x), self.z_dim)):
             raise ValueError(f"expected latents z of shape {(len(x), self.z_dim)}, got {checks.described(z)}")
+        dtype = self.token_in.weight.dtype
+        for name, value in (("tokens x", x), ("latents z", z)):
+            if value is not None and value.dtype != dtype and not torch.is_autocast_enabled(value.device.type):
+                raise ValueError(f"expected {name} in the network's {dtype}, got {value.dtype}: {name[-1]}.to(...)")
 
 
 class UniversalViT(MaskedViT):

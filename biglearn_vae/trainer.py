@@ -175,7 +175,7 @@ class Trainer:
         optim: Optim,
         *,
         steps: int,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         seed: int = 0,
         world: World | None = None,
         evaluate: Callable | None = None,
@@ -190,13 +190,23 @@ class Trainer:
         cuda_graph: bool | None = None,
         shard: bool = False,
     ):
+        if not isinstance(optim, Optim):
+            raise ValueError(
+                f"optim must be an Optim, of which the trainer makes optimizers, got {type(optim).__name__}"
+            )
+        if not callable(batches) or not hasattr(batches, "batch_size"):
+            raise ValueError(
+                "batches must be like Batches, batches(step) a step's data and batches.batch_size their number, "
+                f"got {type(batches).__name__}"
+            )
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
         intervals = {f"{name}_every": value for name, value in self.every.items()}
         for name, value in dict(steps=steps, accumulate=accumulate, **intervals).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
-        self.steps, self.folder, self.seed, self.monitor = steps, folder, seed, monitor
+        self.steps, self.seed, self.monitor = steps, seed, monitor
+        self.folder = None if folder is None else Path(folder)
         self.world, self.metadata = world or World(), metadata or {}
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:

@@ -655,6 +655,20 @@ def test_the_crop_of_a_folder(tmp_path):
     )
 
 
+def test_an_image_set_is_of_bytes_and_all_of_it_of_the_same_images():
+    pixels = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    for parts, message in (
+        ((pixels.float(),), r"expected pixels of shape \(N, C, H, W\) as uint8, 0 to 255, got torch.float32"),
+        ((pixels[0],), r"got torch.uint8 \(1, 4, 4\)"),
+        ((pixels.numpy(),), "got ndarray"),
+        ((pixels, torch.zeros(2)), r"expected labels of the 3 images, got torch.float32 \(2,\)"),
+        ((pixels, [0, 1, 2]), "expected labels of the 3 images, got list"),
+        ((pixels, None, torch.ones(1, 2, 2).bool()), "expected recorded of the 3 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageSet(*parts)
+
+
 def test_root_comes_from_the_environment(tmp_path, monkeypatch):
     write_greys(tmp_path, 5)
     monkeypatch.setenv("BIGLEARN_DATA", str(tmp_path))

@@ -239,6 +239,19 @@ def test_wrong_latents_are_named(tiny_net, shape):
     assert "latents z of shape (4, 3)" in str(error.value) and str(shape) in str(error.value)
 
 
+def test_numbers_of_another_precision_are_named(tiny_net):
+    x, S, z = batch()
+    for dtype in (torch.float32, torch.bfloat16):
+        for given in ((x.to(dtype), S), (x.to(dtype), S, z), (x, S, z.to(dtype))):
+            name = "tokens x" if given[0] is not x else "latents z"
+            with pytest.raises(ValueError, match=f"expected {name} in the network's torch.float64, got {dtype}"):
+                tiny_net(*given)
+    tiny_net.float()
+    with torch.autocast("cpu", torch.bfloat16):  # which brings them together
+        found = tiny_net(x.bfloat16(), S)
+    torch.testing.assert_close(found.mean.double(), tiny_net(x.float(), S).mean.double(), rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

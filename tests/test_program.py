@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -242,6 +243,10 @@ def test_errors_are_a_line_that_says_what_to_do(here, monkeypatch, capsys, words
 def test_evaluating_what_is_not_there(here, monkeypatch, capsys):
     assert run_here(monkeypatch, "run=outputs/nothing", script="evaluate") == 2
     assert "there is no run in outputs/nothing" in capsys.readouterr().err
+    (here / "outputs/one").mkdir(parents=True)
+    (here / "outputs/one/config.yaml").write_text("")
+    assert run_here(monkeypatch, "run=outputs/nothing", script="evaluate") == 2
+    assert "it has no config.yaml. There are outputs/one.\n" in capsys.readouterr().err
     assert run_here(monkeypatch, script="evaluate") == 2
     assert "run" in capsys.readouterr().err
 
@@ -312,6 +317,24 @@ def test_evaluating_on_other_data_than_the_run_was_trained_on(here, monkeypatch,
         Image.new("L", (8, 8), k).save(here / "a" / f"{k}.png")
     assert run_here(monkeypatch, "run=outputs/run", script="evaluate") == 2
     assert "was trained on other images" in capsys.readouterr().err
+    (here / "a").rename(here / "b")
+    assert run_here(monkeypatch, "run=outputs/run", script="evaluate") == 2
+    assert "there is no folder a: point data_root at a folder" in capsys.readouterr().err  # as it is named here
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_it_is_measured(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    run = here / "outputs/run"
+    run.chmod(0o500)
+    try:
+        if os.access(run, os.W_OK):
+            pytest.skip("this user may write anywhere")
+        for script in ("evaluate", "complete", "probe", "figures"):
+            assert run_here(monkeypatch, "run=outputs/run", script=script) == 2
+            error = capsys.readouterr().err
+            assert "outputs/run cannot be written" in error and "copy it" in error and "Traceback" not in error
+    finally:
+        run.chmod(0o700)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +436,15 @@ def test_flags_may_come_anywhere(here, monkeypatch, capsys):
     assert len(list((here / "outputs").glob("*/summary.json"))) == 2
     assert run_here(monkeypatch, "--config-name=evaluate") == 2
     assert "--config-name must be train or patch_ae, got 'evaluate'" in capsys.readouterr().err
+
+
+def test_the_module_says_which_scripts_there_are(capsys, monkeypatch):
+    for words, code in (["--help"], None), ([], 1), (["draw"], 1):
+        monkeypatch.setattr(sys, "argv", ["-m", *words])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("biglearn_vae", run_name="__main__")
+        said = capsys.readouterr().out if code is None else end.value.code
+        assert "SCRIPT being one of train, evaluate" in said and isinstance(end.value.code, str) == bool(code)
 
 
 def test_help_explains_the_settings(here, monkeypatch, capsys):

@@ -9,11 +9,13 @@ SECTION = (ROOT / "README.md").read_text().split("## In Python")[1]
 
 def test_the_python_of_the_readme(here, monkeypatch):
     assert run_here(monkeypatch, *SMALL, "name=digits-tiny-biglearn_u-seed0") == 0
-    first, second = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+    first, *others = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
     names: dict = {}
     exec(first, names)
     table = re.findall(r"`((?:q|vae)\b.*?)`", SECTION.split("```")[2])
     assert len(table) > 15
     for code in table:
         exec(code.replace("\\|", "|"), names)
-    exec(second, {})
+    assert len(others) == 2
+    for code in others:
+        exec(code, {})

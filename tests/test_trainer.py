@@ -229,6 +229,16 @@ def test_intervals_must_be_positive(name):
         make(**{name: 0})
 
 
+def test_what_a_trainer_is_made_of_is_checked_before_it_trains(tmp_path):
+    with pytest.raises(ValueError, match=r"optim must be an Optim, .* got AdamW"):
+        make_trainer(optim=torch.optim.AdamW(network().parameters()))
+    for batches in ([1, 2], lambda step: torch.ones(4, 2)):
+        with pytest.raises(ValueError, match=r"batches must be like Batches, .* got (list|function)"):
+            make_trainer(batches=batches)
+    make_trainer(str(tmp_path), steps=2).fit()  # a folder may be text
+    assert checkpoint.load_latest(tmp_path)["step"] == 2
+
+
 def test_checkpoints_of_another_network_are_refused(tmp_path):
     make(tmp_path, steps=6).fit()
     other = Trainer(nn.Linear(3, 1), noisy_squares, Points(), OPTIM, steps=6, folder=tmp_path)
