@@ -44,7 +44,8 @@ class Worker:
 
         Returns:
             The exit code that a program of this function has: 0 unless SystemExit says otherwise, 1 for any other
-            exception, whose traceback is in the file, and minus the signal's number if one ended the process.
+            exception, whose traceback is in the file, 143 after SIGTERM, and minus its number for a signal that ended
+            the process.
         """
         log.write_bytes(b"")
         connection = self._running()
@@ -103,6 +104,9 @@ def _without_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # whose start would let them through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -113,6 +117,7 @@ def _without_interrupts() -> Iterator[None]:
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
     """Call a function with what comes, until nothing does any more, and answer with its exit codes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides
+    signal.signal(signal.SIGTERM, _exit)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -128,6 +133,10 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
             torch.cuda.empty_cache()  # for the other processes on this GPU
         with suppress(OSError):  # nobody is there any more
             connection.send(code)
+
+
+def _exit(number: int, _) -> None:
+    sys.exit(128 + number)
 
 
 def _end_with_parent() -> None:

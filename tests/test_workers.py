@@ -28,6 +28,9 @@ def act(what: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "outside":
         os.system("echo from outside of Python")
+    if what == "work on":
+        while True:
+            time.sleep(0.01)
     if what == "sleep":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
         print("asleep", flush=True)
@@ -76,6 +79,10 @@ def test_it_is_asked_to_end_and_may_take_its_time(worker, tmp_path):
     log = tmp_path / "log"
     over = lambda: log.exists() and "asleep" in log.read_text()  # noqa: E731
     assert worker.call(("sleep",), log, over) == 5
+    log.unlink()
+    over = lambda: log.exists() and "work" in log.read_text()  # noqa: E731
+    assert worker.call(("work on",), log, over) == 128 + signal.SIGTERM
+    assert said(worker, "work", log)[0] == 0
 
 
 def test_its_environment_yields_to_what_is_set_and_leaves_this_one_alone(worker, tmp_path, monkeypatch):
