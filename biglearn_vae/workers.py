@@ -51,10 +51,11 @@ class Worker:
         connection = self._running()
         try:
             connection.send((arguments, str(log)))
-            while not connection.poll(0.2):
+            wait = 0.2
+            while not connection.poll(wait):
                 if over():
                     self._process.terminate()
-                    connection.poll(None)
+                    wait = 10  # and again then: Python may lose an exception that is raised at a bad moment
             return connection.recv()
         except (EOFError, OSError):
             self.close()

@@ -32,9 +32,12 @@ def act(what: str) -> None:
         while True:
             time.sleep(0.01)
     if what == "sleep":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
         print("asleep", flush=True)
-        time.sleep(100)
+        try:
+            time.sleep(100)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def never() -> bool:
