@@ -136,6 +136,20 @@ class Interruption:
             signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
 
 
+def _check(optim: Any, batches: Any, counts: dict[str, int]) -> None:
+    """Raise a ValueError for what a trainer cannot be made of."""
+    if not isinstance(optim, Optim):
+        raise ValueError(f"optim must be an Optim, of which the trainer makes optimizers, got {type(optim).__name__}")
+    if not callable(batches) or not hasattr(batches, "batch_size"):
+        raise ValueError(
+            "batches must be like Batches, batches(step) a step's data and batches.batch_size their number, "
+            f"got {type(batches).__name__}"
+        )
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 class Trainer:
     """Trains a network, and resumes what an earlier one in the same folder left.
 
@@ -190,20 +204,9 @@ class Trainer:
         cuda_graph: bool | None = None,
         shard: bool = False,
     ):
-        if not isinstance(optim, Optim):
-            raise ValueError(
-                f"optim must be an Optim, of which the trainer makes optimizers, got {type(optim).__name__}"
-            )
-        if not callable(batches) or not hasattr(batches, "batch_size"):
-            raise ValueError(
-                "batches must be like Batches, batches(step) a step's data and batches.batch_size their number, "
-                f"got {type(batches).__name__}"
-            )
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
         intervals = {f"{name}_every": value for name, value in self.every.items()}
-        for name, value in dict(steps=steps, accumulate=accumulate, **intervals).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _check(optim, batches, dict(steps=steps, accumulate=accumulate, **intervals))
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
         self.steps, self.seed, self.monitor = steps, seed, monitor
         self.folder = None if folder is None else Path(folder)
