@@ -305,7 +305,7 @@ def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) ->
         "name": run.name,
         "parameters": count_parameters(trainer.net),
         "steps": trainer.step,
-        "epochs": round(seen / len(splits.train), 2),
+        "epochs": float(f"{seen / len(splits.train):.3g}"),  # of a short training not 0
         "best_step": best_step,
         "seconds": round(trainer.seconds, 3),
         "precision": trainer.precision,

@@ -60,7 +60,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and, of several, standard deviation over seeds; NaN of none."""
     text = f"{statistics.fmean(values or [math.nan]):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {_deviation(values):.{digits}f}"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The standard deviation of several numbers; NaN if one of them isn't finite, of which statistics knows nothing."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _elbo_cells(found: Sequence[dict[str, Any]], split: str) -> list[str]:
@@ -397,7 +402,7 @@ def _costs(runs: Runs) -> str:
 def _epoch_seconds(runs: Runs) -> list[float]:
     """Without what compiling took, which is the same for any number of epochs."""
     trained = [run["train"] for run in runs]
-    return [(of["seconds"] - of.get("compile_seconds", 0)) / of["epochs"] for of in trained]
+    return [(of["seconds"] - of.get("compile_seconds", 0)) / (of["epochs"] or math.nan) for of in trained]
 
 
 # --- The paper's claims ---
@@ -416,7 +421,7 @@ def verdict(ours: Mapping[int, float], other: Mapping[int, float]) -> str:
     difference = statistics.fmean(differences)
     if len(differences) < 2:
         return f"{difference:+.3f}, one seed: no verdict"
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    error = _deviation(differences) / math.sqrt(len(differences))
     word = "comparable" if abs(difference) <= error else "better" if difference > 0 else "worse"
     return f"{word} ({difference:+.3f}, standard error {error:.3f} over {len(differences)} seeds)"
 

@@ -76,7 +76,8 @@ def test_more_steps_continue_and_other_settings_are_refused(here, monkeypatch, c
     assert run_here(monkeypatch, *SMALL, "name=run") == 0
     assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
     assert "going on with outputs/run" in capsys.readouterr().out
-    assert json.loads((here / "outputs/run/summary.json").read_text())["steps"] == 30
+    summary = json.loads((here / "outputs/run/summary.json").read_text())
+    assert summary["steps"] == 30 and summary["epochs"] == 30 * 16 / 1200
     assert run_here(monkeypatch, *SMALL, "name=run", "optim.lr=0.5") == 2
     error = capsys.readouterr().err
     assert "other settings (optim.lr: 0.002, now 0.5)" in error and "name=NAME" in error

@@ -97,6 +97,13 @@ def test_chains_are_compared_with_one_pass_of_the_same_seeds():
     assert "| digits | tiny | vae | 0.5 | pseudo-Gibbs | 5 | 10.00 | 13.00 |" in text
 
 
+def test_a_training_too_short_for_its_epochs_has_a_page():
+    run = run_numbers()
+    run["train"]["epochs"] = 0.0
+    assert "| digits | tiny | biglearn_u | 100 | nan | 0.0 | 2.500 |" in results_page.page({"p": [run]}, {})
+    assert "| 100 ± 0 | nan ± nan | 0.0 ± 0.0 |" in results_page.page({"p": [run, run | {"seed": 1}]}, {})
+
+
 def test_a_plot_of_what_nobody_measured_is_not_made():
     runs = [run_numbers()]
     assert "![Probe by share observed](p-probe.png)" in results_page.page({"p": runs}, {})
