@@ -326,9 +326,36 @@ def test_a_network_that_is_not_here_is_trained_before_it_is_measured(tmp_path):
     assert campaign._lacking(run) == ["train", "complete", "probe"]
 
 
+def preset_of(name: str) -> Preset:
+    return Preset(**OmegaConf.to_container(config.compose([f"preset={name}"], "reproduce").preset))
+
+
+def test_the_papers_matrix():
+    preset = preset_of("paper")
+    runs = {(run.data, run.case, run.method, run.seed): run for run in preset.runs()}
+    assert len(runs) == 2 * 3 * (3 + 3 + 1 + 1)
+    steps, epochs = preset.resolved(runs["mnist", "case4", "vae", 0], "train")["trainer.steps"], 50
+    assert steps * 128 >= epochs * 55_000
+    asked = {
+        key: {script: preset.resolved(run, script) for script in ("evaluate", "complete", "probe")}
+        for key, run in runs.items()
+        if run.seed < 2 and run.case in ("case1", "case4")
+    }
+    for (_, case, method, seed), settings in asked.items():
+        evaluate, complete, probe = settings.values()
+        chains, first = [1, 10, 100] if method == "vae" and seed == 0 else [], seed == 0
+        several = first and method != "vae"
+        assert complete["iterations"] == chains and complete["passes"] == ([4, 16] if several else None)
+        assert evaluate["passes"] == ([1, 4, 16] if several else [1] if first else None)
+        assert complete["likelihood_images"] == 20 * first
+        universal = first and method == "biglearn_u"
+        assert complete["regressor_steps"] == universal * steps and probe["ceiling_steps"] == universal * 10_000
+        assert probe["pixels"] == (universal and case == "case1")
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "results/runs").iterdir()))
 def test_the_committed_numbers_were_made_as_their_preset_says(name):
-    preset = Preset(**OmegaConf.to_container(config.compose([f"preset={name}"], "reproduce").preset))
+    preset = preset_of(name)
     known = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results/runs" / name).iterdir()}
     assert set(known) <= {run.name for run in preset.runs()}
     for run in preset.runs():
