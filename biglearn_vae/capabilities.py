@@ -570,12 +570,11 @@ class BigLearnVAE:
             mask = masks.from_pixels(mask, self.grid)
         if tuple(mask.shape) not in ((self.num_tokens,), (1, self.num_tokens), (batch, self.num_tokens)):
             height, width = self.image_shape[1:]
-            both = f"; as W = L, one mask of pixels for all is (1, {height}, {width})"
+            words = f"; as W = L, one mask of pixels for all is (1, {height}, {width})"
+            advice = words if width == self.num_tokens else ""
             raise ValueError(
                 f"expected a mask of patches (L,) or (B, L), or of pixels (H, W) or (B, H, W), with B = {batch}, "
-                f"L = {self.num_tokens} and H x W = {height} x {width}, got {tuple(S.shape)}"
-                + both
-                * (self.num_tokens == width)
+                f"L = {self.num_tokens} and H x W = {height} x {width}, got {tuple(S.shape)}{advice}"
             )
         return mask.expand(batch, -1)
 

@@ -305,7 +305,7 @@ def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) ->
         "name": run.name,
         "parameters": count_parameters(trainer.net),
         "steps": trainer.step,
-        "epochs": float(f"{seen / len(splits.train):.3g}"),  # of a short training not 0
+        "epochs": float(f"{seen / len(splits.train):.6g}"),  # of a short training not 0
         "best_step": best_step,
         "seconds": round(trainer.seconds, 3),
         "precision": trainer.precision,

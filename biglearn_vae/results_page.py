@@ -233,6 +233,11 @@ def _tasks(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return run.get("complete", {}).get("tasks", {})
 
 
+def _having(runs: Runs, name: str) -> Runs:
+    """Those runs of which `complete.py` has this for some task."""
+    return [run for run in runs if any(name in found for found in _tasks(run).values())]
+
+
 def _all_tasks(runs: Runs) -> list[str]:
     return list(dict.fromkeys(task for run in runs for task in _tasks(run)))
 
@@ -259,7 +264,7 @@ def _inpainting(runs: Runs) -> str:
 
 def _nats(runs: Runs) -> str:
     """Log-likelihoods of what is hidden."""
-    own = [run for run in runs if any("nats" in found for found in _tasks(run).values())]
+    own = _having(runs, "nats")
     if not own:
         return ""
     tasks = _all_tasks(own)
@@ -280,7 +285,7 @@ def _nats(runs: Runs) -> str:
 
 def _chains(runs: Runs) -> str:
     """The alternatives: chains of the joint VAE against one pass, of the seeds of which there are chains."""
-    with_chains = [run for run in runs if any("pseudo-Gibbs" in found for found in _tasks(run).values())]
+    with_chains = _having(runs, "pseudo-Gibbs")
     asked = sorted({task for run in with_chains for task, found in _tasks(run).items() if "pseudo-Gibbs" in found})
     beside, rows = set(map(_matched_by, with_chains)), []
     for data, case, method, own in groups([run for run in runs if _matched_by(run) in beside]):
@@ -295,7 +300,7 @@ def _chains(runs: Runs) -> str:
 
 def _passes(runs: Runs) -> str:
     """Completions in one pass and in several."""
-    own, rows = [run for run in runs if any("several passes" in found for found in _tasks(run).values())], []
+    own, rows = _having(runs, "several passes"), []
     for data, case, method, of in groups(own):
         for task in _all_tasks(of):
             found = [_entries(_tasks(run).get(task, {}), name) for name in ("one pass", "several passes") for run in of]

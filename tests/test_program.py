@@ -292,7 +292,7 @@ def test_evaluating_samples_in_passes(here, monkeypatch, capsys):
         for passes, scores in found["scores"].items():
             timeless = {name: value for name, value in scores.items() if name != "seconds"}
             assert timeless == pytest.approx({name: expected[passes][name] for name in timeless})
-            assert ("joint_nats" in scores) == (count > 0)
+            assert ("joint_nats" in scores) == ("variance" in scores) == (count > 0)
     assert found["images"] == 9
     assert run_here(monkeypatch, *words, "images=3", script="evaluate") == 0
     assert "fewer than 4 of these 3 images were recorded as a whole" in capsys.readouterr().out

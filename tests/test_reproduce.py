@@ -127,7 +127,8 @@ def test_several_passes_are_averaged_over_seeds():
     assert (
         "| digits | tiny | biglearn_u | 0.5 | 4 | 14.50 ± 0.71 | 15.00 ± 0.00 | 0.100 ± 0.000 | 2.00 ± 0.00 |" in text
     )
-    assert "| digits | tiny | biglearn_u | 4 | 0.750 ± 0.000 | 0.250 ± 0.000 | 7.5 ± 0.7 | 0.00300 ± 0.00000 |" in text
+    row = "| digits | tiny | biglearn_u | 4 | 0.750 ± 0.000 | 0.250 ± 0.000 | 7.5 ± 0.7 | 0.00300 ± 0.00000 |"
+    assert f"{row} 1.00 ± 0.00 |" in text
     del runs[0]["evaluate"]["passes"]["scores"]["1"], runs[1]["evaluate"]["passes"]["scores"]["1"]["joint_nats"]
     text = results_page.page({"p": runs}, {})
     assert "| digits | tiny | biglearn_u | 1 | 0.500 | 0.250 | nan | 0.00300 | 1.00 |" in text
