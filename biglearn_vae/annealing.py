@@ -4,7 +4,6 @@ It estimates the integral of a density gamma(z) that no single proposal covers, 
 through base(z)^(1 - b) gamma(z)^b, b = 0 .. 1. K chains each of N integrals, Z dimensions.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -44,9 +43,8 @@ def log_weights(
         ValueError: if draws or steps are not whole numbers or below 1, power is not positive, or the seed none of
             torch's.
     """
-    draws, steps = checks.whole_number("draws", draws), checks.whole_number("steps", steps)
-    if draws < 1 or steps < 1 or not 0 < checks.real_number(power) < math.inf:
-        raise ValueError(f"draws and steps must be at least 1 and power positive, got {draws}, {steps} and {power}")
+    draws, steps = checks.whole_number("draws", draws, 1), checks.whole_number("steps", steps, 1)
+    power = checks.real_number("power", power, "(0, inf)")
     generator = gaussian.generator(base.mean.device, seed)
     path = _Path(target, base.double(), [(t / steps) ** power for t in range(steps + 1)], generator)
     sizes = path.follow(max(PILOT, draws // 4))[1] if steps > 1 else []

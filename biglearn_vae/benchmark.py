@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biglearn_vae import cuda_graph, data
+from biglearn_vae import checks, cuda_graph, data
 from biglearn_vae.data import Batches, ImageSet
 from biglearn_vae.distributed import StepRandom, World, synchronize
 from biglearn_vae.losses import BigLearnELBO
@@ -74,10 +74,10 @@ class Plan:
     def __post_init__(self):
         for name in ("repeats", "steps", "warmup", "evaluations", "test_images"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must not be negative, got {self.workers}")
+            if value is not None:
+                checks.whole_number(name, value, 1)
+        if self.workers is not None:
+            checks.whole_number("workers", self.workers, 0)
         if self.compile not in (None, True, False):
             raise ValueError(f"compile must be true, false or null, got {self.compile!r}")
         unknown = set(self.asked) - set(STAGES)
@@ -171,8 +171,7 @@ class Work:
     workers: int = 0
 
     def __post_init__(self):
-        if self.total < 1:
-            raise ValueError(f"trainer.steps must be at least 1, got {self.total}")
+        checks.whole_number("trainer.steps", self.total, 1)
         if not 1 <= self.batch_size <= len(self.images):
             raise ValueError(
                 f"trainer.batch_size must be from 1 to {len(self.images)}, the number of training images, "

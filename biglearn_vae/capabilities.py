@@ -105,8 +105,7 @@ class BigLearnVAE:
     ):
         check_prior(prior)
         chunk = checks.whole_number("chunk", chunk, 1)
-        if not 0 <= checks.real_number(variance) < math.inf:
-            raise ValueError(f"variance must be a number not below 0, got {variance!r}")
+        checks.real_number("variance", variance, "[0, inf)")
         network = "a network such as UniversalViT, unwrapped (`load` makes a model of a run's folder)"
         _check_part(network, net, ("grid", "num_tokens", "token_dim", "z_dim"))
         _check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
@@ -374,9 +373,8 @@ class BigLearnVAE:
         Returns:
             float64 (B,), or () for a single image.
         """
-        if unit not in ("nats", "bits_per_dim"):
-            raise ValueError(f"unit must be 'nats' or 'bits_per_dim', got {unit!r}")
-        variance = self._variance(variance)
+        checks.check_choice("unit", unit, ("nats", "bits_per_dim"))
+        variance = self.checked_variance(variance)
         tokens, S, T, single = self._tasks(x, T, given)
         of_passes = self._importance_by_pass(tokens, S, T, samples, seed, passes)
         bound = sum(part.log_weights(variance).logsumexp(0) - math.log(samples) for part in of_passes)
@@ -398,16 +396,15 @@ class BigLearnVAE:
 
         For S empty they are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
         """
-        variance = self._variance(variance)
+        variance = self.checked_variance(variance)
         tokens, S, T, single = self._tasks(x, T, given)
         weights = self._importance(tokens, S, T, samples, seed).log_weights(variance)
         return weights[:, 0] if single else weights
 
-    def _variance(self, variance: float | None) -> float:
+    def checked_variance(self, variance: float | None) -> float:
+        """A variance of observations, by default the model's own; a ValueError unless it is positive and finite."""
         variance = self.variance if variance is None else variance
-        if not 0 < checks.real_number(variance) < math.inf:
-            raise ValueError(f"variance must be positive, got {variance}: give one, log_prob(..., variance=0.01)")
-        return variance
+        return checks.real_number("variance", variance, "(0, inf)", ": give one, such as variance=0.01")
 
     def _importance_by_pass(
         self, tokens: Tensor, S: Tensor, T: Tensor, samples: int, seed: int | None, passes: int

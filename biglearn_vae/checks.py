@@ -1,8 +1,7 @@
 """Checks of what a caller gave: what was expected and what came, as a ValueError, before it fails somewhere deep."""
 
-import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +29,40 @@ def whole_numbers(values: Any, least: int) -> list[int]:
         return []
 
 
-def real_number(value: Any) -> float:
-    """A number of any type as a float; if it is none, NaN, which is in no range."""
+def real_number(name: str, value: Any, interval: str, hint: str = "") -> float:
+    """A number of any type as a float; a ValueError unless it is one in an interval, such as "[0, 1)" or "(0, inf)"."""
+    if not _is_within(value, interval):
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}{hint}")
+    return float(value)
+
+
+def real_numbers(name: str, values: Any, count: int, interval: str, hint: str = "") -> list[float]:
+    """Numbers as floats; a ValueError unless they are a sequence of so many, each in an interval."""
+    shown = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else None
+    if shown is None or len(shown) != count or not all(_is_within(value, interval) for value in shown):
+        given = values if shown is None else shown
+        raise ValueError(f"{name} must be {count} numbers in {interval}, got {given!r}{hint}")
+    return [float(value) for value in shown]
+
+
+def _is_within(value: Any, interval: str) -> bool:
     if isinstance(value, str | bool):
-        return math.nan
+        return False
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last by a tensor of several numbers
-        return math.nan
+        return False
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = low <= number if interval[0] == "[" else low < number
+    below = number <= high if interval[-1] == "]" else number < high
+    return above and below  # NaN is neither
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise a ValueError unless a setting is one of these."""
+    if value not in choices:
+        allowed = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check_seed(seed: int | None) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from biglearn_vae import benchmark as timing
 from biglearn_vae import (
+    checks,
     completion,
     config,
     evaluation,
@@ -86,7 +87,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     try:
         sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
         if not (typed.config_dir or typed.config_path or typed.shell_completion):
-            config.check_choice("--config-name", chosen, PROGRAMS.get(config_name, (config_name,)))
+            checks.check_choice("--config-name", chosen, PROGRAMS.get(config_name, (config_name,)))
             config.check(typed.overrides, chosen, sweep)
         if typed.help:
             words = [o.input_line for o in config.parsed(typed.overrides) if not o.is_sweep_override()]
@@ -331,18 +332,17 @@ def measure_likelihood(
         return {}
     fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed)
     variances = {"model": vae.variance, "fitted": fitted}
+    counts = {"samples": settings.samples, "annealing_steps": settings.annealing_steps}
     bounds = {
-        name: {"variance": variance} | evaluation.likelihood(vae, images, settings.samples, variance, seed)
+        name: {"variance": variance} | evaluation.likelihood(vae, images, variance=variance, seed=seed, **counts)
         for name, variance in variances.items()
         if variance > 0  # it is beta, and a run may have been trained without a KL
     }
     agreement = {}
     if vae.num_tokens > 1:
-        agreement = evaluation.consistency(vae, images, settings.samples, fitted if vae.variance == 0 else None, seed)
-    return {
-        "likelihood": {"images": len(images), "samples": settings.samples} | bounds,
-        "consistency": agreement,
-    }
+        variance = fitted if vae.variance == 0 else None
+        agreement = evaluation.consistency(vae, images, variance=variance, seed=seed, **counts)
+    return {"likelihood": {"images": len(images)} | counts | bounds, "consistency": agreement}
 
 
 def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", sp
 def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
     config.check_evaluation(cfg)
-    config.check_choice("split", cfg.split, PARTS)
+    checks.check_choice("split", cfg.split, PARTS)
     run, settings, vae, splits, checkpoint_name, step = _trained(cfg)
     result = {
         "name": run.name,
@@ -397,9 +397,8 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     hints = typing.get_type_hints(completion.Plan)
     config.check_types(hints | {"images": int}, {name: values[name] for name in (*hints, "images")}, "")
     plan = completion.Plan(**{name: values[name] for name in hints})
-    config.check_choice("split", cfg.split, PARTS[1:])
-    if cfg.images < 1:
-        raise ValueError(f"images must be at least 1, got {cfg.images}")
+    checks.check_choice("split", cfg.split, PARTS[1:])
+    checks.whole_number("images", cfg.images, 1)
     trained = _trained(cfg)
     images = getattr(trained.splits, cfg.split).select(slice(cfg.images))
     start = time.perf_counter()
@@ -486,8 +485,8 @@ def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
     hints = {"figures": list[str] | str | None, "images": int | None, "delta": float | None}
     values = {name: OmegaConf.to_container(cfg)[name] for name in hints}
     config.check_types(hints, values, "")
-    if values["images"] is not None and values["images"] < 1:
-        raise ValueError(f"images must be at least 1, got {values['images']}")
+    if values["images"] is not None:
+        checks.whole_number("images", values["images"], 1)
     names = values.pop("figures")
     names = list(pictures.FIGURES) if names is None else [names] if isinstance(names, str) else names
     if not names or not set(names) <= set(pictures.FIGURES):
@@ -632,10 +631,10 @@ def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
     values = {name: container[name] for name in hints}
     config.check_types(hints, values, "")
     config.check_evaluation(cfg, everything=True)
-    config.check_choice("split", cfg.split, PARTS[1:])
+    checks.check_choice("split", cfg.split, PARTS[1:])
     for name, least in (("train_images", 1), ("test_images", 1), ("ceiling_steps", 0)):
-        if values[name] is not None and values[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {values[name]}")
+        if values[name] is not None:
+            checks.whole_number(name, values[name], least)
     return values
 
 

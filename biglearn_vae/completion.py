@@ -56,16 +56,11 @@ class Plan:
 
     def __post_init__(self):
         evaluation.check_tasks(self.tasks)
-        if self.draws < 2:
-            raise ValueError(f"draws must be at least 2, got {self.draws}")
-        for name in ("likelihood_images", "regressor_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("samples", "annealing_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if any(count < 1 for count in self.iterations):
-            raise ValueError(f"iterations must be at least 1 each, got {list(self.iterations)}")
+        least = {"draws": 2, "likelihood_images": 0, "regressor_steps": 0, "samples": 1, "annealing_steps": 1}
+        for name, count in least.items():
+            checks.whole_number(name, getattr(self, name), count)
+        for count in self.iterations:
+            checks.whole_number("each of iterations", count, 1)
         if self.passes is not None and not checks.whole_numbers(self.passes, 2):
             raise ValueError(f"passes must be whole numbers from 2 on, as one is measured anyway, got {self.passes}")
 

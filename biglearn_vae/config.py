@@ -328,6 +328,7 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
     from omegaconf import OmegaConf
 
     hints = {"ratios": list[float], "passes": list[int] | None, **dict.fromkeys(EVALUATION_COUNTS, int)}
+    hints |= {"annealing_steps": int | None}
     values = {name: value for name, value in OmegaConf.to_container(settings).items() if name in hints}
     check_types(hints, values, where.rstrip("."))
     for name, value in values.items():
@@ -339,7 +340,7 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
         if name == "passes" and min(value or [1]) < 1:
             raise ValueError(f"{where}passes must be at least 1 each, got {value}")
         least = 0 if name == "likelihood_images" else 1
-        if name in EVALUATION_COUNTS and value < least:
+        if name not in ("ratios", "passes") and value is not None and value < least:
             raise ValueError(f"{where}{name} must be at least {least}, got {value}")
 
 
@@ -502,13 +503,6 @@ def _saved_in_checkpoint(run: Path) -> "DictConfig":
         except ValueError:  # not there, or damaged
             continue
     raise LookupError
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise a ValueError unless a setting is one of these."""
-    if value not in choices:
-        allowed = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check_seed(seed: Any) -> None:

@@ -229,12 +229,11 @@ def load(
         ValueError: on an unknown name, wrong sizes, options that a data set does not take, or data that is not there
             and cannot be had.
     """
-    if name not in SOURCES:
-        raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(SOURCES)}")
+    checks.check_choice("the data set", name, list(SOURCES))
     if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {channels}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
+        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+    if image_size is not None:
+        image_size = checks.whole_number("image_size", image_size, 1)
     _check_options(name, options)
     sizes = {k: v for k, v in dict(image_size=image_size, channels=channels).items() if v is not None}
     return SOURCES[name](Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser(), **sizes, **options)
@@ -244,9 +243,8 @@ def _check_options(name: str, options: dict[str, int | str | None]) -> None:
     taken = inspect.signature(SOURCES[name]).parameters.keys() & {"crop", "cache"}
     for option in options.keys() - taken:
         raise ValueError(f"data set {name} takes no {option}: leave data.{option} out")
-    crop = options.get("crop")
-    if crop is not None and crop < 1:
-        raise ValueError(f"crop must be at least 1 pixel, or null for the largest square, got {crop}")
+    if options.get("crop") is not None:
+        checks.whole_number("crop", options["crop"], 1)
 
 
 def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str = "patch") -> Splits:
@@ -261,10 +259,8 @@ def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str 
     Raises:
         ValueError: if nothing would be left, or on values outside these.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"missing must be a share in [0, 1), got {share}")
-    if unit not in ("patch", "image"):
-        raise ValueError(f"missing_unit must be 'patch' or 'image', got {unit!r}")
+    checks.real_number("missing", share, "[0, 1)")
+    checks.check_choice("missing_unit", unit, ("patch", "image"))
     if share == 0:
         return splits
     parts = {
@@ -299,8 +295,7 @@ def images(
 
     The test images of CelebA are 4 GB as floats: of a large set, take `load(...).test[:8]`.
     """
-    if split not in PARTS:
-        raise ValueError(f"split must be train, valid or test, got {split!r}")
+    checks.check_choice("split", split, PARTS)
     return getattr(load(name, root, image_size, channels, **options), split)[:]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from biglearn_vae import config
+from biglearn_vae import checks, config
 from biglearn_vae.files import read_json, write_json
 from biglearn_vae.runs import FILES
 from biglearn_vae.trainer import Interruption
@@ -190,12 +190,10 @@ class Campaign:
     budget: float | None = None
 
     def __post_init__(self):
-        if self.target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
-        if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
-        if self.budget is not None and self.budget <= 0:
-            raise ValueError(f"budget must be a positive number of minutes, got {self.budget}")
+        checks.check_choice("target", self.target, list(TARGETS))
+        checks.whole_number("workers", self.workers, 1)
+        if self.budget is not None:
+            checks.real_number("budget", self.budget, "(0, inf)", ": minutes")
         self._deadline = None if self.budget is None else time.monotonic() + 60 * self.budget
         self._stop, self._interruption = threading.Event(), Interruption()
 
@@ -338,7 +336,8 @@ class Campaign:
 def _course(path: Path, points: int = 50) -> Iterator[dict[str, float]]:
     """Step, seconds and loss of some of the reports of a run."""
     rows = [row for row in map(json.loads, path.read_text().splitlines()) if "train/loss" in row]
-    for row in rows[:: -(-len(rows) // points)]:
+    between = -(-len(rows) // points)
+    for row in rows[(len(rows) - 1) % between :: between] if rows else ():  # the last among them
         yield {"step": row["step"], "seconds": round(row["seconds"], 1), "loss": round(row["train/loss"], 4)}
 
 

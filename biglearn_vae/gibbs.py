@@ -26,6 +26,8 @@ from biglearn_vae.capabilities import BigLearnVAE, Observed
 from biglearn_vae.distributed import synchronize
 from biglearn_vae.gaussian import DiagGaussian
 
+PSEUDO = 10  # iterations of pseudo-Gibbs that Metropolis-within-Gibbs starts with
+
 
 @dataclass(frozen=True, eq=False)
 class State:
@@ -91,7 +93,7 @@ def metropolis_within_gibbs(
     S: Tensor,
     iterations: Sequence[int] = (100,),
     draws: int = 1,
-    pseudo: int = 10,
+    pseudo: int = PSEUDO,
     variance: float | None = None,
     start: Tensor | None = None,
     seed: int | None = None,
@@ -144,7 +146,7 @@ def chain(
         raise ValueError(f"expected a BigLearnVAE, which has a network and its tokenizer, got {type(vae).__name__}")
     draws, pseudo = checks.whole_number("draws", draws, 1), checks.whole_number("pseudo", pseudo, 0)
     checks.check_seed(seed)
-    chains = _Chains(vae, x, S, noisy, vae.variance if variance is None else variance, seed)
+    chains = _Chains(vae, x, S, noisy, vae.checked_variance(variance), seed)
     filled = None if start is None else chains.filled(start, draws)
     return chains.states(draws, pseudo, filled)
 
@@ -153,8 +155,6 @@ class _Chains:
     """The two kinds of iteration, for any number of chains of these images."""
 
     def __init__(self, vae: BigLearnVAE, x: Tensor, S: Tensor, noisy: bool, variance: float, seed: int | None):
-        if not 0 < checks.real_number(variance) < math.inf:
-            raise ValueError(f"variance must be positive, got {variance}")
         self.vae, self.noisy, self.variance = vae, noisy, variance
         observed = vae.observe(x, S)
         self.known, self.mask = observed.tokens, observed.mask

@@ -86,12 +86,10 @@ class BigLearnELBO:
         beta_warmup_steps: int = 0,
         beta_warmup_start: float = 0.0,
     ):
-        if not 0 <= checks.real_number(beta) < math.inf:
-            raise ValueError(f"beta must be a number not below 0, got {beta}")
+        checks.real_number("beta", beta, "[0, inf)")
         check_prior(prior)
         checks.whole_number("beta_warmup_steps", beta_warmup_steps, 0)
-        if not 0 <= checks.real_number(beta_warmup_start) <= 1:
-            raise ValueError(f"beta_warmup_start must be a share of beta in [0, 1], got {beta_warmup_start}")
+        checks.real_number("beta_warmup_start", beta_warmup_start, "[0, 1]", ": a share of beta")
         self.beta, self.prior = beta, prior
         self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
         self.masks = _sampler(masks)
@@ -175,8 +173,7 @@ class BigLearnELBO:
 
 def check_prior(prior: str) -> None:
     """Raise a ValueError unless this names a prior of z: "learned", p(z | x_S), or "standard", N(0, I)."""
-    if prior not in ("learned", "standard"):
-        raise ValueError(f"prior must be 'learned' or 'standard', got {prior!r}")
+    checks.check_choice("prior", prior, ("learned", "standard"))
 
 
 def _sampler(given: MaskSampler | None) -> MaskSampler:
@@ -289,10 +286,8 @@ class PatchAELoss:
     """
 
     def __init__(self, share: float = 0.25, border_weight: float = 1.0):
-        if not 0 < checks.real_number(share) <= 1:
-            raise ValueError(f"share must be in (0, 1], got {share}")
-        if not 1 <= checks.real_number(border_weight) < math.inf:
-            raise ValueError(f"border_weight must be at least 1, got {border_weight}")
+        checks.real_number("share", share, "(0, 1]")
+        checks.real_number("border_weight", border_weight, "[1, inf)")
         self.share, self.border_weight = share, border_weight
 
     def __call__(

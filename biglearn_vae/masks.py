@@ -4,8 +4,7 @@ Masks are boolean (B, L), True = in the set. `MaskSampler` is q(S, T) of the obj
 for a trained model. B batch, L tokens.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +38,9 @@ class MaskSampler:
 
     def __post_init__(self):
         for name in ("s_ratio", "t_ratio"):
-            parameters = getattr(self, name)
-            shown = list(parameters) if isinstance(parameters, Sequence) else parameters
-            if shown is parameters or len(shown) != 2 or not all(0 < checks.real_number(p) < math.inf for p in shown):
-                raise ValueError(f"{name} must be two positive Beta parameters, got {shown}")
-        if not 0 <= checks.real_number(self.joint) <= 1:
-            raise ValueError(f"joint must be a share in [0, 1], got {self.joint}")
-        if self.ratios_per not in ("sample", "step"):
-            raise ValueError(f"ratios_per must be 'sample' or 'step', got {self.ratios_per!r}")
+            checks.real_numbers(name, getattr(self, name), 2, "(0, inf)", ": parameters of a Beta distribution")
+        checks.real_number("joint", self.joint, "[0, 1]")
+        checks.check_choice("ratios_per", self.ratios_per, ("sample", "step"))
 
     def __call__(
         self, batch_size: int, num_tokens: int, generator: torch.Generator, recorded: Tensor | None = None
@@ -156,9 +150,8 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
 def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = None) -> Tensor:
     """Masks (B, L) in which a random `ratio` of the patches, rounded, is observed: the same ones for the same seed."""
     shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
-    if not 0 <= checks.real_number(ratio) <= 1:
-        raise ValueError(f"ratio must be in [0, 1], got {ratio}")
-    return torch.rand(shape, generator=_generator(seed)).argsort(dim=-1) < round(float(ratio) * shape[1])
+    seen = round(checks.real_number("ratio", ratio, "[0, 1]") * shape[1])
+    return torch.rand(shape, generator=_generator(seed)).argsort(dim=-1) < seen
 
 
 def _generator(seed: int | None) -> torch.Generator:
@@ -197,8 +190,7 @@ def half(grid: tuple[int, int], observed: str = "top") -> Tensor:
         "left": (slice(None), slice(None, grid[1] // 2)),
         "right": (slice(None), slice(grid[1] // 2, None)),
     }
-    if observed not in parts:
-        raise ValueError(f"observed must be one of {', '.join(parts)}, got {observed!r}")
+    checks.check_choice("observed", observed, list(parts))
     mask[parts[observed]] = True
     return mask.flatten()
 

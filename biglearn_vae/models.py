@@ -44,8 +44,7 @@ class MaskedViT(nn.Module):
         for name, value in dict(token_dim=token_dim, dim=dim, z_dim=z_dim, mlp_ratio=mlp_ratio).items():
             checks.whole_number(name, value, 1)
         self.grid = checks.check_grid(grid)
-        if hidden not in HIDDEN:
-            raise ValueError(f"hidden must be one of {', '.join(HIDDEN)}, got {hidden!r}")
+        checks.check_choice("hidden", hidden, HIDDEN)
         self.token_dim, self.z_dim, self.hidden = token_dim, z_dim, hidden
         self.num_tokens = self.grid[0] * self.grid[1]
         self.token_in = Linear(token_dim, dim)

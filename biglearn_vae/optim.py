@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biglearn_vae import checks
 from biglearn_vae.distributed import is_split
 
 SMALL = 2**15  # numbers of a matrix below which a CPU is faster at several of them at once
@@ -49,22 +50,13 @@ class Optim:
     muon_lr: float | None = None
 
     def __post_init__(self):
-        require = {
-            f"lr must be positive, got {self.lr}": 0 < self.lr < math.inf,
-            f"betas must be two numbers in [0, 1), got {list(self.betas)}": len(self.betas) == 2
-            and all(0 <= b < 1 for b in self.betas),
-            f"eps must be positive, got {self.eps}": self.eps > 0,
-            f"weight_decay must not be negative, got {self.weight_decay}": self.weight_decay >= 0,
-            f"warmup_steps must not be negative, got {self.warmup_steps}": self.warmup_steps >= 0,
-            f"schedule must be 'constant' or 'cosine', got {self.schedule!r}": self.schedule in ("constant", "cosine"),
-            f"clip_norm must be positive or null, got {self.clip_norm}": self.clip_norm is None or self.clip_norm > 0,
-            f"ema_decay must be in [0, 1), got {self.ema_decay}": 0 <= self.ema_decay < 1,
-            f"muon_lr must be positive or null, got {self.muon_lr}": self.muon_lr is None
-            or 0 < self.muon_lr < math.inf,
-        }
-        for message, holds in require.items():
-            if not holds:
-                raise ValueError(message)
+        checks.real_numbers("betas", self.betas, 2, "[0, 1)")
+        checks.whole_number("warmup_steps", self.warmup_steps, 0)
+        checks.check_choice("schedule", self.schedule, ("constant", "cosine"))
+        intervals = {"lr": "(0, inf)", "eps": "(0, inf)", "weight_decay": "[0, inf)", "ema_decay": "[0, 1)"}
+        optional = {name: "(0, inf)" for name in ("clip_norm", "muon_lr") if getattr(self, name) is not None}
+        for name, interval in (intervals | optional).items():
+            checks.real_number(name, getattr(self, name), interval, ", or None" if name in optional else "")
 
     def optimizers(
         self, net: nn.Module, fused: bool | None = None, capturable: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biglearn_vae import checks
 from biglearn_vae.patches import Patchify
 
 PATCHES_AT_ONCE = 2**13  # that pass through the layers, which bounds the memory
@@ -56,7 +57,7 @@ class PatchAE(nn.Module):
         self.patches = Patchify(image_size, patch_size, channels)
         if patch_size % 2:
             raise ValueError(f"patch_size must be even for a PatchAE, got {patch_size}")
-        if width < 2 or width % 2:
+        if checks.whole_number("width", width, 2) % 2:
             raise ValueError(f"width must be an even number from 2 on, got {width}")
         self.sizes = dict(image_size=image_size, patch_size=patch_size, channels=channels, width=width)
         self.image_shape, self.grid = self.patches.image_shape, self.patches.grid

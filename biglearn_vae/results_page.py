@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from biglearn_vae import gibbs
 from biglearn_vae.experiments import select
 
 Runs = list[dict[str, Any]]
@@ -22,6 +23,7 @@ PAPER = {  # Tables 3 and 4: parameters over 2^20, as printed
     "celeba": "89.9421",
 }
 BOUNDS = {"joint_nats": "whole", "marginal_nats": "half", "conditional_nats": "other half given it"}
+SIGNIFICANT = 0.05  # how seldom chance alone may give a difference that is called better or worse
 DRAWS = ("a draw", "mean", "diversity", "seconds")
 DRAWS_TEXT = "PSNR in dB; diversity is the standard deviation between draws, seconds are of all images and draws."
 HEAD = """# Results
@@ -278,7 +280,8 @@ def _nats(runs: Runs) -> str:
         "log p(hidden | observed) in nats an image under N(mu, variance I), the variance fitted on training images,\n"
         "by annealed importance sampling: for a BigLearn-VAE in expectation a lower bound, for `vae` the difference\n"
         "of two estimates, which may be too high. The error is the standard error of one image's estimate: the root\n"
-        "mean square over images, at its largest.\n"
+        "mean square over images, at its largest. It cannot exceed 1 (root 2 for a difference): near that, one sample\n"
+        "outweighs all others and the estimate is as far off as may be.\n"
     )
     return f"### Likelihood of the hidden part\n\n{text}\n" + table(["data", "case", "method", *tasks, "error"], rows)
 
@@ -295,7 +298,8 @@ def _chains(runs: Runs) -> str:
                 for count, same in _by_count(found, "iterations").items():
                     rows.append([data, case, method, task, name, count, *_draw_cells(same)])
     head = ["data", "case", "model", "observed", "sampler", "iterations", *DRAWS]
-    return f"### One pass against chains of the joint VAE\n\n{DRAWS_TEXT}\n\n" + table(head, rows) if rows else ""
+    text = f"{DRAWS_TEXT}\nMetropolis-within-Gibbs starts with {gibbs.PSEUDO} iterations of pseudo-Gibbs.\n"
+    return f"### One pass against chains of the joint VAE\n\n{text}\n" + table(head, rows) if rows else ""
 
 
 def _passes(runs: Runs) -> str:
@@ -367,14 +371,16 @@ def _bounds(runs: Runs) -> str:
         found = [run["evaluate"]["likelihood"] for run in of]
         fitted = [likelihood["fitted"] for likelihood in found]
         nats = [spread([bounds[name] for bounds in fitted if name in bounds], 1) for name in BOUNDS]
-        counts = [str(max(likelihood[name] for likelihood in found)) for name in ("images", "samples")]
+        counts = [str(max(one.get(name) or 0 for one in found)) for name in ("images", "samples", "annealing_steps")]
         rows.append([data, case, method, *counts, spread([bounds["variance"] for bounds in fitted], 5), *nats])
     text = (
         "In nats an image, under N(mu, variance I) with the variance fitted on training images; importance-weighted\n"
-        "bounds, samples drawn from p(z | all that is given or asked for): of whole images, of a random half of the\n"
-        "patches, and of the other half given that one, which the network of `vae` was never trained for.\n"
+        "bounds (annealed, where there are steps of it), samples drawn from p(z | all that is given or asked\n"
+        "for): of whole images, of a random half of the patches, and of the other half given that one, which the\n"
+        "network of `vae` was never trained for. How far a bound is below the likelihood differs between methods\n"
+        '(`choices.md`, "One pass or several").\n'
     )
-    head = ["data", "case", "method", "images", "samples", "variance", *BOUNDS.values()]
+    head = ["data", "case", "method", "images", "samples", "annealing steps", "variance", *BOUNDS.values()]
     return f"### Bounds on log-likelihoods\n\n{text}\n" + table(head, rows) if rows else ""
 
 
@@ -385,10 +391,11 @@ def _consistency(runs: Runs) -> str:
         [data, case, method, *(spread([run["evaluate"]["consistency"][name] for run in of], 2) for name in names)]
         for data, case, method, of in groups(own)
     ]
-    head = ["data", "case", "method", "order gap", "of it by estimation", "from Bayes' posterior"]
+    head = ["data", "case", "method", "order gap", "of it by noise", "from Bayes' posterior, at least"]
     text = (
         "How far log p(x_A) + log p(x_B given x_A) is from log p(x_B) + log p(x_A given x_B), how much of that is the\n"
-        "noise of estimation, and how far p(z given x_S) is from Bayes' posterior; over random A, B and S.\n"
+        "noise of estimation (its bias is not seen), and how far p(z given x_S) is from Bayes' posterior; over random\n"
+        "A, B and S. The last is a lower bound, and beyond a few nats one far below the truth, which ranks nothing.\n"
     )
     return f"### Consistency, in nats\n\n{text}\n" + table(head, rows) if rows else ""
 
@@ -418,7 +425,9 @@ def verdict(ours: Mapping[int, float], other: Mapping[int, float]) -> str:
 
     Args:
         ours, other: numbers by seed. They are paired: runs of one seed see the same images in the same order, and are
-            measured on the same ones with the same noise; seeds that only one of both has are left out.
+            measured on the same ones with the same noise; seeds that only one of both has are left out. p is that of
+            Student's t for pairs, without which few seeds would call better or worse what is neither: of two, every
+            other difference that is only chance is larger than its standard error.
     """
     differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
     if not differences:
@@ -426,9 +435,20 @@ def verdict(ours: Mapping[int, float], other: Mapping[int, float]) -> str:
     difference = statistics.fmean(differences)
     if len(differences) < 2:
         return f"{difference:+.3f}, one seed: no verdict"
+    if not math.isfinite(difference):
+        return f"{difference:+.3f}, not a finite number: no verdict"
     error = _deviation(differences) / math.sqrt(len(differences))
-    word = "comparable" if abs(difference) <= error else "better" if difference > 0 else "worse"
-    return f"{word} ({difference:+.3f}, standard error {error:.3f} over {len(differences)} seeds)"
+    chance = _chance(difference, error, len(differences))
+    word = "better" if difference > 0 else "worse"
+    word = "comparable" if abs(difference) <= error else word if chance < SIGNIFICANT else f"not significantly {word}"
+    return f"{word} ({difference:+.3f}, standard error {error:.3f} over {len(differences)} seeds, p = {chance:.2g})"
+
+
+def _chance(difference: float, error: float, count: int) -> float:
+    """How often chance alone makes a mean of so many differences as large beside its standard error, either way."""
+    from scipy.stats import t
+
+    return float(2 * t.sf(abs(difference) / error, count - 1)) if error else float(not difference)
 
 
 def _claims(runs: Runs) -> str:
@@ -467,9 +487,10 @@ def _elbo_by_seed(runs: Runs) -> dict[int, float]:
 def _growth(runs: Runs) -> list[str]:
     """Claim (iii), from the smallest to the largest case that is there: gains in JointELBO, seed by seed."""
     lines = []
+    parameters = {run["case"]: run["train"]["parameters"] for run in runs}
     for data, method in itertools.product(sorted({run["data"] for run in runs}), METHODS[1:]):
         gains = {}
-        for case in sorted({run["case"] for run in runs}):
+        for case in sorted({run["case"] for run in runs}, key=parameters.__getitem__):
             ours, other = (_elbo_by_seed(select(runs, data=data, case=case, method=m)) for m in (method, "vae"))
             gains[case] = {seed: ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())}
         cases = [case for case, of_case in gains.items() if of_case]

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biglearn_vae import checkpoint, config
+from biglearn_vae import checkpoint, checks, config
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.files import locked, read_json
@@ -179,7 +179,7 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
 
 def check_which(which: str) -> None:
     """Raise a ValueError unless this is one of the two checkpoints that a run keeps."""
-    config.check_choice("checkpoint", which, ("best", "latest"))
+    checks.check_choice("checkpoint", which, ("best", "latest"))
 
 
 def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any], Path]:

@@ -266,7 +266,8 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
     measured = [bounds for bounds in likelihood.values() if isinstance(bounds, dict)]
     tasks = [task for task in ("joint", "marginal", "conditional") if all(f"{task}_nats" in b for b in measured)]
     lines = [
-        f"bounds on log p under N(mu, variance I), {likelihood['images']} images, {likelihood['samples']} samples each",
+        f"bounds on log p under N(mu, variance I), {likelihood['images']} images, {likelihood['samples']} samples each"
+        + (f", annealed in {steps} steps" if (steps := likelihood.get("annealing_steps")) else ""),
         f"  {'':<45}" + "".join(f"{task:>13}" for task in tasks),
     ]
     for unit, words, digits in (("nats", "nats", 2), ("bits_per_dim", "bits per dimension", 3)):
@@ -278,8 +279,8 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
     if agreement:
         lines += [
             "consistency: log p(a) + log p(b | a) and log p(b) + log p(a | b) differ by "
-            f"{agreement['order_gap']:.2f} nats, {agreement['order_noise']:.2f} of it by estimation alone;",
-            f"  p(z | x_S) is {agreement['posterior_gap']:.2f} nats from the posterior of Bayes' rule "
+            f"{agreement['order_gap']:.2f} nats, {agreement['order_noise']:.2f} of it by the noise of estimation;",
+            f"  p(z | x_S) is at least {agreement['posterior_gap']:.2f} nats from the posterior of Bayes' rule "
             f"({agreement['effective_samples']:.0%} effective samples)",
         ]
     return [*lines, ""]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from biglearn_vae import checkpoint, distributed
+from biglearn_vae import checkpoint, checks, distributed
 from biglearn_vae.cuda_graph import NotRecorded, StepGraph
 from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
@@ -53,8 +53,7 @@ def choose_precision(precision: str, net: nn.Module, images: int) -> str:
     Raises:
         ValueError: on an unknown name.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    checks.check_choice("precision", precision, PRECISIONS)
     if precision != "auto":
         return precision
     device = next(net.parameters()).device
@@ -146,8 +145,7 @@ def _check(optim: Any, batches: Any, counts: dict[str, int]) -> None:
             f"got {type(batches).__name__}"
         )
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        checks.whole_number(name, value, 1)
 
 
 class Trainer:

@@ -75,5 +75,7 @@ def test_transitions_are_accepted_as_often_as_is_aimed_at():
 
 @pytest.mark.parametrize("settings", [dict(draws=0), dict(steps=0), dict(power=0.0), dict(power=math.inf)])
 def test_refusals(settings):
-    with pytest.raises(ValueError, match="draws and steps must be at least 1 and power positive"):
+    (name,) = settings
+    expected = r"a number in \(0, inf\), got" if name == "power" else "at least 1, got 0"
+    with pytest.raises(ValueError, match=f"{name} must be {expected}"):
         annealing.log_weights(target(1), BASE, **settings)

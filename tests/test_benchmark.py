@@ -265,7 +265,7 @@ def test_the_plain_loader_has_processes_beside_a_gpu(monkeypatch):
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"warmup": -1}, "warmup must be at least 1, got -1"),
-        ({"workers": -1}, "workers must not be negative, got -1"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"json": "/nowhere/x.json"}, "json must be a file in a folder that exists, got /nowhere/x.json"),
         ({"json": "/"}, "json must be a file"),
     ],
@@ -352,7 +352,7 @@ def test_the_command_refuses_before_it_measures(monkeypatch):
         "stages=[plain,faster]": "stages must be some of plain, resident, one_pass, .*, got plain, faster",
         "repeats=few": "repeats must be a whole number, got 'few'",
         "json=nowhere/x.json": "json must be a file in a folder that exists, got nowhere/x.json",
-        "trainer.precision=half": "precision must be one of",
+        "trainer.precision=half": "precision must be auto, float32 or bfloat16, got",
         "device=tpu9": "unknown device 'tpu9'",
     }.items():
         with pytest.raises(ValueError, match=expected):

@@ -141,14 +141,16 @@ def test_a_regressor_that_a_signal_stopped_is_no_floor():
     ("settings", "message"),
     [
         (dict(draws=1), "draws must be at least 2"),
+        (dict(draws=2.5), "draws must be a whole number, got 2.5"),
+        (dict(draws="a"), "draws must be a whole number, got 'a'"),
         (dict(tasks=[]), "expected shares in"),
         (dict(tasks=["middle"]), "or some of centre, top, left"),
         (dict(tasks=[1.5]), "expected shares in"),
-        (dict(iterations=[0]), "iterations must be at least 1"),
+        (dict(iterations=[0]), "each of iterations must be at least 1, got 0"),
         (dict(passes=[2, 1]), "passes must be whole numbers from 2 on"),
         (dict(passes=4), "passes must be whole numbers from 2 on"),
         (dict(samples=0), "samples must be at least 1"),
-        (dict(regressor_steps=-1), "regressor_steps must not be negative"),
+        (dict(regressor_steps=-1), "regressor_steps must be at least 0, got -1"),
     ],
 )
 def test_plans_that_make_no_sense(settings, message):

@@ -181,7 +181,7 @@ def test_annealed_likelihoods_refuse():
             evaluation.annealed_log_prob(vae, x, T, given)
     with pytest.raises(ValueError, match=r"batch of images \(N, C, H, W\), got \(1, 4, 6\)"):
         evaluation.annealed_log_prob(vae, x[0])
-    with pytest.raises(ValueError, match="draws and steps must be at least 1"):
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         evaluation.annealed_log_prob(vae, x, samples=0)
 
 
@@ -267,7 +267,7 @@ def test_the_conditional_refuses():
     for S_wrong in (S | (torch.arange(COUNT) == 3).unsqueeze(-1), S[0, :5]):
         with pytest.raises(ValueError, match=r"hidden|mask of patches"):
             evaluation.conditional_log_prob_joint(vae, x, S_wrong)
-    with pytest.raises(ValueError, match="variance must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"variance must be a number in \(0, inf\), got 0"):
         evaluation.conditional_log_prob_joint(vae, x, S, variance=0.0)
     with pytest.raises(ValueError, match="finite"):
         evaluation.conditional_log_prob_joint(vae, spoil(vae, x, torch.eye(COUNT, 6) == 0), S)

@@ -326,9 +326,9 @@ def test_nothing_missing_is_the_data_itself():
 @pytest.mark.parametrize(
     "share, unit, message",
     [
-        (1, "patch", "share in [0, 1), got 1"),
+        (1, "patch", "number in [0, 1), got 1"),
         (-0.1, "patch", "got -0.1"),
-        (0.5, "pixel", "'patch' or 'image'"),
+        (0.5, "pixel", "missing_unit must be patch or image, got 'pixel'"),
         (0.99999, "image", "leaves nothing"),
         (math.nan, "patch", "got nan"),
     ],
@@ -684,9 +684,10 @@ def test_root_comes_from_the_environment(tmp_path, monkeypatch):
 
 def test_errors_name_what_was_expected_and_what_came(tmp_path):
     for settings, message in (
-        (dict(name="cifar"), r"'cifar'.*digits, mnist, fashion_mnist, celeba, image_folder"),
+        (dict(name="cifar"), "data set must be digits, mnist, fashion_mnist, celeba or image_folder, got 'cifar'"),
         (dict(name="digits", channels=2), "1 or 3, got 2"),
         (dict(name="digits", image_size=0), "at least 1, got 0"),
+        (dict(name="digits", image_size="8"), "image_size must be a whole number, got '8'"),
         (dict(name="image_folder", root=str(tmp_path), channels=2), "1 or 3, got 2"),
         (dict(name="image_folder", root=str(tmp_path), image_size=0), "at least 1, got 0"),
         (dict(name="image_folder", root=str(tmp_path / "absent")), re.escape(str(tmp_path / "absent"))),

@@ -516,6 +516,14 @@ def test_likelihoods_are_bounds_of_the_tasks_they_name(vae):
             assert result[f"{name}_{unit}"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_annealed_likelihoods_are_those_of_annealing(vae):
+    x, A = pictures(vae), masks.random(N, vae.num_tokens, 0.5, seed=7)
+    result = evaluation.likelihood(vae, x, 2, 0.3, seed=7, annealing_steps=3)
+    for name, (T, given) in {"joint": (A | ~A, None), "marginal": (A, None), "conditional": (~A, A)}.items():
+        expected = evaluation.annealed_log_prob(vae, x, T, given, 2, 0.3, seed=7, steps=3).nats.mean().item()
+        assert result[f"{name}_nats"] == pytest.approx(expected, rel=1e-9)
+
+
 # --- consistency ---
 
 
@@ -535,6 +543,15 @@ def test_posterior_gap_is_the_divergence_from_bayes_rule(shift, widen):
     divergence = 0.5 * 3 * (widen**2 + shift**2 - 1 - math.log(widen**2))  # of three dimensions
     assert result["posterior_gap"] == pytest.approx(divergence, rel=0.05)
     assert 0.05 < result["effective_samples"] < 0.95
+
+
+def test_a_large_posterior_gap_is_seen_by_annealing_and_hardly_without():
+    net = LinearGaussian(0.0, 0.1, inexact=lambda S: S.any(-1))
+    x = net.model().tokenizer.decode(net.data(10))
+    divergence = 0.5 * 3 * (0.1**2 - 1 - math.log(0.1**2))  # 5.4 nats
+    without, annealed = (evaluation.consistency(net.model(), x, 64, annealing_steps=steps) for steps in (None, 50))
+    assert without["posterior_gap"] < 0.5 * divergence < 0.7 * divergence < annealed["posterior_gap"] < divergence
+    assert without["effective_samples"] == annealed["effective_samples"]
 
 
 def test_order_gap_tells_disagreement_from_estimation():

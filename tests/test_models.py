@@ -381,7 +381,7 @@ def test_an_empty_batch_of_either_kind():
 
 
 def test_unknown_words_and_masks_are_named():
-    with pytest.raises(ValueError, match="hidden must be one of mask, drop, got 'none'"):
+    with pytest.raises(ValueError, match="hidden must be mask or drop, got 'none'"):
         build("universal", hidden="none")
     x, S, z = batch(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"boolean mask T of shape \(4, 6\), got torch.bool \(4, 5\)"):

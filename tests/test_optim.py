@@ -17,6 +17,28 @@ def test_schedules():
     assert [cosine.share_at(step, 100) for step in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(lr="a"), r"lr must be a number in \(0, inf\), got 'a'"),
+        (dict(lr=0), r"lr must be a number in \(0, inf\), got 0"),
+        (dict(betas=0.9), r"betas must be 2 numbers in \[0, 1\), got 0\.9"),
+        (dict(betas=(0.9, 1.0)), r"betas must be 2 numbers in \[0, 1\), got \[0\.9, 1\.0\]"),
+        (dict(eps=None), "eps must be a number"),
+        (dict(weight_decay=-0.1), r"weight_decay must be a number in \[0, inf\), got -0\.1"),
+        (dict(warmup_steps=1.5), "warmup_steps must be a whole number, got 1.5"),
+        (dict(warmup_steps=-1), "warmup_steps must be at least 0, got -1"),
+        (dict(schedule="step"), "schedule must be constant or cosine, got 'step'"),
+        (dict(clip_norm=0.0), r"clip_norm must be a number in \(0, inf\), got 0\.0, or None"),
+        (dict(ema_decay=1.0), r"ema_decay must be a number in \[0, 1\), got 1\.0"),
+        (dict(muon_lr=math.inf), r"muon_lr must be a number in \(0, inf\), got inf, or None"),
+    ],
+)
+def test_settings_outside_their_ranges_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Optim(**settings)
+
+
 @pytest.mark.parametrize("muon_lr", [None, 0.02])
 def test_the_optimizers_take_every_parameter_once(muon_lr):
     blocks = nn.ModuleList([nn.Linear(2, 4), nn.LayerNorm(4)])

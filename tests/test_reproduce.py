@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import scipy.stats
 from omegaconf import OmegaConf
 from programs import run_here
 
@@ -17,6 +18,7 @@ from biglearn_vae import checkpoint, config, experiments, results_page
 from biglearn_vae.experiments import Campaign, Preset, Run
 
 ROOT = Path(__file__).parents[1]
+SIZES = {"tiny": 1, "case1": 2, "celeba_small": 3, "case3": 4, "case4": 5, "celeba": 6}  # their order
 SETTINGS = {"train": ["trainer.steps=3"], "probe": ["draws=1"]}
 
 
@@ -35,7 +37,7 @@ def run_numbers(method="biglearn_u", seed=0, elbo=-1.0, case="tiny") -> dict:
         **{"data": "digits", "case": case, "method": method, "seed": seed},
         "train": {
             **{"test_joint_elbo": elbo, "test_reconstruction": elbo / 2, "test_kl": 7.0},
-            **{"images_per_second": 100.0, "seconds": 9.0, "steps": 3, "epochs": 4.5},
+            **{"images_per_second": 100.0, "seconds": 9.0, "steps": 3, "epochs": 4.5, "parameters": SIZES[case]},
         },
         "probe": {
             "codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}},
@@ -156,18 +158,26 @@ def test_a_floor_of_some_seeds_is_shown_and_one_that_lacks_a_task_is_not():
 
 def test_verdicts_are_within_a_standard_error_or_not():
     error = math.sqrt(1 / 3)  # of the mean of three differences of variance 1
-    for gap, word in ((0.9 * error, "comparable"), (1.1 * error, "better"), (-1.1 * error, "worse")):
+    words = {0.9: "comparable", 1.1: "not significantly better", -4.2: "not significantly worse"}
+    words |= {4.4: "better", -4.4: "worse"}  # Student's t of three has 2.5 % beyond 4.303
+    for size, word in words.items():
+        gap = size * error
         ours, other = {0: gap - 1, 1: gap + 5, 2: gap + 1, 3: 100}, {0: 0, 1: 5, 2: 0}  # the fourth seed has no pair
-        assert results_page.verdict(ours, other).startswith(f"{word} ({gap:+.3f}")
+        chance = scipy.stats.ttest_rel([gap - 1, gap + 5, gap + 1], [0, 5, 0]).pvalue
+        words_of_three = f"{word} ({gap:+.3f}, standard error {error:.3f} over 3 seeds, p = {chance:.2g})"
+        assert results_page.verdict(ours, other) == words_of_three
     assert results_page.verdict({0: 1.0}, {1: 1.0}) == "no seed in common: no verdict"
+    assert results_page.verdict({0: 1.0, 1: 2.0}, {0: math.nan, 1: 1.0}) == "+nan, not a finite number: no verdict"
+    assert results_page.verdict({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}).startswith("better (+1.000, standard error 0.000")
 
 
-def test_growth_of_the_gain_is_from_the_smallest_to_the_largest_case():
-    elbo = {  # of case, method and seed; the gains are 1 and 2 at case1, 3 and 5 at case3, the third seed has no pair
-        ("case1", "vae"): (-10.0, -10.0, -10.0),
-        ("case1", "biglearn_u"): (-9.0, -8.0),
-        ("case3", "vae"): (-6.0, -7.0),
-        ("case3", "biglearn_u"): (-3.0, -2.0),
+@pytest.mark.parametrize(("small", "large"), [("case1", "case3"), ("celeba_small", "celeba")])
+def test_growth_of_the_gain_is_from_the_smallest_to_the_largest_case(small, large):
+    elbo = {  # of case, method and seed; the gains are 1 and 2 of the small, 3 and 5 of the large; one has no pair
+        (small, "vae"): (-10.0, -10.0, -10.0),
+        (small, "biglearn_u"): (-9.0, -8.0),
+        (large, "vae"): (-6.0, -7.0),
+        (large, "biglearn_u"): (-3.0, -2.0),
         ("case4", "vae"): (-1.0,),  # nothing to compare it with
     }
     runs = [
@@ -177,11 +187,11 @@ def test_growth_of_the_gain_is_from_the_smallest_to_the_largest_case():
     ]
     text = results_page.page({"p": runs}, {})
     assert (
-        "- (iii) gain of `biglearn_u` over `vae` at case3 beside that at case1, digits: "
-        "better (+2.500, standard error 0.500 over 2 seeds)\n" in text
+        f"- (iii) gain of `biglearn_u` over `vae` at {large} beside that at {small}, digits: "
+        "not significantly better (+2.500, standard error 0.500 over 2 seeds, p = 0.13)\n" in text
     )
     assert text.count("(iii)") == 1
-    of_one = results_page.page({"p": [run for run in runs if run["case"] == "case1"]}, {})
+    of_one = results_page.page({"p": [run for run in runs if run["case"] == small]}, {})
     assert "- (iii) growth of the gain from Case1 to Case4: not measured here\n" in of_one
 
 
@@ -371,9 +381,12 @@ def test_the_committed_numbers_were_made_as_their_preset_says(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(target="everything"), "target must be one of"),
+        (
+            dict(target="everything"),
+            "target must be params, joint_elbo, .* or all, got 'everything'",
+        ),
         (dict(workers=0), "workers must be at least 1"),
-        (dict(budget=0), "budget must be a positive"),
+        (dict(budget=0), "budget must be a number in .*, got 0: minutes"),
     ],
 )
 def test_campaigns_that_make_no_sense(tmp_path, settings, message):

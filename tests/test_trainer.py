@@ -227,6 +227,9 @@ def test_reports_are_means_over_their_steps():
 def test_intervals_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         make(**{name: 0})
+    for other in ("3", 1.5):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number, got {other!r}"):
+            make(**{name: other})
 
 
 def test_what_a_trainer_is_made_of_is_checked_before_it_trains(tmp_path):
@@ -275,7 +278,7 @@ def test_automatic_precision():
     assert choose_precision("auto", tiny, 1024) == on_this_machine
     tiny.num_tokens = 15
     assert choose_precision("auto", tiny, 63) == "float32" and choose_precision("auto", tiny, 64) == on_this_machine
-    with pytest.raises(ValueError, match="one of auto, float32, bfloat16, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision must be auto, float32 or bfloat16, got 'fp8'"):
         make(precision="fp8")
 
 
