@@ -705,7 +705,7 @@ def _own_memory(field: str) -> int | None:
 def table(result: Result) -> str:
     """One line a stage, the limits, and what the words mean."""
     first = result.stages[0]
-    head = ("images/s", "ms/step", "from - to", "memory", "10^9 m-a", "TFLOP/s", "of limit", f"x {first.name}")
+    head = ("images/s", "ms/step", "from - to", "memory", "GMACs", "TFLOP/s", "of limit", f"x {first.name}")
     widths = (10, 11, 22, 11, 10, 10, 10, max(9, len(head[-1]) + 2))
     rows = [("", head), *((stage.name, _cells(result, stage)) for stage in result.stages)]
     lines = [
@@ -719,7 +719,7 @@ def table(result: Result) -> str:
     )
     meanings = {"plain": PLAIN} | {name: f"and {words}" for name, words in MEASURES.items()}
     used = {"plain"}.union(*(stage.measures for stage in result.stages))
-    step = "10^9 m-a: multiply-adds of a step, forward and backward; TFLOP/s counts two for each"
+    step = "GMACs: 10^9 multiply-adds of a step, forward and backward; TFLOP/s counts two for each"
     words = (f"{name:<10}{meaning}" for name, meaning in meanings.items() if name in used)
     return "\n".join([*lines, "", step, *limits, "", *words])
 

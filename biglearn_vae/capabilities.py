@@ -41,12 +41,15 @@ class Observed(NamedTuple):
         mask: what is observed, (B, L).
         images: the same as pixels (B, C, H, W), anything where not observed. Kept as they came: not every tokenizer
             gives them back exactly.
+        kept: the pixels (B, 1, H, W) that completions leave as they are: those of observed patches and, where S was one
+            of pixels, all that it names.
         single: whether it came without a batch axis.
     """
 
     tokens: Tensor
     mask: Tensor
     images: Tensor
+    kept: Tensor
     single: bool
 
 
@@ -149,8 +152,12 @@ class BigLearnVAE:
         """What is observed of data, S being everything by default, as all other methods take it."""
         tokens, images, single = self._tokens(x)
         mask = self._mask(S, len(tokens), default=True)
-        tokens = self._seen(tokens, images, mask)
-        return Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, single)
+        tokens, kept = self._seen(tokens, images, mask), self.pixel_mask(mask)
+        if images is None:
+            return Observed(tokens, mask, self.tokenizer.decode(tokens), kept, single)
+        if (named := None if S is None else self._of_pixels(S)) is not None:
+            kept = kept | (named.unsqueeze(-3) & images.isfinite().all(1, keepdim=True))
+        return Observed(tokens, mask, images, kept, single)
 
     @torch.no_grad()
     def encode(self, x: Tensor, S: Tensor | None = None) -> DiagGaussian:
@@ -166,7 +173,7 @@ class BigLearnVAE:
     def decode(self, z: Tensor, x: Tensor | None = None, S: Tensor | None = None) -> Tensor:
         """The mean of p(x | z), or with data of p(x_T | z, x_S), T being all that S is not.
 
-        Observed patches come back as they are in x.
+        Observed patches come back as they are in x, and so do single pixels that a mask S of pixels names.
 
         Args:
             z: latent vectors (B, Z), several for each image (K, B, Z), or one (Z,).
@@ -219,9 +226,10 @@ class BigLearnVAE:
     def inpaint(
         self, x: Tensor, S: Tensor, draws: int | None = None, seed: int | None = None, passes: int = 1
     ) -> Tensor:
-        """Complete what is missing: z ~ p(z | x_S), then the mean of p(x_T | z, x_S); observed patches are kept.
+        """Complete what is missing: z ~ p(z | x_S), then the mean of p(x_T | z, x_S); what is observed is kept.
 
-        With strokes as the observed part this is conditional generation.
+        With strokes as the observed part this is conditional generation. Of a patch of which a mask S of pixels names
+        but a part, that part is kept too, though the network doesn't see it.
 
         Args:
             x: what is outside S may be anything.
@@ -255,7 +263,7 @@ class BigLearnVAE:
         parts = [self.observe(x, S) for x, S in observations]
         if len({len(part.tokens) for part in parts}) > 1:
             raise ValueError(f"expected batches of one size, got {[len(part.tokens) for part in parts]}")
-        tokens, mask, images, single = parts[0]
+        tokens, mask, images, _, single = parts[0]
         for other in parts[1:]:
             tokens = torch.where(mask.unsqueeze(-1), tokens, other.tokens)
             images = torch.where(self.pixel_mask(mask), images, other.images)
@@ -459,9 +467,8 @@ class BigLearnVAE:
 
     def _complete(self, z: Tensor, data: Observed) -> Tensor:
         """The mean of p(x_T | z, x_S) with x_S in its place, as images (..., C, H, W)."""
-        kept = self.pixel_mask(data.mask)
         images = [
-            torch.where(kept[rows], data.images[rows], self.tokenizer.decode(mean).clamp(0, 1))
+            torch.where(data.kept[rows], data.images[rows], self.tokenizer.decode(mean).clamp(0, 1))
             for mean, rows in self._decode(z, data.tokens, data.mask)
         ]
         return torch.cat(images).view(*z.shape[:-1], *self.image_shape)
@@ -476,7 +483,8 @@ class BigLearnVAE:
         for turn, (seen, _) in islice(enumerate(masks.in_turns(mask, ~mask, passes, _seed_of_turns(seed))), 1, None):
             tokens = self._tokens_of(result, data).masked_fill(~seen.unsqueeze(-1), 0)
             z = self._encode(tokens, seen).sample(seed=_seed_of_pass(turn, seed))
-            result = self._complete(z, Observed(tokens, seen, result, False))
+            kept = self.pixel_mask(seen) | data.kept.repeat(len(result) // len(data.kept), 1, 1, 1)
+            result = self._complete(z, Observed(tokens, seen, result, kept, False))
         return result.view(images.shape)
 
     def _tokens_of(self, images: Tensor, data: Observed) -> Tensor:
@@ -500,7 +508,8 @@ class BigLearnVAE:
         """One image of which nothing is observed."""
         zeros = next(self.net.parameters()).new_zeros
         tokens, images = zeros(1, self.num_tokens, self.net.token_dim), zeros(1, *self.image_shape)
-        return Observed(tokens, self._mask(None, 1, default=False), images, True)
+        mask = self._mask(None, 1, default=False)
+        return Observed(tokens, mask, images, self.pixel_mask(mask), True)
 
     def _seen(self, tokens: Tensor, images: Tensor | None, mask: Tensor) -> Tensor:
         """Tokens (B, L, D) with zeros where they are not observed; where they are they must be finite, and the pixels
@@ -558,13 +567,8 @@ class BigLearnVAE:
             raise ValueError(
                 f"expected a boolean mask, a tensor with True = observed, got {checks.described(S)}{advice}"
             )
-        mask = S.to(self.device)
-        if mask.ndim == 4 and mask.shape[1] == 1:  # as `pixel_mask` has it
-            mask = mask.squeeze(1)
-        # Masks (B, L) may look like one of pixels, (H, W); what they are must not hang on B.
-        patches = mask.ndim == 2 and mask.shape[1] == self.num_tokens
-        if not patches and mask.ndim in (2, 3) and tuple(mask.shape[-2:]) == self.image_shape[1:]:
-            mask = masks.from_pixels(mask, self.grid)
+        pixels = self._of_pixels(S)
+        mask = S.to(self.device) if pixels is None else masks.from_pixels(pixels, self.grid)
         if tuple(mask.shape) not in ((self.num_tokens,), (1, self.num_tokens), (batch, self.num_tokens)):
             height, width = self.image_shape[1:]
             words = f"; as W = L, one mask of pixels for all is (1, {height}, {width})"
@@ -574,6 +578,15 @@ class BigLearnVAE:
                 f"L = {self.num_tokens} and H x W = {height} x {width}, got {tuple(S.shape)}{advice}"
             )
         return mask.expand(batch, -1)
+
+    def _of_pixels(self, S: Tensor) -> Tensor | None:
+        """A mask of pixels, one (H, W) or one each (B, H, W), on the model's device; None of one of patches."""
+        mask = S.to(self.device)
+        if mask.ndim == 4 and mask.shape[1] == 1:  # as `pixel_mask` has it
+            mask = mask.squeeze(1)
+        # Masks (B, L) may look like one of pixels, (H, W); what they are must not hang on B.
+        patches = mask.ndim == 2 and mask.shape[1] == self.num_tokens
+        return mask if not patches and mask.ndim in (2, 3) and tuple(mask.shape[-2:]) == self.image_shape[1:] else None
 
 
 @torch.no_grad()

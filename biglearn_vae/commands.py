@@ -153,6 +153,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     """
     config.check_evaluation(cfg.evaluation, "evaluation.")
     config.check_seed(cfg.seed)
+    checks.whole_number("trainer.steps", cfg.trainer.steps, 1)
     hints = {"device": str, "name": str | int | None, "output_dir": str}
     config.check_types(hints, {name: cfg[name] for name in hints}, "")
     run = Path(cfg.output_dir).expanduser() / runs.name_of(cfg, overrides)
@@ -595,7 +596,8 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     if cfg.ceiling_steps:
         net, progress = config.network(settings, vae.tokenizer), Progress(cfg.ceiling_steps)
         try:
-            ceiling = probing.train_ceiling(net, vae, splits.train, cfg.ceiling_steps, cfg.seed, [progress])
+            optim = config.muon(settings.model.dim)
+            ceiling = probing.train_ceiling(net, vae, splits.train, optim, cfg.ceiling_steps, cfg.seed, [progress])
         finally:
             progress.close()
     scores = probing.linear_probe(

@@ -23,6 +23,7 @@ from biglearn_vae.data import Splits
 from biglearn_vae.distributed import derive_seed
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.models import count_parameters
+from biglearn_vae.optim import Optim
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify
 
@@ -463,6 +464,11 @@ def _seeded(seed: int) -> Iterator[None]:
 def objective(cfg: "DictConfig") -> BigLearnELBO:
     """The loss of these settings, with its q(S, T)."""
     return build(cfg.loss, "loss", masks=build(cfg.masks, "masks"))
+
+
+def muon(dim: int) -> Optim:
+    """What `optim=muon` is for a network of this width, whatever optimizer a run has."""
+    return build(compose(["optim=muon", f"model.dim={dim}"]).optim, "optim")
 
 
 def saved(run: str | Path) -> "DictConfig":

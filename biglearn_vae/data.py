@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -479,8 +480,9 @@ def image_folder(
 
     The square of `crop` pixels in the middle, or the largest there is, is resized to `image_size`. Transparency is
     laid on white. If every image lies in a subfolder, the names of the first-level subfolders are the classes. The
-    split depends on the sorted relative paths alone. Files that cannot be read are named in a warning, skipped and
-    counted.
+    split depends on the sorted relative paths alone. If the first-level subfolders are `train`, `test` and perhaps
+    `valid` (or `val`), they are the split, a tenth of `train` being validation images if there are none, and those
+    in them the classes. Files that cannot be read are named in a warning, skipped and counted.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
@@ -489,15 +491,32 @@ def image_folder(
         raise ValueError(f"there is no folder {root}: point data.root at a folder of images")
     sizes = {name: size for name, size in image_files.scan(root, deep=True).items() if image_files.is_image(name)}
     names = sorted(sizes, key=lambda name: name.split("/"))
-    order = shuffled(len(names), derive_seed("split", SPLIT_SEED))
-    files = image_files.Files(root, {names[i]: sizes[names[i]] for i in order})
+    order, own = shuffled(len(names), derive_seed("split", SPLIT_SEED)), _own_parts(names)
+    ordered = sorted((names[i] for i in order), key=lambda name: PARTS[::-1].index(own.get(name, "train")))
+    files = image_files.Files(root, {name: sizes[name] for name in ordered})
     decoded = image_files.read(files, image_files.Recipe(image_size, channels, crop), cache, "image_folder")
     count = len(decoded.pixels)
     if count < 3:
         raise ValueError(f"{root} holds {count} readable image files, at least 3 are needed. {decoded.note}".rstrip())
-    held_out = max(1, count // 10)
-    counts = {"test": held_out, "valid": held_out, "train": count - 2 * held_out}
-    return Splits(**_cut(decoded.pixels, _class_labels(decoded.names), counts), note=decoded.note)
+    counts = dict.fromkeys(PARTS[::-1], max(1, count // 10))
+    if own:
+        counts |= Counter(own[name] for name in decoded.names)
+        if "valid" not in own.values():
+            counts["valid"] = max(1, counts["train"] // 10)
+    counts["train"] = count - counts["test"] - counts["valid"]
+    if min(counts.values()) < 1:
+        raise ValueError(f"{root} holds {counts} readable images by part: at least one of each is needed")
+    labels = _class_labels([name.partition("/")[2] if own else name for name in decoded.names])
+    return Splits(**_cut(decoded.pixels, labels, counts), note=decoded.note)
+
+
+def _own_parts(names: list[str]) -> dict[str, str]:
+    """The part of each image, if the first-level subfolders are the parts of a split; nothing if they aren't."""
+    words = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+    folders = {name: name.partition("/")[0] for name in names if "/" in name}
+    if len(folders) < len(names) or not {"train", "test"} <= set(folders.values()) <= words.keys():
+        return {}
+    return {name: words[folder] for name, folder in folders.items()}
 
 
 def _class_labels(names: list[str]) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The processes of one run: start-up under torchrun, rank, reductions, and random numbers that do not depend on them.
 
-Nothing here is needed by a single process, for which `World()` stands.
+A single process is `World()`, and needs of all this its device and its random numbers alone.
 """
 
 import hashlib

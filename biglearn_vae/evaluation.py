@@ -21,6 +21,7 @@ from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO
+from biglearn_vae.masks import MaskSampler
 from biglearn_vae.patches import Patchify
 
 Task = float | str  # what is observed: a random share of the patches, or a shape
@@ -47,7 +48,8 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     """
     random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
     loss, found = copy.copy(loss), []
-    loss.masks = replace(loss.masks, ratios_per="sample")
+    if isinstance(loss.masks, MaskSampler):
+        loss.masks = replace(loss.masks, ratios_per="sample")
     for part in parts(images, vae.device):
         tokens = vae.tokenizer.encode(part)
         S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device) if joint else None

@@ -89,7 +89,8 @@ class Preset:
             found = ["seed" if re.fullmatch("seed(0|[1-9][0-9]*)", word) else kinds.get(word) for word in which.split()]
             if None in found or len(set(found)) < len(found):
                 raise ValueError(
-                    f'more must be of runs, by at most one data set, case, method and seed0, seed1 ..., got "{which}"'
+                    "preset.more must name runs, each by at most one data set, case, method and seedN, such as "
+                    f'"biglearn_u seed0", got "{which}"'
                 )
 
     def _check_grid(self) -> None:

@@ -271,7 +271,6 @@ def _record(
 
 def _images(vae: BigLearnVAE, mean: Tensor, observed: Observed) -> Tensor:
     """Means (K, N, L, D) as images (K, N, C, H, W) in [0, 1], with what is observed in its place."""
-    kept = vae.pixel_mask(observed.mask)
     decoded = [vae.tokenizer.decode(part) for part in mean.flatten(0, 1).split(vae.chunk)]
     completed = torch.cat(decoded).view(*mean.shape[:2], *vae.image_shape).clamp(0, 1)
-    return torch.where(kept, observed.images, completed)
+    return torch.where(observed.kept, observed.images, completed)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -238,12 +239,22 @@ def decode(path: Path, recipe: Recipe) -> Tensor | str:
 
 
 def _eight_bits(image: "Image.Image") -> "Image.Image":
-    """A grey image of 16 or 32 bits or of floats, in 8 bits; convert() would clip it."""
-    largest = image.convert("F").getextrema()[1]
+    """A grey image of 16 or 32 bits or of floats, in 8 bits; convert() would clip it.
+
+    16 bits are 0..65535; 32 bits are, too, unless all are in 0..255; floats are in [0, 1], a little beyond is clipped,
+    or in 0..255 if one is above 2.
+
+    Raises:
+        ValueError: if they are none of these.
+    """
+    numbers = np.asarray(image)
+    smallest, largest = numbers.min(), numbers.max()
+    if not -1 <= smallest <= largest <= (256 if image.mode == "F" else 65535):  # NaN is in no range
+        raise ValueError(f"numbers from {smallest:g} to {largest:g}, neither in [0, 1] nor of 8 or 16 bits")
     if image.mode.startswith("I"):
         peak = 65535 if image.mode != "I" or largest > 255 else 255
     else:
-        peak = 255 if largest > 1 else 1
+        peak = 255 if largest > 2 else 1
     return image.convert("F").point(lambda value: value * (255 / peak) + 0.5).convert("L")
 
 

@@ -11,7 +11,7 @@ from typing import TextIO
 
 import numpy as np
 
-from biglearn_vae.files import replacing
+from biglearn_vae.files import replacing, write_text
 
 
 class Logger:
@@ -34,8 +34,7 @@ class MetricsFile(Logger):
         lines = path.read_text().splitlines() if path.exists() else []
         # A run that starts at 0 evaluates there again, so it keeps nothing of one that was killed before.
         kept = [line for line in lines if resume_step > 0 and _step_of(line) <= resume_step]
-        with replacing(path) as partial:
-            partial.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -14,6 +14,8 @@ from biglearn_vae.distributed import StepRandom
 from biglearn_vae.gaussian import LOG_2PI
 from biglearn_vae.masks import MaskSampler
 
+Masks = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]  # q(S, T): a MaskSampler, or what is like one
+
 
 @dataclass(frozen=True, eq=False)
 class ELBO:
@@ -68,7 +70,10 @@ class BigLearnELBO:
 
     Args:
         beta: weight of the KL, not negative.
-        masks: q(S, T), for calls that do not give S and T.
+        masks: q(S, T), for calls that do not give S and T: a MaskSampler, or a function masks(batch_size, num_tokens,
+            generator) that draws as one does, S and T boolean (batch_size, num_tokens) on the generator's device,
+            disjoint, no T empty (on GPUs this is not checked). Of data that is incomplete itself it draws what was
+            never recorded as well, which then counts for nothing.
         prior: "learned", p(z | x_S) of the network, or "standard", N(0, I), as in the ordinary VAE.
         beta_warmup_steps: steps over which training raises beta linearly (see `weight`).
         beta_warmup_start: share of beta at which the warm-up starts, in [0, 1]. At 0 nothing ties the prior to the
@@ -81,7 +86,7 @@ class BigLearnELBO:
     def __init__(
         self,
         beta: float,
-        masks: MaskSampler | None = None,
+        masks: Masks | None = None,
         prior: str = "learned",
         beta_warmup_steps: int = 0,
         beta_warmup_start: float = 0.0,
@@ -176,11 +181,16 @@ def check_prior(prior: str) -> None:
     checks.check_choice("prior", prior, ("learned", "standard"))
 
 
-def _sampler(given: MaskSampler | None) -> MaskSampler:
+def _sampler(given: Masks | None) -> Masks:
     """This q(S, T), or the default one."""
-    if given is not None and not isinstance(given, MaskSampler):
-        raise ValueError(f"masks must be a MaskSampler, q(S, T), got {given!r}: S and T are given in the call")
-    return given or MaskSampler()
+    if given is None:
+        return MaskSampler()
+    if isinstance(given, type) or not callable(given):
+        raise ValueError(
+            "masks must be a MaskSampler, q(S, T), or a function that draws (S, T) as one does, "
+            f"masks(batch_size, num_tokens, generator), got {given!r}: S and T are given in the call"
+        )
+    return given
 
 
 def _check_call(net: nn.Module, random: StepRandom | None) -> None:
@@ -197,7 +207,7 @@ def _check_call(net: nn.Module, random: StepRandom | None) -> None:
 
 
 def _task(
-    sampler: MaskSampler,
+    sampler: Masks,
     batch: Tensor | tuple[Tensor, Tensor],
     S: Tensor | None,
     T: Tensor | None,
@@ -209,12 +219,20 @@ def _task(
         raise ValueError("give both S and T, or neither to have them drawn")
     x, recorded = _recorded(batch)
     if S is None:
-        # What is random is drawn for all processes together, of whose data this one knows its own alone.
-        drawn = random.rows(len(x), lambda rows, generator: sampler.draw(rows, x.shape[1], generator))
-        S, T = sampler.assign(*drawn, recorded)
+        S, T = _drawn(sampler, x, recorded, random)
     else:
         _check_masks(S, T, recorded, values=step is None and not torch.compiler.is_compiling())
     return x, S & recorded, T & recorded
+
+
+def _drawn(sampler: Masks, x: Tensor, recorded: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
+    """S and T of q(S, T), drawn for all processes together, of whose data this one knows its own alone."""
+    if type(sampler).__call__ is MaskSampler.__call__:
+        ratios = random.rows(len(x), lambda rows, generator: sampler.draw(rows, x.shape[1], generator))
+        return sampler.assign(*ratios, recorded)
+    S, T = random.rows(len(x), lambda rows, generator: sampler(rows, x.shape[1], generator))
+    _check_masks(S, T, torch.ones_like(recorded), values=not x.is_cuda and not torch.compiler.is_compiling())
+    return S, T
 
 
 def _check_masks(S: Tensor, T: Tensor, recorded: Tensor, values: bool) -> None:
@@ -333,10 +351,10 @@ class InpaintingRegression:
     first (`freeze`).
 
     Args:
-        masks: q(S, T), for calls that do not give S and T.
+        masks: q(S, T), for calls that do not give S and T, as `BigLearnELBO` takes it.
     """
 
-    def __init__(self, masks: MaskSampler | None = None):
+    def __init__(self, masks: Masks | None = None):
         self.masks = _sampler(masks)
 
     def __call__(

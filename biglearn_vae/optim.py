@@ -99,7 +99,7 @@ class Optim:
 
     @staticmethod
     @torch.no_grad()
-    def average(average: nn.Module, net: nn.Module, change: float | Tensor) -> None:
+    def update_average(average: nn.Module, net: nn.Module, change: float | Tensor) -> None:
         """Move the average of a network's weights towards them, by this share (a tensor: ()) of the way."""
         means, weights = list(average.parameters()), list(net.parameters())
         if not isinstance(change, Tensor):

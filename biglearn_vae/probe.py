@@ -188,17 +188,14 @@ def fit_and_score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
 
 def _score(predicted: Tensor, train_y: Tensor, test_y: Tensor, unconverged: int = 0) -> Score:
     """The score of predictions like test_y."""
+    from sklearn.metrics import balanced_accuracy_score
+
     if test_y.ndim == 1:
         return Score((predicted == test_y).double().mean().item(), None, unconverged)
     values: list[float | None] = [None] * test_y.shape[1]
     for column in _scored_attributes(train_y, test_y):
-        values[column] = _balanced_accuracy(predicted[:, column], test_y[:, column])
+        values[column] = balanced_accuracy_score(test_y[:, column], predicted[:, column])
     return Score(statistics.fmean(value for value in values if value is not None), tuple(values), unconverged)
-
-
-def _balanced_accuracy(predicted: Tensor, y: Tensor) -> float:
-    """The mean of the recalls of the classes 0 and 1, neither of which may be absent from y."""
-    return statistics.fmean((predicted[y == label] == label).double().mean().item() for label in (0, 1))
 
 
 def _scored_attributes(train_y: Tensor, test_y: Tensor) -> list[int]:
@@ -363,27 +360,32 @@ class LabelledBatches:
 
 
 def train_ceiling(
-    net: nn.Module, vae: BigLearnVAE, train: ImageSet, steps: int, seed: int = 0, loggers: Iterable[Logger] = ()
+    net: nn.Module,
+    vae: BigLearnVAE,
+    train: ImageSet,
+    optim: Optim,
+    steps: int,
+    seed: int = 0,
+    loggers: Iterable[Logger] = (),
 ) -> LabelledViT:
     """Train a network with labels on masked images: what its architecture can reach, for `linear_probe`.
 
-    Muon and AdamW as `optim=muon` has them, also by width, cosine to 0, batches of 128.
-
     Args:
-        net: a network with fresh weights, which are trained.
+        net: a network with fresh weights, which are trained, in batches of 128.
         vae: for its tokenizer and device.
         train: training images with labels.
+        optim: its warm-up takes at most a fifth of the steps, and weights are not averaged.
 
     Raises:
         ValueError: if there are no labels.
         KeyboardInterrupt: if Ctrl-C or SIGTERM ended the training early.
     """
-    labels, muon_lr = labels_of(train), 0.096 / math.sqrt(net.token_in.out_features)
+    labels = labels_of(train)
     trainer = Trainer(
         LabelledViT(net, labels).to(vae.device),
         LabelLoss(labels),
         LabelledBatches(train.resident(vae.device), vae, seed),
-        Optim(lr=2e-3, muon_lr=muon_lr, warmup_steps=min(300, steps // 5), schedule="cosine", clip_norm=1.0),
+        replace(optim, warmup_steps=min(optim.warmup_steps, steps // 5), ema_decay=0.0),
         steps=steps,
         seed=seed,
         world=World(device=vae.device),

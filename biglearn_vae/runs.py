@@ -21,7 +21,7 @@ FILES = {"train": "summary.json", "evaluate": "evaluation.json", "complete": "co
 # Settings of the measurement at the end of training.
 MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
 # Settings in which a run may differ from what it was started with, and still go on.
-FREE = (*config.PLACE, "trainer.steps", *MEASURED_WITH)
+FREE = (*config.PLACE, "trainer.steps", "trainer.report_every", "trainer.checkpoint_every", *MEASURED_WITH)
 IN_NAME = ("data", "case", "method", "seed")
 FOLDER = ("name", "output_dir")  # settings that say where a run is
 # Scripts that leave one result in the folder of `run`, and of which settings there is one for each value.

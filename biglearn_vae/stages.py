@@ -1,5 +1,6 @@
 """What `scripts/train.py` trains, measures and reports: a BigLearn-VAE, or the PatchAE that makes its tokens."""
 
+import inspect
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,13 +211,11 @@ def draw(
         labels = None
     page = run / FIGURES_PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
+    given = {name: value for name, value in {"rows": images, "delta": delta}.items() if value is not None}
     for name in names:
-        options: dict[str, Any] = {"labels": labels, "seed": seed}
-        if images is not None and name != "latent_map":
-            options["rows"] = images
-        if name == "decoding_sensitivity":
-            options["delta"] = delta
-        Pictures.save(page.with_name(f"{name}.png"), pictures.FIGURES[name](vae, shown, **options))
+        drawn = pictures.FIGURES[name]
+        own = {option: given[option] for option in given.keys() & inspect.signature(drawn).parameters.keys()}
+        Pictures.save(page.with_name(f"{name}.png"), drawn(vae, shown, labels=labels, seed=seed, **own))
     there = [name for name in pictures.FIGURES if page.with_name(f"{name}.png").exists()]
     write_text(page, pictures.page(run.name, there))
     return page

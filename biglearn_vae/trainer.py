@@ -135,8 +135,13 @@ class Interruption:
             signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
 
 
-def _check(optim: Any, batches: Any, counts: dict[str, int]) -> None:
+def _check(net: nn.Module, optim: Any, batches: Any, counts: dict[str, int]) -> None:
     """Raise a ValueError for what a trainer cannot be made of."""
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ValueError(
+            "expected a network with parameters to be trained, all are frozen, as those of a loaded model are: "
+            "copy.deepcopy(vae.net).requires_grad_(True) is one that can be trained further"
+        )
     if not isinstance(optim, Optim):
         raise ValueError(f"optim must be an Optim, of which the trainer makes optimizers, got {type(optim).__name__}")
     if not callable(batches) or not hasattr(batches, "batch_size"):
@@ -204,7 +209,7 @@ class Trainer:
     ):
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
         intervals = {f"{name}_every": value for name, value in self.every.items()}
-        _check(optim, batches, dict(steps=steps, accumulate=accumulate, **intervals))
+        _check(net, optim, batches, dict(steps=steps, accumulate=accumulate, **intervals))
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
         self.steps, self.seed, self.monitor = steps, seed, monitor
         self.folder = None if folder is None else Path(folder)
@@ -231,6 +236,8 @@ class Trainer:
                 distributed.shard(module, self.world)
         self.optimizers = optim.optimizers(net, capturable=self.on_graph)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
+        self._evaluated = -1  # the last step at which it was
+        self._goes_on = False  # from what is in the folder, if anything is
         self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
         self._compiles = self.compiled
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
@@ -274,6 +281,7 @@ class Trainer:
             ValueError: if there is one of another network or of other data, or none that can be read.
         """
         state = checkpoint.load_latest(self.folder) if self.folder else None
+        self._goes_on = True
         if state is not None:
             if state["metadata"].get("data") != self.metadata.get("data"):
                 raise ValueError(f"the run in {self.folder.parent} was trained on other data: start another run")
@@ -284,6 +292,7 @@ class Trainer:
             self.step, self.seconds = state["step"], state["seconds"]
             # Without a best checkpoint, the next evaluation makes one.
             self.best = state["best"] if (self.folder / checkpoint.BEST).exists() else -math.inf
+            self._evaluated = state.get("evaluated", -1)
             self.compile_seconds = state.get("compile_seconds", 0.0)
             self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
             self._reported = tuple(state["reported"])
@@ -319,12 +328,17 @@ class Trainer:
         `interrupted` says afterwards whether there was such a signal, be it at the last step.
 
         Raises:
+            ValueError: if the folder holds a run and `resume` was not called, as its checkpoints would be lost.
             TrainingError: if the loss is not finite, or a step cannot be recorded as a CUDA graph.
         """
+        self._check_folder()
         self.loggers = list(loggers)
         with Interruption() as interruption:
-            if self.world.any(self.best == -math.inf):  # at the start, or the best checkpoint is lost
+            over = self.step >= self.steps and self._evaluated != self.step  # stopped between two evaluations
+            if self.world.any(over or self.best == -math.inf):  # or at the start, or the best checkpoint is lost
                 self._evaluate()
+            if over:
+                self._save_latest()
             while self.step < self.steps:
                 self._train_step()
                 last = self.step == self.steps
@@ -345,6 +359,14 @@ class Trainer:
                     break
         self._forget_graph()  # and the memory that it holds
         return self.step >= self.steps
+
+    def _check_folder(self) -> None:
+        if not self._goes_on and self.folder is not None and checkpoint.is_resumable(self.folder):
+            raise ValueError(
+                f"{self.folder} holds a run, whose checkpoints would be lost: call resume() before fit() to go on with "
+                "it, or give another folder"
+            )
+        self._goes_on = True
 
     def _train_step(self) -> None:
         start = time.perf_counter()
@@ -396,7 +418,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
-            self.optim.average(self.average, self.net, change)
+            self.optim.update_average(self.average, self.net, change)
         scalars["grad_norm"] = distributed.whole(norm)
         self._names = list(scalars)
         return torch.stack(list(scalars.values()))
@@ -462,9 +484,8 @@ class Trainer:
 
     def _wait(self) -> None:
         """On a GPU steps that were called for may not have ended; the time until they have is theirs."""
-        if self.world.device.type == "cuda":
-            with self._counted():
-                torch.cuda.synchronize(self.world.device)
+        with self._counted():
+            distributed.synchronize(self.world.device)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -475,6 +496,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._wait()
+        self._evaluated = self.step
         result = self._whole_result() if self.evaluate is not None else None
         if result is not None and self.world.is_main:
             result.eval()
@@ -526,6 +548,7 @@ class Trainer:
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
             "best": self.best,
+            "evaluated": self._evaluated,
             "names": self._names,
             "pending": torch.stack(self._pending) if self._pending else torch.empty(0),
             "reported": self._reported,

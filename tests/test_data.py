@@ -609,6 +609,31 @@ def test_no_classes_if_an_image_lies_at_the_top(tmp_path):
     assert len(all_pixels(splits)) == 6
 
 
+@pytest.mark.parametrize("valid", ["val", "valid", None])
+def test_subfolders_that_are_a_split_are_that_split(tmp_path, valid):
+    folders = {"train/dog": (20, 0), "train/cat": (10, 50), "test/dog": (4, 100), "test/cat": (3, 150)}
+    folders |= {f"{valid}/dog": (2, 200), f"{valid}/cat": (1, 250)} if valid else {}
+    for folder, (count, first) in folders.items():
+        write_greys(tmp_path / folder, count, first)
+    splits = data.load("image_folder", str(tmp_path), image_size=4, channels=1)
+    train = {*range(20), *range(50, 60)}
+    assert set(levels(splits.test)) == {*range(100, 104), *range(150, 153)}
+    if valid:
+        assert set(levels(splits.valid)) == {200, 201, 250} and set(levels(splits.train)) == train
+    else:
+        assert len(splits.valid) == 3 and {*levels(splits.valid), *levels(splits.train)} == train
+    for part in parts(splits):
+        dogs = [level % 100 < 50 for level in levels(part)]
+        assert part.labels.tolist() == [int(dog) for dog in dogs]
+
+
+def test_other_subfolders_beside_those_of_a_split_are_classes(tmp_path):
+    for folder in ("train", "test", "bus"):
+        write_greys(tmp_path / folder, 10)
+    splits = data.load("image_folder", str(tmp_path), image_size=4)
+    assert [len(part) for part in parts(splits)] == [24, 3, 3] and set(splits.train.labels.tolist()) == {0, 1, 2}
+
+
 @pytest.mark.parametrize(("count", "sizes"), [(3, (1, 1, 1)), (7, (5, 1, 1)), (30, (24, 3, 3)), (39, (33, 3, 3))])
 def test_folder_is_split_80_10_10(tmp_path, count, sizes):
     write_greys(tmp_path, count)

@@ -218,6 +218,47 @@ def test_random_draws_masks_then_noise(tiny_net):
     assert torch.equal(parts.elbo, objective(tiny_net, x, S, T, noise).elbo)
 
 
+class Stripes(MaskSampler):
+    """Every other token of all images, from the first or the second on."""
+
+    def __call__(self, batch_size, num_tokens, generator):
+        first = torch.randint(2, (batch_size, 1), generator=generator, device=generator.device)
+        S = (torch.arange(num_tokens, device=generator.device) + first) % 2 == 0
+        return S, ~S
+
+
+@pytest.mark.parametrize("objective", [lambda masks: BigLearnELBO(BETA, masks), InpaintingRegression])
+@pytest.mark.parametrize("masks", [Stripes(), Stripes().__call__], ids=["subclass", "function"])
+def test_masks_may_be_drawn_by_any_function(tiny_net, objective, masks):
+    x, _ = data()
+    found = objective(masks)(tiny_net, x, random=StepRandom.at(0, 3, World()))
+    random = StepRandom.at(0, 3, World())
+    S, T = masks(6, 6, random.generator)
+    assert S.sum() == 18 and len(S.unique(dim=0)) == 2
+    expected = objective(None)(tiny_net, x, S, T, random=random)
+    assert torch.equal(found.elbo, expected.elbo) and torch.equal(found.num_targets, T.sum(-1))
+    # Each process draws for all and takes its rows.
+    rows = [objective(masks)(tiny_net, x[k : k + 3], random=StepRandom.at(0, 3, World(k // 3, 2))) for k in (0, 3)]
+    assert torch.equal(torch.cat([row.num_targets for row in rows]), found.num_targets)
+    recorded = torch.ones(6, 6, dtype=torch.bool)
+    recorded[:, :2] = False
+    part = objective(masks)(tiny_net, (x, recorded), random=StepRandom.at(0, 3, World()))
+    assert torch.equal(part.num_targets, (T & recorded).sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (lambda rows, tokens, generator: (torch.ones(rows, tokens), torch.zeros(rows, tokens)), "a boolean mask S"),
+        (lambda rows, tokens, generator: [torch.ones(rows, tokens).bool()] * 2, "S and T must be disjoint"),
+        (lambda rows, tokens, generator: [torch.zeros(rows, tokens).bool()] * 2, "6 images without T"),
+    ],
+)
+def test_masks_of_a_function_are_checked(tiny_net, masks, message):
+    with pytest.raises(ValueError, match=message):
+        BigLearnELBO(BETA, masks)(tiny_net, data()[0], random=StepRandom.at(0, 0, World()))
+
+
 def test_what_is_given_is_not_drawn(tiny_net):
     (x, noise), (S, T) = data(), tasks()
     objective = BigLearnELBO(BETA)

@@ -253,7 +253,7 @@ def test_half(grid):
 
 
 def test_half_names_the_choices():
-    with pytest.raises(ValueError, match="top, bottom, left, right, got 'up'"):
+    with pytest.raises(ValueError, match="observed must be top, bottom, left or right, got 'up'"):
         masks.half((2, 2), "up")
 
 

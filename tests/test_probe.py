@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from biglearn_vae import BigLearnVAE, Patchify, StepRandom, UniversalViT, World, masks, probe
+from biglearn_vae import BigLearnVAE, Optim, Patchify, StepRandom, UniversalViT, World, masks, probe
 from biglearn_vae.data import ImageSet
+
+RECIPE = Optim(lr=2e-3, muon_lr=0.024, warmup_steps=300, schedule="cosine", clip_norm=1.0)
 
 N, Z = 7, 3
 
@@ -278,7 +280,7 @@ def test_images_without_labels_are_refused_with_what_to_do(vae):
         with pytest.raises(ValueError, match=f"the {what} images have no labels.*image_folder with a subfolder"):
             probe.linear_probe(vae, train, test)
     with pytest.raises(ValueError, match="the training images have no labels"):
-        probe.train_ceiling(network(vae.tokenizer), vae, none, steps=1)
+        probe.train_ceiling(network(vae.tokenizer), vae, none, RECIPE, steps=1)
 
 
 def test_ratios_draws_and_empty_sets_are_checked(vae):
@@ -377,7 +379,7 @@ def single() -> BigLearnVAE:
 def test_the_ceiling_learns_what_the_labels_say(single):
     train, test = labelled(single, 200), labelled(single, 100, seed=1)
     before = {name: value.clone() for name, value in single.net.state_dict().items()}
-    ceiling = probe.train_ceiling(network(single.tokenizer), single, train, steps=300)
+    ceiling = probe.train_ceiling(network(single.tokenizer), single, train, RECIPE, steps=300)
     assert_close(dict(single.net.state_dict()), before, rtol=0, atol=0)  # the probed network is frozen
     result = probe.linear_probe(single, train, test, [1.0, 0.5], draws=2, ceiling=ceiling)
     assert result["ceiling"][1.0]["mean"] > 0.97 and result["ceiling"][0.5]["mean"] > 0.9
@@ -390,7 +392,7 @@ def test_the_ceiling_learns_what_the_labels_say(single):
 def test_the_ceiling_repeats_for_a_seed(single):
     train = labelled(single, 200)
     weights = [
-        dict(probe.train_ceiling(network(single.tokenizer), single, train, steps=3, seed=seed).state_dict())
+        dict(probe.train_ceiling(network(single.tokenizer), single, train, RECIPE, steps=3, seed=seed).state_dict())
         for seed in (0, 0, 1)
     ]
     assert_close(weights[0], weights[1], rtol=0, atol=0)
@@ -454,7 +456,7 @@ def test_attributes_of_images(single):
         y = torch.stack([images.labels >= 10, images.labels == 20, images.labels >= 0], dim=1).long()
         y[::5, 0] = -1
         sets.append(ImageSet(images.pixels, y))
-    ceiling = probe.train_ceiling(network(single.tokenizer), single, sets[0], steps=2)
+    ceiling = probe.train_ceiling(network(single.tokenizer), single, sets[0], RECIPE, steps=2)
     result = probe.linear_probe(single, *sets, [1.0, 0.5], draws=2, ceiling=ceiling)
     assert result["metric"] == "balanced accuracy"
     for name in ("codes", "pixels", "ceiling"):

@@ -82,6 +82,11 @@ def test_more_steps_continue_and_other_settings_are_refused(here, monkeypatch, c
     error = capsys.readouterr().err
     assert "other settings (optim.lr: 0.002, now 0.5)" in error and "name=NAME" in error
     assert json.loads((here / "outputs/run/summary.json").read_text())["steps"] == 30
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30", "trainer.report_every=7") == 0
+    capsys.readouterr()
+    for steps, word in {"abc": "a whole number, got 'abc'", "1.5": "a whole number", "0": "at least 1, got 0"}.items():
+        assert run_here(monkeypatch, *SMALL, "name=run", f"trainer.steps={steps}") == 2
+        assert f"error: trainer.steps must be {word}" in capsys.readouterr().err
 
 
 def test_a_sweep_skips_what_is_done_and_goes_on_with_what_is_not(here, monkeypatch, capsys):
@@ -213,11 +218,11 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path):
         ),
         (["data.patch_size=3"], "data: patch_size must divide the image"),
         (["model.z_dim=0"], "z_dim must be at least 1, got 0"),
-        (["masks.s_ratio=[0,1]"], "two positive Beta parameters"),
-        (["loss.beta=-0.1"], "beta must be a number not below 0"),
+        (["masks.s_ratio=[0,1]"], "s_ratio must be 2 numbers in (0, inf), got [0, 1]: parameters of a Beta"),
+        (["loss.beta=-0.1"], "beta must be a number in [0, inf), got -0.1"),
         (["seed=zero"], "seed must be a whole number, got 'zero'"),
         (["trainer.steps=1.5"], "trainer.steps must be a whole number, got 1.5"),
-        (["trainer.steps=0"], "trainer: steps must be at least 1, got 0"),
+        (["trainer.steps=0"], "trainer.steps must be at least 1, got 0"),
         (["trainer.batch_size=0"], "trainer: batch_size must be at least 1, got 0"),
         (["data=image_folder", "data.root=empty"], "holds 0 readable image files"),
         (["data=image_folder", "data.root=absent"], "there is no folder absent"),

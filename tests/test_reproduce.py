@@ -141,7 +141,7 @@ def test_bounds_are_those_with_the_fitted_variance():
     bounds = {"variance": 0.004, "joint_nats": 41.0, "marginal_nats": 19.0, "conditional_nats": 20.0}
     run["evaluate"] = {"likelihood": {"images": 50, "samples": 64, "model": bounds | {"variance": 1}, "fitted": bounds}}
     text = results_page.page({"p": [run]}, {})
-    assert "| digits | tiny | biglearn_u | 50 | 64 | 0.00400 | 41.0 | 19.0 | 20.0 |" in text
+    assert "| digits | tiny | biglearn_u | 50 | 64 | 0 | 0.00400 | 41.0 | 19.0 | 20.0 |" in text
     run["evaluate"]["likelihood"]["fitted"] = {"variance": 0.004, "joint_nats": 41.0}  # of one patch
     assert "| 0.00400 | 41.0 | nan | nan |" in results_page.page({"p": [run]}, {})
 
@@ -154,6 +154,20 @@ def test_a_floor_of_some_seeds_is_shown_and_one_that_lacks_a_task_is_not():
         numbers[0]["complete"]["tasks"][task] = numbers[0]["complete"]["tasks"][task] | {"regressor": {"psnr": value}}
     text = results_page.page({"p": numbers}, {})
     assert "| digits | tiny | regressor | 14.00 | 15.00 |" in text and "10 nearest" not in text
+
+
+def test_floors_are_beside_the_last_method_that_is_there():
+    numbers = [run_numbers(method) for method in ("vae", "biglearn_t")]
+    for run in numbers:
+        run["probe"]["pixels"] = {"1.0": {"mean": 0.75}, "0.1": {"mean": 0.25}}
+        run["complete"]["tasks"]["0.5"] |= {"10 nearest": {"psnr": 9.0}}
+    text = results_page.page({"p": numbers}, {})
+    assert (
+        text.count("| digits | tiny | raw pixels | 75.0 | 25.0 |")
+        == text.count("| digits | tiny | 10 nearest | 9.00 |")
+        == 1
+    )
+    assert text.index("biglearn_t, one pass, mean") < text.index("10 nearest")
 
 
 def test_verdicts_are_within_a_standard_error_or_not():
@@ -471,4 +485,5 @@ def test_a_script_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
     assert "optim.rate=1: optim.rate: there is no such setting" in capsys.readouterr().err
     words = [*WORDS, 'preset.settings={train:["optim.lr=-1"]}']
     assert run_here(monkeypatch, *words, script="reproduce") == 2
-    assert "train of digits-tiny-biglearn_u-seed0 failed: error: optim: lr must be positive" in capsys.readouterr().err
+    said = "train of digits-tiny-biglearn_u-seed0 failed: error: optim: lr must be a number in (0, inf)"
+    assert said in capsys.readouterr().err

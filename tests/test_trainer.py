@@ -139,16 +139,22 @@ def test_more_steps_continue_a_finished_run(tmp_path):
     assert longer.fit() and longer.step == 20
 
 
+class Signalled(Points):
+    """A signal comes in the tenth step."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, step):
+        if step == 9:
+            signal.raise_signal(self.number)
+        return super().__call__(step)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, number):
-    class Signalled(Points):
-        def __call__(self, step):
-            if step == 9:
-                signal.raise_signal(number)
-            return super().__call__(step)
-
     before = signal.getsignal(number)
-    stopped = make(tmp_path, batches=Signalled())
+    stopped = make(tmp_path, batches=Signalled(number))
     assert stopped.fit() is False
     assert stopped.step == 10 and signal.getsignal(number) == before
     whole, resumed = make(tmp_path / "whole"), make(tmp_path)
@@ -240,6 +246,35 @@ def test_what_a_trainer_is_made_of_is_checked_before_it_trains(tmp_path):
             make_trainer(batches=batches)
     make_trainer(str(tmp_path), steps=2).fit()  # a folder may be text
     assert checkpoint.load_latest(tmp_path)["step"] == 2
+
+
+def test_a_frozen_network_is_refused_with_what_to_do():
+    frozen = network().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"all are frozen.*deepcopy\(vae.net\).requires_grad_\(True\)"):
+        Trainer(frozen, noisy_squares, Points(), OPTIM, steps=1)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path):
+    first = make(tmp_path, steps=6)
+    first.fit()
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a run.*call resume\\(\\) before fit"):
+        make(tmp_path, steps=2).fit()
+    assert checkpoint.load_latest(tmp_path)["step"] == 6
+    first.steps = 8  # the trainer whose run it is goes on
+    assert first.fit() and checkpoint.load_latest(tmp_path)["step"] == 8
+
+
+@pytest.mark.parametrize("steps", [9, 10])
+def test_a_run_that_was_stopped_and_is_called_finished_is_evaluated_where_it_stopped(tmp_path, steps):
+    partly = make(tmp_path / "run", evaluate_every=100, batches=Signalled(signal.SIGTERM))
+    assert partly.fit() is False and partly.step == 10
+    log, closed = Recorder(), make(tmp_path / "run", steps=steps, evaluate_every=100)
+    closed.resume()
+    assert closed.fit([log]) and [step for step, row in log.rows if "valid/elbo" in row] == [10]
+    assert checkpoint.load(tmp_path / "run" / checkpoint.BEST)["step"] == 10
+    again = make(tmp_path / "run", steps=steps, evaluate_every=100)
+    again.resume()
+    assert again.fit([log]) and [step for step, row in log.rows if "valid/elbo" in row] == [10]  # once
 
 
 def test_checkpoints_of_another_network_are_refused(tmp_path):
