@@ -19,7 +19,7 @@ from biglearn_vae.models import TwoStackViT, UniversalViT, count_parameters
 from biglearn_vae.optim import Optim
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify
-from biglearn_vae.runs import load
+from biglearn_vae.runs import load, summaries
 from biglearn_vae.trainer import Trainer, TrainingError
 
 __version__ = "0.1.0"
@@ -50,4 +50,5 @@ __all__ = [
     "load",
     "masks",
     "probe",
+    "summaries",
 ]

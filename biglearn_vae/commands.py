@@ -476,6 +476,7 @@ def _trained(cfg: "DictConfig") -> _Trained:
         raise ValueError(str(error).replace("data.root", "data_root")) from error
     if splits.train.fingerprint() != state["metadata"]["data"]:
         raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
+    print(f"{run}: {path.name}, of step {state['step']}; the run has {settings.trainer.steps}", flush=True)
     return _Trained(run, settings, vae, splits, path.name, state["step"])
 
 

@@ -178,6 +178,8 @@ class Batches:
         transform: Callable | None = None,
     ):
         world = world or World(device=images.device)
+        if not len(images):
+            raise ValueError("expected at least one image to make batches of, got none")
         self.images, self.batch_size, self.seed, self.world = images, batch_size, seed, world
         self.transform = transform or (lambda x: x)
         self._share = world.share(batch_size)

@@ -30,6 +30,12 @@ HIDDEN = ("mask", "drop")  # what becomes of a position that is not observed
 INPUT_BOUND = 1e6
 
 
+def _bounded(x: Tensor) -> Tensor:
+    """Within INPUT_BOUND, or within what numbers of this type can be."""
+    bound = min(INPUT_BOUND, torch.finfo(x.dtype).max)
+    return x.clamp(-bound, bound)
+
+
 class MaskedViT(nn.Module):
     """What both networks share: embeddings, positions, heads. A subclass says which blocks encode and which decode.
 
@@ -113,12 +119,10 @@ class MaskedViT(nn.Module):
             S, positions = S.gather(1, index), positions[index]
         seen = S.unsqueeze(-1)  # (B, n, 1)
         # Hidden tokens are zeroed before the matrix as well: a NaN among them must not reach its gradient.
-        x = x.masked_fill(~seen, 0).clamp(-INPUT_BOUND, INPUT_BOUND)
+        x = _bounded(x.masked_fill(~seen, 0))
         tokens = torch.where(seen, self.token_in(x), self.token_mask)
         tokens = tokens + positions.to(tokens.dtype) + self.token_type
-        latent = (
-            self.latent_mask.expand(len(x), -1) if z is None else self.latent_in(z.clamp(-INPUT_BOUND, INPUT_BOUND))
-        )
+        latent = self.latent_mask.expand(len(x), -1) if z is None else self.latent_in(_bounded(z))
         return torch.cat([(latent + self.latent_type).unsqueeze(1), tokens], dim=1)
 
     def _init_weights(self) -> None:

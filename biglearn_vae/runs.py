@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,26 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
             "measured. Give name=NAME for another run, or delete the folder."
         )
     return None
+
+
+def summaries(folder: str | Path = "outputs") -> list[dict[str, Any]]:
+    """What the runs in a folder ended with, such as those of a sweep: for each its folder, the numbers of its
+    summary.json and every setting, by dotted names ("inpainting_psnr.0.5", "optim.lr"), as pandas.DataFrame takes them.
+
+    Runs that are not finished, or whose settings are gone, are left out.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    root, found = Path(folder).expanduser(), []
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root} of runs")
+    for path in sorted(root.rglob(FILES["train"])):
+        numbers = dict(config.leaves(read_json(path)))
+        with suppress(ValueError):
+            settings = dict(config.leaves(config.saved(path.parent)))
+            found += [{"run": str(path.parent)} | settings | numbers] if numbers else []
+    return found
 
 
 @contextmanager

@@ -153,6 +153,16 @@ def _check(net: nn.Module, optim: Any, batches: Any, counts: dict[str, int]) -> 
         checks.whole_number(name, value, 1)
 
 
+def _measured(found: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """What `evaluate` gave; a ValueError if that isn't numbers and pictures."""
+    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, dict) for part in found):
+        raise ValueError(
+            "evaluate must return numbers and pictures, two dictionaries by name, such as ({'valid/elbo': -1.5}, {}), "
+            f"got {found!r:.80}"
+        )
+    return found
+
+
 class Trainer:
     """Trains a network, and resumes what an earlier one in the same folder left.
 
@@ -278,7 +288,7 @@ class Trainer:
         """Go on from the newest readable checkpoint of the folder, if any; returns the step.
 
         Raises:
-            ValueError: if there is one of another network or of other data, or none that can be read.
+            ValueError: if there is one of another network, another optimizer or other data, or none that can be read.
         """
         state = checkpoint.load_latest(self.folder) if self.folder else None
         self._goes_on = True
@@ -309,6 +319,15 @@ class Trainer:
         net.load_state_dict(distributed.split(weights, net.state_dict()))
 
     def _load_optimizers(self, states: list[dict[str, Any]]) -> None:
+        kept, own = (
+            [[len(group["params"]) for group in state["param_groups"]] for state in several]
+            for several in (states, [optimizer.state_dict() for optimizer in self.optimizers])
+        )
+        if kept != own:
+            raise ValueError(
+                f"the run in {self.folder.parent} was trained by other optimizers, of groups of {kept} weights, now of "
+                f"{own}: optim must be as it was, with muon_lr or without"
+            )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             groups = [  # how a step is computed is a matter of this device, not of that on which it was kept
@@ -501,7 +520,7 @@ class Trainer:
         if result is not None and self.world.is_main:
             result.eval()
             with torch.no_grad():
-                numbers, pictures = self.evaluate(result)
+                numbers, pictures = _measured(self.evaluate(result))
             self._log(lambda logger: logger.scalars(self.step, numbers))
             for name, pixels in pictures.items():
                 self._log(lambda logger, name=name, pixels=pixels: logger.picture(self.step, name, pixels))

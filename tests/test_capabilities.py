@@ -498,7 +498,8 @@ def test_a_patch_is_observed_if_all_of_its_pixels_are(vae, call):
     kept = pixels.unsqueeze(1) & ~vae.pixel_mask(S)  # what is left of that patch, which completions leave as it is
     for found, expected in zip(parts(call(vae, x, pixels)), parts(call(vae, x, S)), strict=True):
         if tuple(found.shape[-3:]) == vae.image_shape and not found.equal(expected):
-            assert found.where(~kept, 0).equal(expected.where(~kept, 0))
+            if call is not CALLS["inpaint, in passes"]:  # the next passes see what was kept
+                assert found.where(~kept, 0).equal(expected.where(~kept, 0))
             assert found.where(kept, 0).equal(x.where(kept, 0).expand_as(found))
         else:
             assert found.equal(expected)
@@ -913,13 +914,13 @@ def test_latents_of_another_type(convert, got):
 def test_models_that_make_no_sense():
     net = make().net
     for settings, words in (
-        (dict(prior="Learned"), "'learned' or 'standard', got 'Learned'"),
-        (dict(prior=None), "'learned' or 'standard', got None"),
+        (dict(prior="Learned"), "prior must be learned or standard, got 'Learned'"),
+        (dict(prior=None), "prior must be learned or standard, got None"),
         (dict(chunk=0), "chunk must be at least 1, got 0"),
         (dict(chunk=1.5), r"chunk must be a whole number, got 1\.5"),
         (dict(chunk=None), "chunk must be a whole number, got None"),
         *(
-            (dict(variance=v), f"variance must be a number in [0, inf), got {v!r}")
+            (dict(variance=v), rf"variance must be a number in \[0, inf\), got {v!r}")
             for v in (-1, float("nan"), float("inf"), None, "1")
         ),
     ):

@@ -137,6 +137,11 @@ def test_order_does_not_depend_on_the_batch_size():
     ]
 
 
+def test_batches_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="at least one image to make batches of, got none"):
+        data.Batches(data.ImageSet(torch.zeros(0, 1, 8, 8, dtype=torch.uint8)), 4)
+
+
 def test_batches_do_not_touch_the_global_generator():
     torch.manual_seed(0)
     expected = torch.rand(3)

@@ -97,6 +97,13 @@ def test_a_sweep_skips_what_is_done_and_goes_on_with_what_is_not(here, monkeypat
     assert capsys.readouterr().out.count("is finished: 24 steps") == 1
     runs = sorted(path.parent.name for path in (here / "outputs").glob("*/summary.json"))
     assert len(runs) == 4 and all("seed" in name for name in runs)
+    rows = blv.summaries()
+    assert [row["run"] for row in rows] == [f"outputs/{name}" for name in runs]
+    assert len({(row["seed"], row["method.name"]) for row in rows}) == 4
+    summary = json.loads((here / rows[0]["run"] / "summary.json").read_text())
+    assert rows[0]["inpainting_psnr.0.5"] == summary["inpainting_psnr"]["0.5"] and rows[0]["optim.lr"] == 0.002
+    with pytest.raises(ValueError, match="there is no folder nowhere of runs"):
+        blv.summaries("nowhere")
     assert run_here(monkeypatch, *words) == 0
     assert capsys.readouterr().out.count("is finished: 24 steps") == 4
 
@@ -170,9 +177,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(here, monkeypa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, number):
-    words = [*SMALL, "name=run", "trainer.steps=100000", "trainer.checkpoint_every=100000"]
-    process = start(*words, cwd=tmp_path)
+def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, monkeypatch, capsys, number):
+    words = [*SMALL, "name=run", "trainer.evaluate_every=100000", "trainer.checkpoint_every=100000"]
+    process = start(*words, "trainer.steps=100000", cwd=tmp_path)
     log = tmp_path / "outputs" / "run" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and '"train/loss"' in log.read_text()):
         time.sleep(0.01)
@@ -181,6 +188,15 @@ def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, number):
     assert "a checkpoint is written, the same command goes on" in output and "Traceback" not in output
     state = checkpoint.load(tmp_path / "outputs" / "run" / "checkpoints" / checkpoint.LATEST)
     assert f"stopped at step {state['step']} of 100000" in output
+    # Called finished there, it is evaluated there, not where it was the last time.
+    monkeypatch.chdir(tmp_path)
+    steps = state["step"]
+    assert run_here(monkeypatch, *words, f"trainer.steps={steps}") == 0
+    assert json.loads((tmp_path / "outputs/run/summary.json").read_text())["best_step"] == steps
+    assert (
+        run_here(monkeypatch, "run=outputs/run", "images=2", "draws=2", "likelihood_images=0", script="evaluate") == 0
+    )
+    assert f"outputs/run: best.pt, of step {steps}; the run has {steps}" in capsys.readouterr().out
 
 
 def test_two_processes_train_like_one(here, monkeypatch):

@@ -277,6 +277,21 @@ def test_a_run_that_was_stopped_and_is_called_finished_is_evaluated_where_it_sto
     assert again.fit([log]) and [step for step, row in log.rows if "valid/elbo" in row] == [10]  # once
 
 
+def test_what_an_evaluation_gives_is_checked():
+    for given in ({"valid/elbo": 1.0}, ({"valid/elbo": 1.0}, None), 3.0):
+        trainer = make(steps=2)
+        trainer.evaluate = lambda net, given=given: given
+        with pytest.raises(ValueError, match=r"evaluate must return numbers and pictures, two dictionaries.* got "):
+            trainer.fit()
+
+
+@pytest.mark.parametrize("first", [None, 0.02])
+def test_checkpoints_of_other_optimizers_are_refused(tmp_path, first):
+    make(tmp_path, steps=6, optim=replace(OPTIM, muon_lr=first)).fit()
+    with pytest.raises(ValueError, match=r"trained by other optimizers.*with muon_lr or without"):
+        make(tmp_path, steps=6, optim=replace(OPTIM, muon_lr=None if first else 0.02)).resume()
+
+
 def test_checkpoints_of_another_network_are_refused(tmp_path):
     make(tmp_path, steps=6).fit()
     other = Trainer(nn.Linear(3, 1), noisy_squares, Points(), OPTIM, steps=6, folder=tmp_path)
