@@ -382,7 +382,7 @@ class BigLearnVAE:
             float64 (B,), or () for a single image.
         """
         checks.check_choice("unit", unit, ("nats", "bits_per_dim"))
-        variance = self.checked_variance(variance)
+        variance = checked_variance(self, variance)
         tokens, S, T, single = self._tasks(x, T, given)
         of_passes = self._importance_by_pass(tokens, S, T, samples, seed, passes)
         bound = sum(part.log_weights(variance).logsumexp(0) - math.log(samples) for part in of_passes)
@@ -404,15 +404,10 @@ class BigLearnVAE:
 
         For S empty they are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
         """
-        variance = self.checked_variance(variance)
+        variance = checked_variance(self, variance)
         tokens, S, T, single = self._tasks(x, T, given)
         weights = self._importance(tokens, S, T, samples, seed).log_weights(variance)
         return weights[:, 0] if single else weights
-
-    def checked_variance(self, variance: float | None) -> float:
-        """A variance of observations, by default the model's own; a ValueError unless it is positive and finite."""
-        variance = self.variance if variance is None else variance
-        return checks.real_number("variance", variance, "(0, inf)", ": give one, such as variance=0.01")
 
     def _importance_by_pass(
         self, tokens: Tensor, S: Tensor, T: Tensor, samples: int, seed: int | None, passes: int
@@ -587,6 +582,12 @@ class BigLearnVAE:
         # Masks (B, L) may look like one of pixels, (H, W); what they are must not hang on B.
         patches = mask.ndim == 2 and mask.shape[1] == self.num_tokens
         return mask if not patches and mask.ndim in (2, 3) and tuple(mask.shape[-2:]) == self.image_shape[1:] else None
+
+
+def checked_variance(vae: BigLearnVAE, variance: float | None) -> float:
+    """A variance of observations, by default the model's own; a ValueError unless it is positive and finite."""
+    variance = vae.variance if variance is None else variance
+    return checks.real_number("variance", variance, "(0, inf)", ": give one, such as variance=0.01")
 
 
 @torch.no_grad()

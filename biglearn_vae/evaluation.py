@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from biglearn_vae import annealing, checks, masks
-from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.capabilities import BigLearnVAE, checked_variance
 from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
@@ -686,7 +686,7 @@ def _annealed(
     steps: int,
 ) -> LogProb:
     """log p(x_T | x_S) from p(z | x_{S u T}), or from p(z | x_S), from which the way is longer at its beginning."""
-    variance = vae.checked_variance(variance)
+    variance = checked_variance(vae, variance)
     rows, estimates = max(1, vae.chunk // max(annealing.PILOT, samples)), []
     for k, (x, s, t) in enumerate(zip(images.split(rows), S.split(rows), T.split(rows), strict=True)):
         x = vae.combine((x, s | t))[0]  # where all else is zero

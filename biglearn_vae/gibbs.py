@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from biglearn_vae import checks, gaussian
-from biglearn_vae.capabilities import BigLearnVAE, Observed
+from biglearn_vae.capabilities import BigLearnVAE, Observed, checked_variance
 from biglearn_vae.distributed import synchronize
 from biglearn_vae.gaussian import DiagGaussian
 
@@ -146,7 +146,7 @@ def chain(
         raise ValueError(f"expected a BigLearnVAE, which has a network and its tokenizer, got {type(vae).__name__}")
     draws, pseudo = checks.whole_number("draws", draws, 1), checks.whole_number("pseudo", pseudo, 0)
     checks.check_seed(seed)
-    chains = _Chains(vae, x, S, noisy, vae.checked_variance(variance), seed)
+    chains = _Chains(vae, x, S, noisy, checked_variance(vae, variance), seed)
     filled = None if start is None else chains.filled(start, draws)
     return chains.states(draws, pseudo, filled)
 

@@ -188,14 +188,17 @@ def fit_and_score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
 
 def _score(predicted: Tensor, train_y: Tensor, test_y: Tensor, unconverged: int = 0) -> Score:
     """The score of predictions like test_y."""
-    from sklearn.metrics import balanced_accuracy_score
-
     if test_y.ndim == 1:
         return Score((predicted == test_y).double().mean().item(), None, unconverged)
     values: list[float | None] = [None] * test_y.shape[1]
     for column in _scored_attributes(train_y, test_y):
-        values[column] = balanced_accuracy_score(test_y[:, column], predicted[:, column])
+        values[column] = _balanced_accuracy(predicted[:, column], test_y[:, column])
     return Score(statistics.fmean(value for value in values if value is not None), tuple(values), unconverged)
+
+
+def _balanced_accuracy(predicted: Tensor, y: Tensor) -> float:
+    """The mean of the recalls of the classes 0 and 1, neither of which may be absent from y; others are unknown."""
+    return statistics.fmean((predicted[y == label] == label).double().mean().item() for label in (0, 1))
 
 
 def _scored_attributes(train_y: Tensor, test_y: Tensor) -> list[int]:

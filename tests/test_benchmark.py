@@ -224,7 +224,7 @@ def test_the_tables_arithmetic():
         "1.00",
     ]
     assert lines[2].split() == ["bfloat16", "50", "1000.00", "500.00", "-", "2000.00", "1000", "2", "12%", "4.00"]
-    assert lines[4].startswith("10^9 m-a: multiply-adds of a step")
+    assert lines[4].startswith("GMACs: 10^9 multiply-adds of a step")
     rows = json.loads(json.dumps(result.as_dict()))["stages"]
     assert rows[1]["ratio_to_plain"] == 4 and rows[1]["flops_per_second"] == 2e12 and rows[1]["memory_bytes"] is None
 

@@ -285,7 +285,7 @@ def test_images_without_labels_are_refused_with_what_to_do(vae):
 
 def test_ratios_draws_and_empty_sets_are_checked(vae):
     images = labelled(vae, 8)
-    with pytest.raises(ValueError, match=r"ratio must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"ratio must be a number in \[0, 1\], got 1.5"):
         probe.linear_probe(vae, images, images, [1.5])
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         probe.linear_probe(vae, images, images, [0.5], draws=0)

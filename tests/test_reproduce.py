@@ -414,7 +414,9 @@ def test_campaigns_that_make_no_sense(tmp_path, settings, message):
     with pytest.raises(ValueError, match=r"in quotes, for 0\.1"):
         preset(grid={"joint": {0.1: []}})
     for which in ("biglearn_x seed0", "seed00", "vae biglearn_u", "seed0 seed1"):
-        with pytest.raises(ValueError, match=f'more must be of runs, by at most one data set, .* got "{which}"'):
+        with pytest.raises(
+            ValueError, match=f'preset.more must name runs, each by at most one data set, .* got "{which}"'
+        ):
             preset(more={which: {}})
     with pytest.raises(ValueError, match="scripts must be a list"):
         preset(scripts=["evaluate"])
