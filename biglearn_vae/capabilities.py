@@ -153,11 +153,10 @@ class BigLearnVAE:
         tokens, images, single = self._tokens(x)
         mask = self._mask(S, len(tokens), default=True)
         tokens, kept = self._seen(tokens, images, mask), self.pixel_mask(mask)
-        if images is None:
-            return Observed(tokens, mask, self.tokenizer.decode(tokens), kept, single)
-        if (named := None if S is None else self._of_pixels(S)) is not None:
+        named = None if S is None or images is None else self._of_pixels(S)
+        if named is not None:
             kept = kept | (named.unsqueeze(-3) & images.isfinite().all(1, keepdim=True))
-        return Observed(tokens, mask, images, kept, single)
+        return Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, kept, single)
 
     @torch.no_grad()
     def encode(self, x: Tensor, S: Tensor | None = None) -> DiagGaussian:

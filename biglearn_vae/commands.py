@@ -595,9 +595,9 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     print(f"probing {run}: {len(train):,} training and {len(test):,} {cfg.split} images ...", flush=True)
     ceiling = None
     if cfg.ceiling_steps:
-        net, progress = config.network(settings, vae.tokenizer), Progress(cfg.ceiling_steps)
+        net, optim = config.network(settings, vae.tokenizer), config.muon(settings.model.dim)
+        progress = Progress(cfg.ceiling_steps)
         try:
-            optim = config.muon(settings.model.dim)
             ceiling = probing.train_ceiling(net, vae, splits.train, optim, cfg.ceiling_steps, cfg.seed, [progress])
         finally:
             progress.close()

@@ -328,8 +328,8 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
     """
     from omegaconf import OmegaConf
 
-    hints = {"ratios": list[float], "passes": list[int] | None, **dict.fromkeys(EVALUATION_COUNTS, int)}
-    hints |= {"annealing_steps": int | None}
+    hints = {"ratios": list[float], "passes": list[int] | None, "annealing_steps": int | None}
+    hints |= dict.fromkeys(EVALUATION_COUNTS, int)
     values = {name: value for name, value in OmegaConf.to_container(settings).items() if name in hints}
     check_types(hints, values, where.rstrip("."))
     for name, value in values.items():
@@ -341,7 +341,7 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
         if name == "passes" and min(value or [1]) < 1:
             raise ValueError(f"{where}passes must be at least 1 each, got {value}")
         least = 0 if name == "likelihood_images" else 1
-        if name not in ("ratios", "passes") and value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise ValueError(f"{where}{name} must be at least {least}, got {value}")
 
 

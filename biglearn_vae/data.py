@@ -500,12 +500,11 @@ def image_folder(
     count = len(decoded.pixels)
     if count < 3:
         raise ValueError(f"{root} holds {count} readable image files, at least 3 are needed. {decoded.note}".rstrip())
-    counts = dict.fromkeys(PARTS[::-1], max(1, count // 10))
+    test = valid = max(1, count // 10)
     if own:
-        counts |= Counter(own[name] for name in decoded.names)
-        if "valid" not in own.values():
-            counts["valid"] = max(1, counts["train"] // 10)
-    counts["train"] = count - counts["test"] - counts["valid"]
+        found = Counter(own[name] for name in decoded.names)
+        test, valid = found["test"], found["valid"] if "valid" in own.values() else max(1, found["train"] // 10)
+    counts = {"test": test, "valid": valid, "train": count - test - valid}
     if min(counts.values()) < 1:
         raise ValueError(f"{root} holds {counts} readable images by part: at least one of each is needed")
     labels = _class_labels([name.partition("/")[2] if own else name for name in decoded.names])

@@ -311,30 +311,17 @@ def likelihood(
     """
     A = masks.random(len(images), vae.num_tokens, 0.5, seed=seed)
     halves = (("marginal", A, None), ("conditional", ~A, A)) if vae.num_tokens > 1 else ()
-    result = {}
+    bound, result = _bound(vae, annealing_steps), {}
     for name, T, given in (("joint", A | ~A, None), *halves):
-        nats = _log_prob(vae, images, T, given, samples, variance, seed, annealing_steps).mean().item()
+        nats = _in_parts(bound, images, T, given, samples, variance, seed).mean().item()
         result[f"{name}_nats"] = nats
         result[f"{name}_bits_per_dim"] = bits_per_dim(nats, T[0].sum().item() * vae.net.token_dim)
     return result
 
 
-def _log_prob(
-    vae: BigLearnVAE,
-    images: Images,
-    T: Tensor,
-    given: Tensor | None,
-    samples: int,
-    variance: float | None,
-    seed: int,
-    steps: int | None,
-) -> Tensor:
-    """A bound on log p(x_T | x_S), (N,): of importance weights, or annealed."""
-    if steps is None:
-        return _in_parts(vae.log_prob, images, T, given, samples, variance, seed)
-    return _in_parts(
-        lambda *asked: annealed_log_prob(vae, *asked, steps).nats, images, T, given, samples, variance, seed
-    )
+def _bound(vae: BigLearnVAE, steps: int | None) -> Callable[..., Tensor]:
+    """What gives a bound on log p(x_T | x_S), (N,), by importance weights or annealed, for `_in_parts`."""
+    return vae.log_prob if steps is None else lambda *asked: annealed_log_prob(vae, *asked, steps).nats
 
 
 def _in_parts(
@@ -389,18 +376,18 @@ def consistency(
     if vae.num_tokens < 2:
         raise ValueError("expected images of at least two patches, got one")
     A, B = _disjoint_pairs(len(images), vae.num_tokens, seed)
+    bound = _bound(vae, annealing_steps)
 
     def log_joint(A: Tensor, B: Tensor, k: int) -> Tensor:
         seeds = [derive_seed("consistency", seed, k, part) for part in range(2)]
-        marginal = _log_prob(vae, images, A, None, samples, variance, seeds[0], annealing_steps)
-        return marginal + _log_prob(vae, images, B, A, samples, variance, seeds[1], annealing_steps)
+        marginal = _in_parts(bound, images, A, None, samples, variance, seeds[0])
+        return marginal + _in_parts(bound, images, B, A, samples, variance, seeds[1])
 
     one, again, other = log_joint(A, B, 0), log_joint(A, B, 1), log_joint(B, A, 2)
     weights = _in_parts(vae.log_weights, images, A, None, samples, variance, derive_seed("posterior", seed))  # (K, N)
     evidence = weights.logsumexp(0) - math.log(samples)
     if annealing_steps is not None:
-        own = derive_seed("evidence", seed)
-        evidence = _log_prob(vae, images, A, None, samples, variance, own, annealing_steps)
+        evidence = _in_parts(bound, images, A, None, samples, variance, derive_seed("evidence", seed))
     return {
         "order_gap": (one - other).abs().mean().item(),
         "order_noise": (one - again).abs().mean().item(),

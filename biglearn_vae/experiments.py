@@ -337,8 +337,7 @@ class Campaign:
 def _course(path: Path, points: int = 50) -> Iterator[dict[str, float]]:
     """Step, seconds and loss of some of the reports of a run."""
     rows = [row for row in map(json.loads, path.read_text().splitlines()) if "train/loss" in row]
-    between = -(-len(rows) // points)
-    for row in rows[(len(rows) - 1) % between :: between] if rows else ():  # the last among them
+    for row in reversed(rows[:: -max(1, -(-len(rows) // points))]):  # the last among them
         yield {"step": row["step"], "seconds": round(row["seconds"], 1), "loss": round(row["train/loss"], 4)}
 
 

@@ -76,9 +76,9 @@ def _elbo_cells(found: Sequence[dict[str, Any]], split: str) -> list[str]:
     return [spread([one[f"{split}_{name}"] for one in found], digits) for name, digits in names.items()]
 
 
-def _last(runs: Runs) -> set[tuple[str, str, str]]:
-    """Of each data set and case the last method, beside which is shown what is the same for all methods."""
-    return set({(data, case): (data, case, method) for data, case, method, _ in groups(runs)}.values())
+def _last(runs: Runs) -> dict[tuple[str, str], str]:
+    """The last method by data set and case, beside which is shown what is the same for all methods."""
+    return {(data, case): method for data, case, method, _ in groups(runs)}
 
 
 def groups(runs: Runs) -> list[tuple[str, str, str, Runs]]:
@@ -217,11 +217,11 @@ def _probe(runs: Runs) -> str:
     if not own:
         return ""
     ratios = list(dict.fromkeys(ratio for run in own for ratio in run["probe"]["codes"]))
-    rows = []
+    last, rows = _last(own), []
     for data, case, method, of_method in groups(own):
         for name, label in (("codes", method), ("pixels", "raw pixels"), ("ceiling", "trained with labels")):
-            beside = name != "pixels" or (data, case, method) in _last(own)
-            if not beside or not any(name in run["probe"] for run in of_method):
+            elsewhere = name == "pixels" and method != last[data, case]
+            if elsewhere or not any(name in run["probe"] for run in of_method):
                 continue
             scores = [run["probe"][name] for run in of_method if name in run["probe"]]
             cells = [spread([100 * score[ratio]["mean"] for score in scores if ratio in score], 1) for ratio in ratios]
@@ -254,11 +254,10 @@ def _inpainting(runs: Runs) -> str:
     own = [run for run in runs if run.get("complete")]
     if not own:
         return ""
-    tasks = _all_tasks(own)
-    rows = []
+    tasks, last, rows = _all_tasks(own), _last(own), []
     for data, case, method, of_method in groups(own):
         entries = {"one pass, a draw": ("one pass", "psnr_draw"), "one pass, mean": ("one pass", "psnr_mean")}
-        if (data, case, method) in _last(own):
+        if method == last[data, case]:
             entries |= {name: (name, "psnr") for name in ("regressor", "10 nearest", "training mean")}
         for label, (name, key) in entries.items():
             found = [[_tasks(run).get(task, {}).get(name, {}) for run in of_method] for task in tasks]
@@ -552,13 +551,14 @@ def _plot_joint(axes, runs: Runs) -> None:
 
 def _plot_probe(axes, runs: Runs) -> None:
     probed = [run for run in runs if run.get("probe")]
+    last = _last(probed)
     for data, case, method, own in groups(probed):
         looks = {"codes": (f"{case} {method}", COLOURS[method]), "pixels": ("raw pixels", "0.5")}
         looks["ceiling"] = (f"{case} trained with labels", "k")
         for name, (label, colour) in looks.items():
             scores = [run["probe"][name] for run in own if name in run["probe"]]
             drawn = axes.get_legend_handles_labels()[1]  # raw pixels are the same for all cases
-            if scores and label not in drawn and (name == "codes" or (data, case, method) in _last(probed)):
+            if scores and label not in drawn and (name == "codes" or method == last[data, case]):
                 mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
                 shares, marker = [float(ratio) for ratio in scores[0]], "o" if name == "codes" else None
                 axes.plot(shares, mean, LINES.get(case, "-"), marker=marker, color=colour, label=label)

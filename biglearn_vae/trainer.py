@@ -319,10 +319,8 @@ class Trainer:
         net.load_state_dict(distributed.split(weights, net.state_dict()))
 
     def _load_optimizers(self, states: list[dict[str, Any]]) -> None:
-        kept, own = (
-            [[len(group["params"]) for group in state["param_groups"]] for state in several]
-            for several in (states, [optimizer.state_dict() for optimizer in self.optimizers])
-        )
+        kept = [[len(group["params"]) for group in state["param_groups"]] for state in states]
+        own = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
         if kept != own:
             raise ValueError(
                 f"the run in {self.folder.parent} was trained by other optimizers, of groups of {kept} weights, now of "

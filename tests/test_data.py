@@ -632,6 +632,14 @@ def test_subfolders_that_are_a_split_are_that_split(tmp_path, valid):
         assert part.labels.tolist() == [int(dog) for dog in dogs]
 
 
+def test_a_split_of_which_a_part_cannot_be_read_is_refused(tmp_path):
+    write_greys(tmp_path / "train", 30)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/0.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"'test': 0.*at least one of each is needed"):
+        data.load("image_folder", str(tmp_path), image_size=4)
+
+
 def test_other_subfolders_beside_those_of_a_split_are_classes(tmp_path):
     for folder in ("train", "test", "bus"):
         write_greys(tmp_path / folder, 10)
