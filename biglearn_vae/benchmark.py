@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -456,7 +457,7 @@ def encoding_multiply_adds(net: MaskedViT, tokens: int, code_only: bool = True) 
 
     These are those of all matrices, and of attention's two products; no biases, no norms.
     """
-    D, Z, d, r = _sizes(net)
+    D, Z, d, r = itemgetter("token_dim", "z_dim", "dim", "mlp_ratio")(net.sizes)
     last = block_multiply_adds(d, r, 1 + tokens, 1 if code_only else None)
     blocks = (len(net.encoder) - 1) * block_multiply_adds(d, r, 1 + tokens) + last
     return tokens * D * d + blocks + r * d**2 + 2 * r * d * Z
@@ -464,7 +465,7 @@ def encoding_multiply_adds(net: MaskedViT, tokens: int, code_only: bool = True) 
 
 def decoding_multiply_adds(net: MaskedViT, tokens: int, asked: int | None = None) -> int:
     """Multiply-adds of the mean of p(x_T | z, x_S) of one image, T being `asked` of the tokens, or all."""
-    D, Z, d, r = _sizes(net)
+    D, Z, d, r = itemgetter("token_dim", "z_dim", "dim", "mlp_ratio")(net.sizes)
     asked = tokens if asked is None else asked
     last = block_multiply_adds(d, r, 1 + tokens, 1 + asked)
     blocks = (len(net.decoder) - 1) * block_multiply_adds(d, r, 1 + tokens) + last
@@ -475,11 +476,6 @@ def block_multiply_adds(d: int, r: int, tokens: int, queries: int | None = None)
     """Multiply-adds of a block over a sequence, for some or all of its tokens."""
     queries = tokens if queries is None else queries
     return 2 * tokens * d**2 + queries * (2 + 2 * r) * d**2 + 2 * queries * tokens * d
-
-
-def _sizes(net: MaskedViT) -> tuple[int, int, int, int]:
-    d = net.token_in.out_features
-    return net.token_dim, net.z_dim, d, net.encoder[0].mlp[0].out_features // d
 
 
 def step_multiply_adds(work: Work, measures: frozenset[str], steps: Iterable[int] = (0,)) -> int:

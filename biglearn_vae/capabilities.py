@@ -7,22 +7,26 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import checks, gaussian, masks
+from biglearn_vae import checkpoint, checks, gaussian, masks, states
 from biglearn_vae.distributed import derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import check_prior
-from biglearn_vae.patches import of_batch
+from biglearn_vae.models import TwoStackViT, UniversalViT
+from biglearn_vae.patch_ae import PatchAE
+from biglearn_vae.patches import Patchify, of_batch
 
 Result = TypeVar("Result", Tensor, DiagGaussian)
 
 # An observed pixel of a larger absolute value is refused. Images have values in [0, 1]: means of Gaussians, noise and
 # changes lead out of that by little, those in 0..255 that were not divided by 255 (or in 0..16 by 16) by more.
 PIXEL_LIMIT = 10.0
+SAVED = {kind.__name__: kind for kind in (UniversalViT, TwoStackViT, Patchify, PatchAE)}  # what files of models hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +123,38 @@ class BigLearnVAE:
             )
         self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
         self.tokenizer = tokenizer.to(self.device)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model into one file, from which `biglearn_vae.load` makes it again, wherever it is.
+
+        It holds sizes and weights of network and tokenizer, prior and variance; no code, no data, no settings of the
+        training.
+
+        Raises:
+            ValueError: if network or tokenizer are not of this library, or the path is that of a folder.
+        """
+        path = Path(path).expanduser()
+        if path.is_dir():
+            raise ValueError(f"expected the name of a file to write, such as {path / 'model.pt'}, got a folder, {path}")
+        parts = {"net": _state(self.net), "tokenizer": _state(self.tokenizer)}
+        checkpoint.save(path, parts | {"prior": self.prior, "variance": self.variance})
+
+    @classmethod
+    def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "BigLearnVAE":
+        """What `save` wrote, frozen.
+
+        Raises:
+            ValueError: if it cannot be read, or is something else.
+        """
+        state = checkpoint.load(path)
+        try:
+            net, tokenizer = (
+                states.rebuilt(SAVED[state[name]["kind"]], state[name]["state"]) for name in ("net", "tokenizer")
+            )
+            return cls(net.to(device), tokenizer, prior=state["prior"], variance=state["variance"])
+        except (KeyError, TypeError):
+            hint = ": load a run by its folder" if "metadata" in state else ""
+            raise ValueError(f"{path} is not a model that BigLearnVAE.save wrote{hint}") from None
 
     @property
     def device(self) -> torch.device:
@@ -612,6 +648,16 @@ def best_variance(vae: BigLearnVAE, x: Tensor, passes: int = 1, samples: int = 6
         if abs(variance - before) < 1e-6 * before:
             break
     return variance
+
+
+def _state(part: nn.Module) -> dict[str, Any]:
+    """A network or a tokenizer of this library as it is written into files."""
+    kind = type(part).__name__
+    if SAVED.get(kind) is not type(part):
+        raise ValueError(
+            f"only {', '.join(SAVED)} can be saved, got a {kind}: torch.save its state_dict() and make it yourself"
+        )
+    return {"kind": kind, "state": states.of(part)}
 
 
 def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ B batch, L tokens, D token dimension, d embedding dimension, Z latent dimension,
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,21 @@ class MaskedViT(nn.Module):
         self.latent_out = mlp(dim, mlp_ratio * dim, 2 * z_dim)
         self.token_out = mlp(dim, 2 * dim, token_dim)
         self.register_buffer("positions", sincos_positions(self.grid, dim), persistent=False)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The arguments that make another such network."""
+        dim, block = self.token_in.out_features, self.encoder[0]
+        return dict(
+            grid=self.grid,
+            token_dim=self.token_dim,
+            dim=dim,
+            depth=self.depth,
+            z_dim=self.z_dim,
+            mlp_ratio=block.mlp[0].out_features // dim,
+            heads=block.attention.heads,
+            hidden=self.hidden,
+        )
 
     def forward(self, x: Tensor, S: Tensor, z: Tensor | None = None, T: Tensor | None = None) -> DiagGaussian | Tensor:
         """p(z | x_S), or, with z, the mean of p(x_T | z, x_S).
@@ -197,6 +213,11 @@ class UniversalViT(MaskedViT):
 
     decoder = encoder
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
 
 class TwoStackViT(MaskedViT):
     """An encoder stack p_Phi(z | x_S) and a decoder stack p_Theta(x_T | z, x_S) on shared embeddings (Fig. 1a, Eq. 6).
@@ -227,6 +248,11 @@ class TwoStackViT(MaskedViT):
             raise ValueError(f"depth must be two numbers, blocks of the encoder and of the decoder, got {depth}")
         self.encoder, self.decoder = (_stack(blocks, dim, heads, mlp_ratio) for blocks in depth)
         self._init_weights()
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Number of blocks of the encoder and of the decoder."""
+        return len(self.encoder), len(self.decoder)
 
 
 def _through(

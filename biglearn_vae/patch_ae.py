@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import checks
+from biglearn_vae import checks, states
 from biglearn_vae.patches import Patchify
 
 PATCHES_AT_ONCE = 2**13  # that pass through the layers, which bounds the memory
@@ -135,8 +135,7 @@ class PatchAE(nn.Module):
 
     def state(self) -> dict[str, Any]:
         """Sizes, weights and statistics, for `from_state`: tensors and plain values."""
-        weights = {name: value.detach().cpu() for name, value in self.state_dict().items()}
-        return {"sizes": self.sizes, "weights": weights}
+        return states.of(self)
 
     @classmethod
     def from_state(cls, state: dict[str, Any], image_size: int | tuple[int, int] | None = None) -> "PatchAE":
@@ -145,13 +144,7 @@ class PatchAE(nn.Module):
         Raises:
             ValueError: if it is not such a description.
         """
-        try:
-            net = cls(**state["sizes"] | ({} if image_size is None else {"image_size": image_size}))
-            net.load_state_dict(state["weights"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"expected the state of a PatchAE, sizes and weights: {reason}") from None
-        return net.requires_grad_(False).eval()
+        return states.rebuilt(cls, state, **({} if image_size is None else {"image_size": image_size}))
 
 
 def _init(module: nn.Module) -> None:

@@ -21,6 +21,9 @@ class Patchify(nn.Module):
         patch_size: side of a patch in pixels; it must divide both sides of the image.
         channels: channels per pixel.
 
+    Attributes:
+        sizes: the arguments that make another such tokenizer.
+
     Raises:
         ValueError: if the sizes are not whole numbers, or the patch size does not divide the image.
     """
@@ -39,6 +42,7 @@ class Patchify(nn.Module):
                 f"patches of {patch_size} x {patch_size}"
             )
         self.patch_size = patch_size
+        self.sizes = dict(image_size=(height, width), patch_size=patch_size, channels=channels)
         self.image_shape = (channels, height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.num_tokens = self.grid[0] * self.grid[1]

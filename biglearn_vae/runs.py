@@ -171,16 +171,18 @@ def taken(run: Path) -> Iterator[None]:
 
 
 def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearnVAE:
-    """A trained model from the folder of its run, frozen, in evaluation mode.
+    """A trained model from the folder of its run, or from the file of `BigLearnVAE.save`, frozen, in evaluation mode.
 
     Args:
-        run: the folder.
+        run: the folder, or the file.
         device: "auto" is a GPU if there is one.
-        which: "best", the largest validation ELBO, or "latest".
+        which: of a run "best", the largest validation ELBO, or "latest".
 
     Raises:
         ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
     """
+    if (path := Path(run).expanduser()).is_file():
+        return BigLearnVAE.from_file(path, pick_device(device))
     return load_with_state(run, device, which)[0]
 
 

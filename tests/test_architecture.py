@@ -9,11 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
-    {"files", "checks", "kernels", "cuda_graph", "workers"},
-    {"patches", "gaussian", "attention", "biases", "norms", "distributed", "masks", "image_files"},
+    {"files", "checks", "kernels", "cuda_graph", "workers", "states"},
+    {"patches", "gaussian", "attention", "biases", "norms", "distributed", "masks", "image_files", "checkpoint"},
     {"layers", "data", "patch_ae", "annealing", "optim"},
     {"models", "losses"},
-    {"capabilities", "checkpoint", "loggers"},
+    {"capabilities", "loggers"},
     {"trainer", "evaluation", "figures", "gibbs", "samples"},
     {"config", "benchmark", "completion", "probe"},
     {"runs"},

@@ -1,0 +1,31 @@
+"""Networks and tokenizers as tensors and plain values: what makes another one, and its weights."""
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def of(part: nn.Module) -> dict[str, Any]:
+    """For `rebuilt`, on the CPU: the weights of a module, and its `sizes`, the arguments that make another one."""
+    return {"sizes": part.sizes, "weights": {name: value.detach().cpu() for name, value in part.state_dict().items()}}
+
+
+def rebuilt(kind: type[Part], state: dict[str, Any], **sizes: Any) -> Part:
+    """What `of` described, frozen, in evaluation mode, with numbers of the same type.
+
+    Args:
+        kind: its class.
+        sizes: those in which it is to differ.
+
+    Raises:
+        ValueError: if it is not such a description.
+    """
+    try:
+        part = kind(**state["sizes"] | sizes)
+        part.load_state_dict(state["weights"], assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"expected the state of a {kind.__name__}, sizes and weights: {reason}") from None
+    return part.requires_grad_(False).eval()
