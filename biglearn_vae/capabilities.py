@@ -4,6 +4,7 @@ B images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimens
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +27,9 @@ Result = TypeVar("Result", Tensor, DiagGaussian)
 # An observed pixel of a larger absolute value is refused. Images have values in [0, 1]: means of Gaussians, noise and
 # changes lead out of that by little, those in 0..255 that were not divided by 255 (or in 0..16 by 16) by more.
 PIXEL_LIMIT = 10.0
+# More than this share of observed pixels below this is warned of: as in images in [-1, 1], and not those with noise.
+NEGATIVE, NEGATIVE_SHARE = -0.25, 0.25
+MANY_NEGATIVE = "many pixels are far below 0: if they are in [-1, 1], (x + 1) / 2 is in [0, 1]"
 SAVED = {kind.__name__: kind for kind in (UniversalViT, TwoStackViT, Patchify, PatchAE)}  # what files of models hold
 
 
@@ -88,8 +92,8 @@ class BigLearnVAE:
     repeatable. No gradients pass through; through `net` and `tokenizer` they do.
 
     All methods raise ValueError for data or masks of another shape or type, an empty batch, NaN or infinite values in
-    observed patches, and pixels there of an absolute value above 10, as in images that were not divided by 255. Tokens
-    may be any numbers: some tokenizers' are.
+    observed patches, and pixels there of an absolute value above 10, as in images that were not divided by 255; of
+    images that look as if they were in [-1, 1] they warn. Tokens may be any numbers: some tokenizers' are.
 
     Args:
         net: a network of `models`, unwrapped. It is put into evaluation mode.
@@ -546,10 +550,15 @@ class BigLearnVAE:
         of the images that they are of, if any, within the limit."""
         tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0)
         bad = ~tokens.isfinite().all(-1)  # (B, L)
-        beyond = torch.zeros_like(bad)
+        beyond, signed = torch.zeros_like(bad), torch.zeros((), dtype=torch.bool, device=bad.device)
         if images is not None:
             beyond = mask & ~masks.from_pixels(images.abs().amax(1) <= PIXEL_LIMIT, self.grid)
-        if not (bad | beyond).any():  # one question for both: on a GPU the answer is waited for
+            negative = (images < NEGATIVE) & self.pixel_mask(mask)
+            signed = negative.sum() * self.num_tokens > NEGATIVE_SHARE * images[0].numel() * mask.sum()
+        refused, signed = torch.stack([(bad | beyond).any(), signed]).tolist()  # on a GPU this waits for the device
+        if not refused:
+            if signed:
+                warnings.warn(MANY_NEGATIVE, stacklevel=2)
             return tokens
         if bad.any():
             raise ValueError(

@@ -82,7 +82,8 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             # Other launchers run this in another process, which can only tell by raising.
             if "HYDRA_FULL_ERROR" in os.environ or "Basic" not in hydra_cfg.launcher._target_:
                 raise
-            failed.append(str(error))
+            own = [word for word in hydra_cfg.overrides.task if word not in typed.overrides]  # of a sweep's job
+            failed.append(": ".join(filter(None, (" ".join(own), str(error)))))
 
     try:
         sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
@@ -154,8 +155,8 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     config.check_evaluation(cfg.evaluation, "evaluation.")
     config.check_seed(cfg.seed)
     checks.whole_number("trainer.steps", cfg.trainer.steps, 1)
-    hints = {"device": str, "name": str | int | None, "output_dir": str}
-    config.check_types(hints, {name: cfg[name] for name in hints}, "")
+    hints = {"device": str, "name": str | int | None, "output_dir": str, "init_from": str | None}
+    config.check_types(hints, {name: cfg.get(name) for name in hints}, "")
     run = Path(cfg.output_dir).expanduser() / runs.name_of(cfg, overrides)
     say = print if _is_main() else lambda *_: None
     world = start(cfg.device)
@@ -170,7 +171,8 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     trainer = _trainer(cfg, run, stage, splits, world)
     with runs.taken(run) if world.is_main else nullcontext():
         first = trainer.resume()
-        say(f"{'going on with' if first else 'training'} {run}")
+        start_from = "" if first or not cfg.get("init_from") else f", from the weights of {cfg.init_from}"
+        say(f"{'going on with' if first else 'training'} {run}{start_from}")
         say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.how}")
         loggers = _open(run, cfg, first) if world.is_main else []
         try:

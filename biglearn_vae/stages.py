@@ -2,6 +2,7 @@
 
 import inspect
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,8 +70,17 @@ class VAEStage:
         self.cfg, self.device = cfg, device
         self.tokens = config.tokenizer(cfg, _own_tokenizer(cfg, run)).to(device)
         self.net = config.network(cfg, self.tokens).to(device)
+        if cfg.get("init_from") and not checkpoint.is_resumable(run / "checkpoints"):  # which have its own weights
+            self._start_from(cfg.init_from)
         self.loss = config.objective(cfg)
         self.metadata = {"tokenizer": self.tokens.state()} if isinstance(self.tokens, PatchAE) else {}
+
+    def _start_from(self, source: str) -> None:
+        """Take the weights of a trained model, which may be of another method and of images of another size."""
+        other = runs.load(source, "cpu")
+        checkpoint.load_weights(self.net, other.net.state_dict(), source)
+        if not _same_codes(other.tokenizer, self.tokens):
+            warnings.warn(f"the network of {source} was trained on other tokens than these of tokens=", stacklevel=2)
 
     @torch.no_grad()
     def transform(self, images: Tensor) -> Tensor:
@@ -89,6 +99,13 @@ class VAEStage:
     @staticmethod
     def report(summary: dict[str, Any], run: Path) -> str:
         return report(summary, run)
+
+
+def _same_codes(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two tokenizers make the same numbers of a patch."""
+    weights, others = one.state_dict(), other.state_dict()
+    alike = type(one) is type(other) and weights.keys() == others.keys()
+    return alike and all(torch.equal(weights[name], value.to(weights[name])) for name, value in others.items())
 
 
 def _own_tokenizer(cfg: "DictConfig", run: Path) -> dict[str, Any] | None:

@@ -1077,6 +1077,23 @@ def test_images_that_were_not_divided(scale, precision):
         vae.encode(x)
 
 
+@every_call
+def test_images_between_minus_1_and_1_are_warned_of(vae, call):
+    x, S = pictures(vae), some(vae)
+    with pytest.warns(UserWarning, match=r"if they are in \[-1, 1\], \(x \+ 1\) / 2 is in \[0, 1\]"):
+        call(vae, 2 * x - 1, S)
+
+
+@every_masked_call
+@pytest.mark.filterwarnings("error")
+def test_noise_tokens_and_hidden_pixels_are_no_images_between_minus_1_and_1(vae, call):
+    x, S = pictures(vae), some(vae)
+    black = x.masked_fill(torch.rand(x.shape) < 0.8, 0)  # as of handwritten digits
+    call(vae, black + 0.2 * torch.randn(x.shape), S)
+    call(vae, torch.where(vae.pixel_mask(S), x, 2 * x - 3), S)
+    call(vae, vae.tokenizer.encode(2 * x - 1), S)
+
+
 @every_masked_call
 def test_hidden_pixels_may_be_of_any_size(vae, call):
     x, S = pictures(vae), some(vae)
@@ -1086,6 +1103,7 @@ def test_hidden_pixels_may_be_of_any_size(vae, call):
 
 
 @every_call
+@pytest.mark.filterwarnings("ignore:many pixels are far below 0")
 def test_pixels_may_lie_somewhat_outside_of_0_and_1(vae, call):
     x = 8 * pictures(vae) - 3.5
     assert all(part.isfinite().all() for part in parts(call(vae, x, some(vae))))
@@ -1105,6 +1123,7 @@ def test_tokens_may_be_of_any_size(call):
 
 
 @pytest.mark.parametrize("size", [-5.0, 0.5, 5.0])
+@pytest.mark.filterwarnings("ignore:many pixels are far below 0")
 def test_changes_that_lead_outside_of_0_and_1(vae, size):
     x, S = pictures(vae), some(vae)
     result = vae.encoding_sensitivity(x, S, torch.tensor(size))

@@ -256,6 +256,19 @@ def test_two_stages_and_a_model_that_needs_the_first_no_longer(here, monkeypatch
     )
 
 
+def test_weights_for_the_codes_of_another_patch_ae_are_warned_of(here, monkeypatch, recwarn):
+    for seed in (0, 1):
+        words = [*STAGE_1, "trainer.steps=1", f"seed={seed}", f"name=stage1-{seed}"]
+        assert run_here(monkeypatch, "--config-name=patch_ae", *words) == 0
+    words = [*STAGE_2, "trainer.steps=1"]
+    assert run_here(monkeypatch, *words, "tokens.run=outputs/stage1-0", "name=stage2") == 0
+    for seed in (0, 1):
+        recwarn.clear()
+        assert run_here(monkeypatch, *words, f"tokens.run=outputs/stage1-{seed}", "init_from=outputs/stage2") == 0
+        said = [str(w.message) for w in recwarn if "was trained on other tokens" in str(w.message)]
+        assert said == seed * ["the network of outputs/stage2 was trained on other tokens than these of tokens="]
+
+
 def test_a_patch_that_is_the_whole_image_has_no_seams(here, monkeypatch, capsys):
     words = [*STAGE_1, "data.patch_size=8", "trainer.steps=2", "name=run"]
     assert run_here(monkeypatch, "--config-name=patch_ae", *words) == 0

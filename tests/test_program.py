@@ -108,6 +108,48 @@ def test_a_sweep_skips_what_is_done_and_goes_on_with_what_is_not(here, monkeypat
     assert capsys.readouterr().out.count("is finished: 24 steps") == 4
 
 
+def test_jobs_of_a_sweep_that_fail_are_named(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, "-m", *SMALL, "trainer.steps=1", "masks.joint=3,0.5,-1", "seed=1") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: masks.joint={value}: masks: joint must be a number in [0, 1], got {value}" for value in (3, -1)
+    ]
+    assert len(blv.summaries()) == 1
+
+
+def test_a_training_from_the_weights_of_another(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "method=vae", "name=first") == 0
+    capsys.readouterr()
+    words = [*SMALL, "method=biglearn_t", "init_from=outputs/first"]
+    assert run_here(monkeypatch, *words, "name=second", "optim.lr=1e-30", "optim.muon_lr=1e-30") == 0
+    assert "training outputs/second, from the weights of outputs/first\n" in capsys.readouterr().out
+    first, second = (blv.load(f"outputs/{name}", device="cpu") for name in ("first", "second"))
+    assert (first.prior, second.prior) == ("standard", "learned")
+    for name, value in first.net.state_dict().items():  # a rate of nothing shows what it began with
+        torch.testing.assert_close(second.net.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+    first.save("model.pt")
+    assert run_here(monkeypatch, *words, "name=whole") == 0
+    assert run_here(monkeypatch, *words, "name=whole", "trainer.steps=30") == 0
+    words[-1] = "init_from=model.pt"
+    assert run_here(monkeypatch, *words, "name=part") == 0
+    (here / "model.pt").unlink()  # what goes on has weights of its own
+    assert run_here(monkeypatch, *words, "name=part", "trainer.steps=30") == 0
+    assert_same_runs(here / "outputs/whole", here / "outputs/part")
+    assert run_here(monkeypatch, *SMALL, "method=biglearn_t", "name=whole") == 2
+    assert "other settings (init_from: outputs/first, now None)" in capsys.readouterr().err
+
+    for changed, expected in {
+        "init_from=model.pt": "there is no run in model.pt",
+        "model.z_dim=3": "outputs/first holds another architecture than TwoStackViT of these settings: latent_in.0",
+        "method=biglearn_u": "outputs/first holds another architecture than UniversalViT of these settings",
+        "init_from=[1]": "init_from must be a word or null, got [1]",
+    }.items():
+        assert run_here(monkeypatch, *SMALL, "method=biglearn_t", "init_from=outputs/first", changed, "name=new") == 2
+        assert expected in capsys.readouterr().err
+    assert not (here / "outputs/new").exists()
+
+
 def test_a_run_killed_at_any_step_resumes_to_the_same_bits(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "name=whole") == 0
     process = start(*SMALL, "name=killed", cwd=here)
