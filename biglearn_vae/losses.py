@@ -170,7 +170,7 @@ class BigLearnELBO:
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""
         if self.prior == "standard":
             return net(x, S | T), None
-        if getattr(_unwrapped(net), "hidden", "mask") == "drop":  # they are not of one length
+        if not getattr(_unwrapped(net), "fixed_shapes", True):  # they are not of one length
             return net(x, S | T), net(x, S)
         both = net(torch.cat([x, x]), torch.cat([S | T, S]))
         return both[: len(x)], both[len(x) :]

@@ -65,6 +65,11 @@ class MaskedViT(nn.Module):
         self.register_buffer("positions", sincos_positions(self.grid, dim), persistent=False)
 
     @property
+    def fixed_shapes(self) -> bool:
+        """Whether sequences are as long at every step, whatever is observed and asked for."""
+        return self.hidden == "mask"
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """The arguments that make another such network."""
         dim, block = self.token_in.out_features, self.encoder[0]
@@ -106,7 +111,7 @@ class MaskedViT(nn.Module):
         """p(z | x_S)."""
         index, valid = masks.positions(S) if self.hidden == "drop" else (None, None)
         # Nothing but the z token of the last block is of use.
-        latent = _through(self.encoder, self._embed(x, S, None, index), 1, valid, self.hidden == "mask")[:, 0]
+        latent = _through(self.encoder, self._embed(x, S, None, index), 1, valid, self.fixed_shapes)[:, 0]
         # The code and its KL stay in full precision, whatever the blocks compute in.
         with torch.autocast(x.device.type, enabled=False):
             mean, logvar = self.latent_out(self.latent_norm(latent)).chunk(2, dim=-1)

@@ -76,7 +76,7 @@ def choose_compile(compile: bool | str, net: nn.Module, steps: int) -> bool:
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be true, false or auto, got {compile!r}")
-    fixed = _has_fixed_shapes(net)
+    fixed = getattr(net, "fixed_shapes", True)
     if compile == "auto":
         from torch.utils._triton import has_triton
 
@@ -95,7 +95,7 @@ def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World) -> 
     Raises:
         ValueError: on another word, and where it is asked for and cannot be done.
     """
-    device, fixed = next(net.parameters()).device, _has_fixed_shapes(net)
+    device, fixed = next(net.parameters()).device, getattr(net, "fixed_shapes", True)
     possible = device.type == "cuda" and world.size == 1 and fixed
     if cuda_graph not in (None, True, False):
         raise ValueError(f"cuda_graph must be true, false or null, got {cuda_graph!r}")
@@ -106,10 +106,6 @@ def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World) -> 
             "cuda_graph=null takes one where it can"
         )
     return possible if cuda_graph is None else cuda_graph
-
-
-def _has_fixed_shapes(net: nn.Module) -> bool:
-    return getattr(net, "hidden", "mask") != "drop"
 
 
 class Interruption:
