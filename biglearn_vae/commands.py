@@ -614,7 +614,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         "settings": _measured_with(cfg) | {"logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER},
         "train_images": len(train),
         "test_images": len(test),
-        "attributes": list(splits.label_names),
+        "attributes": list(splits.label_names) if test.labels.ndim > 1 else [],  # labels may be classes
     } | {
         name: value if name == "metric" else {str(ratio): numbers for ratio, numbers in value.items()}
         for name, value in scores.items()

@@ -145,7 +145,8 @@ class Splits:
     Attributes:
         train, valid, test: `valid` is carved out of the training data where a data set has no such part.
         note: what was left out.
-        label_names: of the attributes, where the labels are (N, A).
+        label_names: of the classes, by their numbers, or of the attributes, where the labels are (N, A); none if the
+            data has no names for them.
     """
 
     train: ImageSet
@@ -349,6 +350,7 @@ def _torchvision(name: str, root: Path, image_size: int, channels: int, num_vali
         train=part(train.data[order[num_valid:]], train.targets[order[num_valid:]]),
         valid=part(train.data[order[:num_valid]], train.targets[order[:num_valid]]),
         test=part(test.data, test.targets),
+        label_names=tuple(train.classes),
     )
 
 
@@ -481,10 +483,10 @@ def image_folder(
     """Any folder of images, of any sizes and modes, in subfolders or not: 80 % train, 10 % validation, 10 % test.
 
     The square of `crop` pixels in the middle, or the largest there is, is resized to `image_size`. Transparency is
-    laid on white. If every image lies in a subfolder, the names of the first-level subfolders are the classes. The
-    split depends on the sorted relative paths alone. If the first-level subfolders are `train`, `test` and perhaps
-    `valid` (or `val`), they are the split, a tenth of `train` being validation images if there are none, and those
-    in them the classes. Files that cannot be read are named in a warning, skipped and counted.
+    laid on white. If every image lies in a subfolder, the first-level subfolders, in the order of their names, are the
+    classes. The split depends on the sorted relative paths alone. If the first-level subfolders are `train`, `test` and
+    perhaps `valid` (or `val`), they are the split, a tenth of `train` being validation images if there are none, and
+    those in them the classes. Files that cannot be read are named in a warning, skipped and counted.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
@@ -507,8 +509,8 @@ def image_folder(
     counts = {"test": test, "valid": valid, "train": count - test - valid}
     if min(counts.values()) < 1:
         raise ValueError(f"{root} holds {counts} readable images by part: at least one of each is needed")
-    labels = _class_labels([name.partition("/")[2] if own else name for name in decoded.names])
-    return Splits(**_cut(decoded.pixels, labels, counts), note=decoded.note)
+    labels, classes = _classes([name.partition("/")[2] if own else name for name in decoded.names])
+    return Splits(**_cut(decoded.pixels, labels, counts), note=decoded.note, label_names=classes)
 
 
 def _own_parts(names: list[str]) -> dict[str, str]:
@@ -520,12 +522,13 @@ def _own_parts(names: list[str]) -> dict[str, str]:
     return {name: words[folder] for name, folder in folders.items()}
 
 
-def _class_labels(names: list[str]) -> Tensor | None:
+def _classes(names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The classes of images by the first folders of their names, (N,), and what they are called; else None and ()."""
     if not all("/" in name for name in names):
-        return None
+        return None, ()
     folders = [name.split("/")[0] for name in names]
     numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
-    return torch.tensor([numbers[folder] for folder in folders])
+    return torch.tensor([numbers[folder] for folder in folders]), tuple(numbers)
 
 
 def _sized(pixels: Tensor, image_size: int, channels: int) -> Tensor:

@@ -603,6 +603,7 @@ def test_subfolders_are_classes(tmp_path):
     }
     classes = {0: 2, 50: 1, 100: 1, 150: 0}  # ant, cat, dog by name
     assert seen == {first + k: label for first, label in classes.items() for k in range(10)}
+    assert splits.label_names == ("ant", "cat", "dog")
     assert all(part.labels.dtype == torch.int64 for part in parts(splits))
 
 
@@ -610,7 +611,7 @@ def test_no_classes_if_an_image_lies_at_the_top(tmp_path):
     write_greys(tmp_path / "cat", 5)
     write_greys(tmp_path, 1, first=9)
     splits = data.load("image_folder", str(tmp_path), image_size=4)
-    assert all(part.labels is None for part in parts(splits))
+    assert all(part.labels is None for part in parts(splits)) and splits.label_names == ()
     assert len(all_pixels(splits)) == 6
 
 
@@ -630,6 +631,7 @@ def test_subfolders_that_are_a_split_are_that_split(tmp_path, valid):
     for part in parts(splits):
         dogs = [level % 100 < 50 for level in levels(part)]
         assert part.labels.tolist() == [int(dog) for dog in dogs]
+    assert splits.label_names == ("cat", "dog")
 
 
 def test_a_split_of_which_a_part_cannot_be_read_is_refused(tmp_path):
@@ -796,6 +798,7 @@ def test_real_mnist(real_data):
         assert part.pixels.stride(1) == 0  # three equal channels in the memory of one
         assert part.labels.shape == (len(part),) and set(part.labels.tolist()) == set(range(10))
     assert len({part.fingerprint() for part in parts(splits)}) == 3
+    assert len(splits.label_names) == 10
 
 
 def test_real_mnist_splits_are_the_official_images(real_data):
