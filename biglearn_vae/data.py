@@ -350,7 +350,7 @@ def _torchvision(name: str, root: Path, image_size: int, channels: int, num_vali
         train=part(train.data[order[num_valid:]], train.targets[order[num_valid:]]),
         valid=part(train.data[order[:num_valid]], train.targets[order[:num_valid]]),
         test=part(test.data, test.targets),
-        label_names=tuple(train.classes),
+        label_names=tuple(train.classes) if name == "FashionMNIST" else (),  # MNIST's are their numbers
     )
 
 

@@ -229,6 +229,7 @@ def draw(
     page = run / FIGURES_PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
     given = {name: value for name, value in {"rows": images, "delta": delta}.items() if value is not None}
+    given |= {"names": splits.label_names}
     for name in names:
         drawn = pictures.FIGURES[name]
         own = {option: given[option] for option in given.keys() & inspect.signature(drawn).parameters.keys()}

@@ -411,6 +411,25 @@ def test_without_classes_a_point_keeps_the_colour_of_its_place():
     np.testing.assert_allclose(moved.min((0, 1)), right.min((0, 1)), atol=0.25)
 
 
+def test_the_map_shows_the_names_of_classes(draw, monkeypatch):
+    vae, labels = make(), torch.arange(12) % 3
+    monkeypatch.setattr(figures, "_plane", lambda points, seed: points[:, :2])
+    named = {}
+    monkeypatch.setattr(figures, "_panels", lambda places, classes, words: named.setdefault("words", words) and places)
+    names = ["cats", "dogs", "a_b $x$"]
+    (block,) = draw(figures.latent_map, vae, pictures(vae, 12), labels=labels, names=names).blocks
+    assert named["words"] == names and "names stand" in block.heading
+
+
+def test_words_on_the_map_are_whole():
+    places = np.zeros((1, 2, 2))
+    places[0, 1] = 1.0  # at two corners
+    for words in (["3", "4"], ["T-shirt/top", "Ankle boot"], ["a" * 40, "W" * 40]):
+        picture = figures._panels(places, np.arange(2), words)[0]
+        assert picture[5:-5, [4, -5]].min() == 1  # within the frame
+        assert (picture.min(-1) < 0.9).sum() > (figures._panels(places, np.arange(2))[0].min(-1) < 0.9).sum()
+
+
 def test_codes_that_all_coincide_can_be_drawn():
     assert np.isfinite(figures._plane(np.ones((8, 3)), 0)).all()
     assert figures._panels(np.zeros((2, 4, 2)), np.arange(4)).shape == (2, 300, 300, 3)
