@@ -5,13 +5,15 @@ Hydra is imported when a function needs it, not with the package.
 
 import difflib
 import functools
+import inspect
 import math
+import pkgutil
 import re
 import shlex
 import threading
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +180,9 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
 
     cfg, explained, groups = _settings(tuple(choices), config_name), explanations(config_name), _groups(config_name)
     known = {name for name, _ in _raw_leaves(cfg)}
+    parts = [part for part in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, part))]
+    targets = {f"{part}._target_" for part in parts if "_target_" in cfg[part]}
+    own = {o.key_or_group.rpartition(".")[0] for o in overrides if o.key_or_group in targets}
     for override in overrides:
         name = override.key_or_group
         if override.package or name in groups:
@@ -189,9 +194,9 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         inside = [key for key in known if key.startswith(f"{name}.")]
         if inside and not (override.is_delete() or isinstance(override.value(), dict)):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
-        if name in known or inside:
+        if name in known | targets or inside:
             continue
-        if parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent)):  # of any names
+        if parent in own or (parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))):  # of any names
             if not (override.is_add() or override.is_force_add()):
                 raise ValueError(f"there is no {name} yet: +{override.input_line} adds it")
             continue
@@ -259,21 +264,40 @@ def _own_hydra() -> Iterator[None]:
 
 
 def build(settings: "DictConfig", where: str, **given: Any) -> Any:
-    """Call what `_target_` names with the other settings and with what the program knows (`given`).
+    """Call what `_target_` names, of this package or of another, with the other settings and what the program knows.
 
     Raises:
-        ValueError: naming the setting, if the target does not take it, or not of this type or value.
+        ValueError: naming the setting, if there is no such target, or it doesn't take it, or not of this type or value.
     """
-    from hydra.utils import get_object
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(settings, resolve=True)
-    target = get_object(values.pop("_target_"))
-    check_types(typing.get_type_hints(target.__init__), values, where)
+    target, hints = _target(values.pop("_target_"), where)
+    if other := [name for name in values if name not in hints]:
+        raise ValueError(
+            f"{where}: {target.__name__} does not take {', '.join(other)}: "
+            + " ".join(f"'~{where}.{name}'" for name in other)
+            + " leaves them out"
+        )
+    check_types(hints, values, where)
     try:
         return target(**given, **values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _target(name: str, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A class or a function by its dotted name, and the types of what it takes, those that it tells."""
+    try:
+        target = pkgutil.resolve_name(name)
+        parameters = inspect.signature(target).parameters
+        hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+    except (ImportError, AttributeError, NameError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}._target_ must name a class or a function of a module that Python finds (PYTHONPATH=FOLDER), "
+            f"got {name!r}: {error}"
+        ) from None
+    return target, {parameter: hints.get(parameter, Any) for parameter in parameters}
 
 
 def require_all(cfg: "DictConfig", config_name: str) -> None:
@@ -305,7 +329,7 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(_matches(part, arguments[0]) for part in value)
     if hint in (int, float):
         return isinstance(value, (int,) if hint is int else (int, float)) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
+    return not isinstance(hint, type) or isinstance(value, hint)  # any value, where only its author knows better
 
 
 def _describe(hint: Any) -> str:

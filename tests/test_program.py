@@ -150,6 +150,48 @@ def test_a_training_from_the_weights_of_another(here, monkeypatch, capsys):
     assert not (here / "outputs/new").exists()
 
 
+def test_masks_and_a_network_of_ones_own(here, monkeypatch, capsys):
+    (here / "own_parts.py").write_text("""
+import torch
+from biglearn_vae import TwoStackViT
+
+class Columns:
+    def __init__(self, first: int, last=3):
+        self.first, self.last = first, last
+
+    def __call__(self, batch_size, num_tokens, generator):
+        seen = torch.arange(num_tokens) % 4
+        return [(mask).expand(batch_size, -1) for mask in (seen < self.first, seen >= self.last)]
+
+class Net(TwoStackViT):
+    pass
+
+NUMBER = 3
+""")
+    monkeypatch.syspath_prepend(here)
+    none = [f"~masks.{name}" for name in ("s_ratio", "t_ratio", "joint", "ratios_per")]
+    own = ["masks._target_=own_parts.Columns", "+masks.first=2", "model._target_=own_parts.Net", "model.depth=[1,1]"]
+    assert run_here(monkeypatch, *SMALL, *own, *none, "name=own") == 0
+    assert type(blv.load("outputs/own", device="cpu").net).__name__ == "Net"
+    assert run_here(monkeypatch, "run=outputs/own", "images=9", "likelihood_images=0", script="evaluate") == 0
+    capsys.readouterr()
+    assert run_here(monkeypatch, *SMALL, *own, *none, "name=own", "+masks.last=2") == 2
+    assert "other settings (masks.last: absent, now 2)" in capsys.readouterr().err
+    for words, expected in {
+        (*own,): "masks: Columns does not take s_ratio, t_ratio, joint, ratios_per: '~masks.s_ratio' '~masks.t_ratio' ",
+        (own[0], *none): "masks: Columns.__init__() missing 1 required positional argument: 'first'",
+        (own[0], *none, "+masks.first=two"): "masks.first must be a whole number, got 'two'",
+        (own[0], *none, "masks.first=2"): "there is no masks.first yet: +masks.first=2 adds it",
+        ("masks._target_=own_parts.Rows",): "masks._target_ must name a class or a function of a module that Python",
+        ("masks._target_=absent.Rows",): "(PYTHONPATH=FOLDER), got 'absent.Rows': No module named 'absent'",
+        ("masks._target_=own_parts.NUMBER",): "got 'own_parts.NUMBER': 3 is not a callable object",
+        ("trainer._target_=own_parts.Net",): "trainer._target_: there is no such setting",
+    }.items():
+        assert run_here(monkeypatch, *SMALL, *words, "name=new") == 2
+        assert expected in capsys.readouterr().err
+    assert not (here / "outputs/new").exists()
+
+
 def test_a_run_killed_at_any_step_resumes_to_the_same_bits(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "name=whole") == 0
     process = start(*SMALL, "name=killed", cwd=here)
