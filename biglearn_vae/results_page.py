@@ -413,13 +413,19 @@ def _costs(runs: Runs) -> str:
         cells = [spread([run["train"]["images_per_second"] for run in own], 0), spread(_epoch_seconds(own), 2)]
         rows.append([data, case, method, *cells, spread(epochs, 1), f"{own[0]['course'][-1]['loss']:.3f}"])
     head = ["data", "case", "method", "images/s", "seconds an epoch", "epochs", "loss at the end, first seed"]
-    return "### Cost of training (Figure 13)\n\n" + table(head, rows)
+    text = "Other work beside a run makes it slower: claim (v) compares the fastest of each method.\n"
+    return f"### Cost of training (Figure 13)\n\n{text}\n" + table(head, rows)
 
 
 def _epoch_seconds(runs: Runs) -> list[float]:
     """Without what compiling took, which is the same for any number of epochs."""
     trained = [run["train"] for run in runs]
     return [(of["seconds"] - of.get("compile_seconds", 0)) / (of["epochs"] or math.nan) for of in trained]
+
+
+def _fastest_epoch(runs: Runs) -> float:
+    """Of the run that other work beside it slowed down least."""
+    return min((seconds for seconds in _epoch_seconds(runs) if not math.isnan(seconds)), default=math.nan)
 
 
 # --- The paper's claims ---
@@ -480,7 +486,7 @@ def _verdicts(of: dict[str, Runs]) -> dict[str, str]:
         result["(iv) 60 % or more by a probe at S = 0.1"] = f"{word}, {spread(values, 1)} %"
     for method in METHODS[1:]:
         if of[method] and of["vae"]:
-            ratio = statistics.fmean(_epoch_seconds(of[method])) / statistics.fmean(_epoch_seconds(of["vae"]))
+            ratio = _fastest_epoch(of[method]) / _fastest_epoch(of["vae"])
             result[f"(v) an epoch of `{method}` against one of `vae`"] = f"{ratio:.2f} times as long"
     return result
 
