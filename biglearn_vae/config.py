@@ -13,7 +13,7 @@ import shlex
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,7 +272,8 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(settings, resolve=True)
-    target, hints = _target(values.pop("_target_"), where)
+    target = _target(values.pop("_target_"), where)
+    hints = _hints(target, values)
     if other := [name for name in values if name not in hints]:
         raise ValueError(
             f"{where}: {target.__name__} does not take {', '.join(other)}: "
@@ -286,18 +287,25 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _target(name: str, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A class or a function by its dotted name, and the types of what it takes, those that it tells."""
+def _target(name: str, where: str) -> Callable[..., Any]:
+    """A class or a function by its dotted name."""
     try:
         target = pkgutil.resolve_name(name)
-        parameters = inspect.signature(target).parameters
-        hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
-    except (ImportError, AttributeError, NameError, TypeError, ValueError) as error:
+        inspect.signature(target)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}._target_ must name a class or a function of a module that Python finds (PYTHONPATH=FOLDER), "
             f"got {name!r}: {error}"
         ) from None
-    return target, {parameter: hints.get(parameter, Any) for parameter in parameters}
+    return target
+
+
+def _hints(target: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
+    """The types of what a class or a function takes, as far as it tells them; of these names if it takes any."""
+    hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+    parameters = inspect.signature(target).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: hints.get(name, Any) for name in (*parameters, *(names if takes_any else ()))}
 
 
 def require_all(cfg: "DictConfig", config_name: str) -> None:
@@ -329,7 +337,7 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(_matches(part, arguments[0]) for part in value)
     if hint in (int, float):
         return isinstance(value, (int,) if hint is int else (int, float)) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)  # any value, where only its author knows better
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)  # of others only their author knows
 
 
 def _describe(hint: Any) -> str:

@@ -163,12 +163,17 @@ class Columns:
         seen = torch.arange(num_tokens) % 4
         return [(mask).expand(batch_size, -1) for mask in (seen < self.first, seen >= self.last)]
 
+def columns(first: int, **others):
+    return Columns(first)
+
 class Net(TwoStackViT):
     pass
 
 NUMBER = 3
 """)
     monkeypatch.syspath_prepend(here)
+    words = [*SMALL, "masks._target_=own_parts.columns", "+masks.first=1", "+masks.other=x", "trainer.steps=1"]
+    assert run_here(monkeypatch, *words) == 0
     none = [f"~masks.{name}" for name in ("s_ratio", "t_ratio", "joint", "ratios_per")]
     own = ["masks._target_=own_parts.Columns", "+masks.first=2", "model._target_=own_parts.Net", "model.depth=[1,1]"]
     assert run_here(monkeypatch, *SMALL, *own, *none, "name=own") == 0
