@@ -296,8 +296,10 @@ def _chains(runs: Runs) -> str:
     with_chains = _having(runs, "pseudo-Gibbs")
     asked = sorted({task for run in with_chains for task, found in _tasks(run).items() if "pseudo-Gibbs" in found})
     beside, rows = set(map(_matched_by, with_chains)), []
-    for data, case, method, own in groups([run for run in runs if _matched_by(run) in beside]):
-        for task in asked if method in ("vae", METHODS[-1]) else []:
+    matched = [run for run in runs if _matched_by(run) in beside]
+    last = _last(matched)
+    for data, case, method, own in groups(matched):
+        for task in asked if method in ("vae", last[data, case]) else []:
             for name in ("one pass", "pseudo-Gibbs", "Metropolis-within-Gibbs"):
                 found = [_entries(_tasks(run).get(task, {}), name) for run in own]
                 for count, same in _by_count(found, "iterations").items():
