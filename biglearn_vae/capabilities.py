@@ -4,7 +4,6 @@ B images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimens
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -116,9 +115,8 @@ class BigLearnVAE:
     ):
         check_prior(prior)
         chunk = checks.whole_number("chunk", chunk, 1)
-        checks.real_number("variance", variance, "[0, inf)")
-        network = "a network such as UniversalViT, unwrapped (`load` makes a model of a run's folder)"
-        _check_part(network, net, ("grid", "num_tokens", "token_dim", "z_dim"))
+        variance = checks.real_number("variance", variance, "[0, inf)")
+        check_network(net)
         _check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
         if (tuple(net.grid), net.token_dim) != (tuple(tokenizer.grid), tokenizer.token_dim):
             raise ValueError(
@@ -150,6 +148,7 @@ class BigLearnVAE:
         Raises:
             ValueError: if it cannot be read, or is something else.
         """
+        path = Path(path).expanduser()
         state = checkpoint.load(path)
         try:
             net, tokenizer = (
@@ -159,6 +158,8 @@ class BigLearnVAE:
         except (KeyError, TypeError):
             hint = ": load a run by its folder" if "metadata" in state else ""
             raise ValueError(f"{path} is not a model that BigLearnVAE.save wrote{hint}") from None
+        except ValueError as error:  # of another version, say
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def device(self) -> torch.device:
@@ -558,7 +559,7 @@ class BigLearnVAE:
         refused, signed = torch.stack([(bad | beyond).any(), signed]).tolist()  # on a GPU this waits for the device
         if not refused:
             if signed:
-                warnings.warn(MANY_NEGATIVE, stacklevel=2)
+                checks.warn(MANY_NEGATIVE)
             return tokens
         if bad.any():
             raise ValueError(
@@ -667,6 +668,12 @@ def _state(part: nn.Module) -> dict[str, Any]:
             f"only {', '.join(SAVED)} can be saved, got a {kind}: torch.save its state_dict() and make it yourself"
         )
     return {"kind": kind, "state": states.of(part)}
+
+
+def check_network(net: nn.Module) -> None:
+    """Raise a ValueError unless this has the attributes of a network of `models`."""
+    expected = "a network such as UniversalViT, unwrapped (`load` makes a model of a run's folder)"
+    _check_part(expected, net, ("grid", "num_tokens", "token_dim", "z_dim"))
 
 
 def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:

@@ -16,8 +16,8 @@ DIGEST_SIZE = 32  # bytes behind the archive of each file
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint so that at every moment `path` is either the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial, partial.open("wb") as file:
             torch.save(state, file)
             file.flush()

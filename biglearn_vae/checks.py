@@ -1,6 +1,8 @@
 """Checks of what a caller gave: what was expected and what came, as a ValueError, before it fails somewhere deep."""
 
 import operator
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -77,6 +79,14 @@ def check_grid(grid: Iterable[int]) -> tuple[int, int]:
     if len(numbers) != 2:
         raise ValueError(f"grid must be two numbers, rows and columns of tokens, each at least 1, got {grid}")
     return numbers[0], numbers[1]
+
+
+def warn(message: str) -> None:
+    """Warn of what the code outside of this package and of torch did, once for each place there."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("biglearn_vae", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def is_mask(value: Any) -> bool:

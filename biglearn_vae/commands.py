@@ -36,7 +36,7 @@ from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, pick_device, start, stop, under_torchrun
 from biglearn_vae.files import write_json, write_text
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
-from biglearn_vae.models import count_parameters
+from biglearn_vae.models import MaskedViT, count_parameters
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.stages import draw, measure, report, size_text
 from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
@@ -62,6 +62,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     from hydra._internal.utils import get_args_parser
 
     failed: list[str] = []
+    swept: set[str] = set()  # settings of which a sweep has several values
     torch.backends.cudnn.allow_tf32 = False  # what is computed in float32 is float32, in convolutions, too
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
@@ -82,7 +83,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             # Other launchers run this in another process, which can only tell by raising.
             if "HYDRA_FULL_ERROR" in os.environ or "Basic" not in hydra_cfg.launcher._target_:
                 raise
-            own = [word for word in hydra_cfg.overrides.task if word not in typed.overrides]  # of a sweep's job
+            own = [o.input_line for o in config.parsed(hydra_cfg.overrides.task) if o.key_or_group in swept]
             failed.append(": ".join(filter(None, (" ".join(own), str(error)))))
 
     try:
@@ -96,6 +97,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
         else:
             if sweep:
                 _refuse_sweep(typed.overrides, chosen)
+                swept |= {o.key_or_group for o in config.parsed(typed.overrides) if o.is_sweep_override()}
             run()
     except user_errors() as error:
         if "HYDRA_FULL_ERROR" in os.environ:
@@ -171,7 +173,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     trainer = _trainer(cfg, run, stage, splits, world)
     with runs.taken(run) if world.is_main else nullcontext():
         first = trainer.resume()
-        start_from = "" if first or not cfg.get("init_from") else f", from the weights of {cfg.init_from}"
+        start_from = "" if first or cfg.get("init_from") is None else f", from the weights of {cfg.init_from}"
         say(f"{'going on with' if first else 'training'} {run}{start_from}")
         say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.how}")
         loggers = _open(run, cfg, first) if world.is_main else []
@@ -562,6 +564,8 @@ def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timi
     trainer = _trainer_settings(cfg)
     loss, optim = config.objective(cfg), config.build(cfg.optim, "optim")
     net = config.network(cfg, tokens).to(pick_device(cfg.device))
+    if not isinstance(net, MaskedViT):
+        raise ValueError(f"the benchmark knows how UniversalViT and TwoStackViT work alone, got a {type(net).__name__}")
     tokens = tokens.to(pick_device(cfg.device))
     precision = choose_precision(trainer["precision"], net, trainer["batch_size"])
     stand_ins = plan.evaluations is None  # nothing is learned from random images

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from biglearn_vae import checkpoint, checks, data
+from biglearn_vae.capabilities import check_network
 from biglearn_vae.data import Splits
 from biglearn_vae.distributed import derive_seed
 from biglearn_vae.losses import BigLearnELBO
@@ -194,8 +195,12 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         inside = [key for key in known if key.startswith(f"{name}.")]
         if inside and not (override.is_delete() or isinstance(override.value(), dict)):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
+        if name in targets and override.is_delete():
+            raise ValueError(f"{name} says what {parent} is and cannot be left out")
         if name in known | targets or inside:
             continue
+        if parent in own and override.is_delete():
+            raise ValueError(f"there is no {name} to be left out: what was added is left out by not adding it")
         if parent in own or (parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))):  # of any names
             if not (override.is_add() or override.is_force_add()):
                 raise ValueError(f"there is no {name} yet: +{override.input_line} adds it")
@@ -275,11 +280,9 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     target = _target(values.pop("_target_"), where)
     hints = _hints(target, values)
     if other := [name for name in values if name not in hints]:
-        raise ValueError(
-            f"{where}: {target.__name__} does not take {', '.join(other)}: "
-            + " ".join(f"'~{where}.{name}'" for name in other)
-            + " leaves them out"
-        )
+        words = " ".join(f"'~{where}.{name}'" for name in other)
+        kind = getattr(target, "__name__", target)
+        raise ValueError(f"{where}: {kind} takes no {', '.join(other)}: {words} leaves out what you have not added")
     check_types(hints, values, where)
     try:
         return target(**given, **values)
@@ -302,7 +305,10 @@ def _target(name: str, where: str) -> Callable[..., Any]:
 
 def _hints(target: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
     """The types of what a class or a function takes, as far as it tells them; of these names if it takes any."""
-    hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+    try:
+        hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+    except Exception:  # of names that are there for type checkers alone, and of what has no hints
+        hints = {}
     parameters = inspect.signature(target).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: hints.get(name, Any) for name in (*parameters, *(names if takes_any else ()))}
@@ -331,13 +337,13 @@ def _matches(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, argument) for argument in arguments)
-    if origin is dict:  # of any names
+    if origin is dict and arguments:  # of any names
         return isinstance(value, dict) and all(_matches(part, arguments[1]) for part in value.values())
-    if origin in (tuple, list, Sequence):
+    if origin in (tuple, list, Sequence) and arguments:
         return isinstance(value, list | tuple) and all(_matches(part, arguments[0]) for part in value)
     if hint in (int, float):
         return isinstance(value, (int,) if hint is int else (int, float)) and not isinstance(value, bool)
-    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)  # of others only their author knows
+    return hint not in (bool, str, types.NoneType, dict) or isinstance(value, hint)  # others are their author's matter
 
 
 def _describe(hint: Any) -> str:
@@ -457,7 +463,12 @@ def data_settings(cfg: "DictConfig") -> dict[str, Any]:
 def network(cfg: "DictConfig", tokens: Patchify | PatchAE) -> torch.nn.Module:
     """The network of these settings, with fresh weights that depend on the seed alone, on the CPU."""
     with _seeded(cfg.seed):
-        return build(cfg.model, "model", grid=tokens.grid, token_dim=tokens.token_dim)
+        net = build(cfg.model, "model", grid=tokens.grid, token_dim=tokens.token_dim)
+    try:
+        check_network(net)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from None
+    return net
 
 
 def paper_parameters() -> dict[str, int]:
@@ -495,7 +506,10 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def objective(cfg: "DictConfig") -> BigLearnELBO:
     """The loss of these settings, with its q(S, T)."""
-    return build(cfg.loss, "loss", masks=build(cfg.masks, "masks"))
+    loss = build(cfg.loss, "loss", masks=build(cfg.masks, "masks"))
+    if lacking := [name for name in ("masks", "prior", "beta") if not hasattr(loss, name)]:
+        raise ValueError(f"loss: expected an objective like BigLearnELBO, got one without {', '.join(lacking)}")
+    return loss
 
 
 def muon(dim: int) -> Optim:

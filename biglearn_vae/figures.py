@@ -436,6 +436,14 @@ def latent_map(
         ratios: shares of the patches observed, a panel each.
         names: of the classes, by their numbers, which stand for them without.
     """
+    if (
+        names
+        and labels is not None
+        and (labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < len(names))
+    ):
+        raise ValueError(
+            f"names must be one for each class, labels in [0, {len(names)}), got {labels.unique().tolist()}"
+        )
     order = choose(len(images), labels, count)
     x, recorded = take(vae, images[order], None, count)
     classes = None if labels is None else labels.cpu()[order].numpy()

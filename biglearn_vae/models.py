@@ -48,8 +48,8 @@ class MaskedViT(nn.Module):
 
     def __init__(self, grid, token_dim: int, dim: int, z_dim: int, mlp_ratio: int, hidden: str):
         super().__init__()
-        for name, value in dict(token_dim=token_dim, dim=dim, z_dim=z_dim, mlp_ratio=mlp_ratio).items():
-            checks.whole_number(name, value, 1)
+        token_dim, dim = checks.whole_number("token_dim", token_dim, 1), checks.whole_number("dim", dim, 1)
+        z_dim, mlp_ratio = checks.whole_number("z_dim", z_dim, 1), checks.whole_number("mlp_ratio", mlp_ratio, 1)
         self.grid = checks.check_grid(grid)
         checks.check_choice("hidden", hidden, HIDDEN)
         self.token_dim, self.z_dim, self.hidden = token_dim, z_dim, hidden
@@ -79,7 +79,7 @@ class MaskedViT(nn.Module):
             dim=dim,
             depth=self.depth,
             z_dim=self.z_dim,
-            mlp_ratio=block.mlp[0].out_features // dim,
+            mlp_ratio=int(block.mlp[0].out_features // dim),  # of NumPy's numbers, too
             heads=block.attention.heads,
             hidden=self.hidden,
         )
@@ -285,7 +285,7 @@ def _stack(depth: int, dim: int, heads: int | None, mlp_ratio: int) -> nn.Module
     checks.whole_number("depth", depth, 1)
     if heads is None:  # one for each 64 dimensions, as far as that divides them
         heads = max(h for h in range(1, max(1, dim // 64) + 1) if dim % h == 0)
-    checks.whole_number("heads", heads, 1)
+    heads = checks.whole_number("heads", heads, 1)
     return nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
 
 

@@ -57,9 +57,10 @@ class PatchAE(nn.Module):
         self.patches = Patchify(image_size, patch_size, channels)
         if patch_size % 2:
             raise ValueError(f"patch_size must be even for a PatchAE, got {patch_size}")
-        if checks.whole_number("width", width, 2) % 2:
+        width = checks.whole_number("width", width, 2)
+        if width % 2:
             raise ValueError(f"width must be an even number from 2 on, got {width}")
-        self.sizes = dict(image_size=image_size, patch_size=patch_size, channels=channels, width=width)
+        self.sizes = self.patches.sizes | {"width": width}
         self.image_shape, self.grid = self.patches.image_shape, self.patches.grid
         self.patch_size, self.num_tokens = patch_size, self.patches.num_tokens
         halvings = next(n for n in (3, 2, 1) if patch_size % 2**n == 0)

@@ -181,8 +181,12 @@ def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearn
     Raises:
         ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
     """
-    if (path := Path(run).expanduser()).is_file():
+    check_which(which)
+    path = Path(run).expanduser()
+    if path.is_file():
         return BigLearnVAE.from_file(path, pick_device(device))
+    if path.suffix == ".pt" and not path.exists():
+        raise ValueError(f"there is no file {path}, nor a run of that name")
     return load_with_state(run, device, which)[0]
 
 
@@ -196,7 +200,9 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     net = config.network(cfg, tokens)
     checkpoint.load_weights(net, state.get("average") or state["net"], path)
     net = net.to(pick_device(device)).requires_grad_(False)
-    return BigLearnVAE(net, tokens, prior=cfg.loss.prior, variance=cfg.loss.beta), state, path
+    # One's own objective may have no such settings; only then is it made, which needs the code of it.
+    loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() else config.objective(cfg)
+    return BigLearnVAE(net, tokens, prior=loss.prior, variance=loss.beta), state, path
 
 
 def check_which(which: str) -> None:

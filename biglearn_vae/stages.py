@@ -70,7 +70,9 @@ class VAEStage:
         self.cfg, self.device = cfg, device
         self.tokens = config.tokenizer(cfg, _own_tokenizer(cfg, run)).to(device)
         self.net = config.network(cfg, self.tokens).to(device)
-        if cfg.get("init_from") and not checkpoint.is_resumable(run / "checkpoints"):  # which have its own weights
+        if cfg.get("init_from") is not None and not checkpoint.is_resumable(
+            run / "checkpoints"
+        ):  # which have its own weights
             self._start_from(cfg.init_from)
         self.loss = config.objective(cfg)
         self.metadata = {"tokenizer": self.tokens.state()} if isinstance(self.tokens, PatchAE) else {}
@@ -79,8 +81,15 @@ class VAEStage:
         """Take the weights of a trained model, which may be of another method and of images of another size."""
         other = runs.load(source, "cpu")
         checkpoint.load_weights(self.net, other.net.state_dict(), source)
+        heads, own = (getattr(net, "sizes", {}).get("heads") for net in (other.net, self.net))
+        if heads != own:  # of which the weights tell nothing
+            raise ValueError(f"{source} has {heads} attention heads, these settings have {own}: model.heads={heads}")
         if not _same_codes(other.tokenizer, self.tokens):
-            warnings.warn(f"the network of {source} was trained on other tokens than these of tokens=", stacklevel=2)
+            warnings.warn(
+                f"{source} was trained on tokens of another kind or another PatchAE than that of tokens=: its weights "
+                "are of little use for these",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def transform(self, images: Tensor) -> Tensor:

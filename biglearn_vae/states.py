@@ -2,14 +2,16 @@
 
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 Part = TypeVar("Part", bound=nn.Module)
 
 
 def of(part: nn.Module) -> dict[str, Any]:
-    """For `rebuilt`, on the CPU: the weights of a module, and its `sizes`, the arguments that make another one."""
-    return {"sizes": part.sizes, "weights": {name: value.detach().cpu() for name, value in part.state_dict().items()}}
+    """For `rebuilt`: a module's `sizes`, the arguments that make another one, and its weights, copied to the CPU."""
+    weights = {name: value.detach().cpu().clone() for name, value in part.state_dict().items()}
+    return {"sizes": part.sizes, "weights": weights}
 
 
 def rebuilt(kind: type[Part], state: dict[str, Any], **sizes: Any) -> Part:
@@ -23,7 +25,8 @@ def rebuilt(kind: type[Part], state: dict[str, Any], **sizes: Any) -> Part:
         ValueError: if it is not such a description.
     """
     try:
-        part = kind(**state["sizes"] | sizes)
+        with torch.random.fork_rng(devices=[]):  # its first weights are drawn in vain
+            part = kind(**state["sizes"] | sizes)
         part.load_state_dict(state["weights"], assign=True)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

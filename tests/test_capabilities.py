@@ -1084,6 +1084,15 @@ def test_images_between_minus_1_and_1_are_warned_of(vae, call):
         call(vae, 2 * x - 1, S)
 
 
+def test_a_warning_is_of_the_line_that_gave_the_images():
+    vae = make()
+    with pytest.warns(UserWarning) as caught:
+        vae.encode(2 * pictures(vae) - 1)
+        vae.inpaint(2 * pictures(vae) - 1, some(vae))
+    assert [warning.filename for warning in caught] == [__file__, __file__]
+    assert caught[0].lineno != caught[1].lineno
+
+
 @every_masked_call
 @pytest.mark.filterwarnings("error")
 def test_noise_tokens_and_hidden_pixels_are_no_images_between_minus_1_and_1(vae, call):

@@ -421,6 +421,13 @@ def test_the_map_shows_the_names_of_classes(draw, monkeypatch):
     assert named["words"] == names and "names stand" in block.heading
 
 
+def test_names_that_do_not_fit_the_classes_are_refused():
+    vae, labels = make(), torch.arange(6) % 3
+    for wrong in (labels, labels - 1, labels.float()):
+        with pytest.raises(ValueError, match=r"names must be one for each class, labels in \[0, 2\), got \["):
+            figures.latent_map(vae, pictures(vae, 6), labels=wrong, names=["a", "b"])
+
+
 def test_words_on_the_map_are_whole():
     places = np.zeros((1, 2, 2))
     places[0, 1] = 1.0  # at two corners

@@ -265,8 +265,8 @@ def test_weights_for_the_codes_of_another_patch_ae_are_warned_of(here, monkeypat
     for seed in (0, 1):
         recwarn.clear()
         assert run_here(monkeypatch, *words, f"tokens.run=outputs/stage1-{seed}", "init_from=outputs/stage2") == 0
-        said = [str(w.message) for w in recwarn if "was trained on other tokens" in str(w.message)]
-        assert said == seed * ["the network of outputs/stage2 was trained on other tokens than these of tokens="]
+        said = [str(w.message) for w in recwarn if "was trained on tokens of another kind" in str(w.message)]
+        assert len(said) == seed
 
 
 def test_a_patch_that_is_the_whole_image_has_no_seams(here, monkeypatch, capsys):

@@ -109,7 +109,8 @@ def test_a_sweep_skips_what_is_done_and_goes_on_with_what_is_not(here, monkeypat
 
 
 def test_jobs_of_a_sweep_that_fail_are_named(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, "-m", *SMALL, "trainer.steps=1", "masks.joint=3,0.5,-1", "seed=1") == 2
+    same = ["trainer.steps=1", "trainer.compile=false", "evaluation.ratios=[0.5, 0.7]", "seed=1"]
+    assert run_here(monkeypatch, "-m", *SMALL, *same, "masks.joint=3,0.5,-1") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert errors == [
         f"error: masks.joint={value}: masks: joint must be a number in [0, 1], got {value}" for value in (3, -1)
@@ -140,20 +141,27 @@ def test_a_training_from_the_weights_of_another(here, monkeypatch, capsys):
     assert "other settings (init_from: outputs/first, now None)" in capsys.readouterr().err
 
     for changed, expected in {
-        "init_from=model.pt": "there is no run in model.pt",
+        "init_from=model.pt": "there is no file model.pt, nor a run of that name",
         "model.z_dim=3": "outputs/first holds another architecture than TwoStackViT of these settings: latent_in.0",
         "method=biglearn_u": "outputs/first holds another architecture than UniversalViT of these settings",
         "init_from=[1]": "init_from must be a word or null, got [1]",
+        "init_from=": "there is no run in ",
+        "init_from=absent.pt": "there is no file absent.pt, nor a run of that name",
+        "model.heads=4": "outputs/first has 2 attention heads, these settings have 4: model.heads=2",
     }.items():
         assert run_here(monkeypatch, *SMALL, "method=biglearn_t", "init_from=outputs/first", changed, "name=new") == 2
         assert expected in capsys.readouterr().err
     assert not (here / "outputs/new").exists()
 
 
-def test_masks_and_a_network_of_ones_own(here, monkeypatch, capsys):
-    (here / "own_parts.py").write_text("""
+OWN_PARTS = """
+from __future__ import annotations
+import functools
+import typing
 import torch
-from biglearn_vae import TwoStackViT
+from biglearn_vae import BigLearnELBO, TwoStackViT
+if typing.TYPE_CHECKING:
+    from pathlib import Path
 
 class Columns:
     def __init__(self, first: int, last=3):
@@ -163,38 +171,102 @@ class Columns:
         seen = torch.arange(num_tokens) % 4
         return [(mask).expand(batch_size, -1) for mask in (seen < self.first, seen >= self.last)]
 
-def columns(first: int, **others):
+def columns(first: int, path: Path = None, counts: typing.List = (), **others):
     return Columns(first)
+
+part = functools.partial(Columns, last=2)
+
+class Half(BigLearnELBO):
+    def __init__(self, masks):
+        super().__init__(beta=0.005, masks=masks, prior="standard")
+
+def no_objective(masks):
+    return lambda net, x, **others: net
+
+class Other(torch.nn.Module):
+    def __init__(self, grid, token_dim, **others):
+        super().__init__()
 
 class Net(TwoStackViT):
     pass
 
+class Bare(torch.nn.Linear):
+    z_dim = 3
+
+    def __init__(self, grid, token_dim, **others):
+        super().__init__(2, 2)
+        self.grid, self.token_dim, self.num_tokens = grid, token_dim, grid[0] * grid[1]
+
 NUMBER = 3
-""")
+"""
+
+
+@pytest.fixture
+def own_parts(here, monkeypatch):
+    """A module of a user's own that Python finds."""
+    (here / "own_parts.py").write_text(OWN_PARTS)
     monkeypatch.syspath_prepend(here)
-    words = [*SMALL, "masks._target_=own_parts.columns", "+masks.first=1", "+masks.other=x", "trainer.steps=1"]
-    assert run_here(monkeypatch, *words) == 0
-    none = [f"~masks.{name}" for name in ("s_ratio", "t_ratio", "joint", "ratios_per")]
-    own = ["masks._target_=own_parts.Columns", "+masks.first=2", "model._target_=own_parts.Net", "model.depth=[1,1]"]
-    assert run_here(monkeypatch, *SMALL, *own, *none, "name=own") == 0
+    yield
+    sys.modules.pop("own_parts", None)
+
+
+NO_MASKS = [f"~masks.{name}" for name in ("s_ratio", "t_ratio", "joint", "ratios_per")]
+NO_LOSS = [f"~loss.{name}" for name in ("beta", "prior", "beta_warmup_steps", "beta_warmup_start")]
+
+
+def test_masks_a_network_and_an_objective_of_ones_own(here, own_parts, monkeypatch, capsys):
+    words = [
+        "masks._target_=own_parts.columns",
+        "+masks.first=1",
+        "+masks.other=x",
+        "+masks.path=x",
+        "+masks.counts=[1]",
+    ]
+    assert run_here(monkeypatch, *SMALL, *words, "trainer.steps=1") == 0
+    words = ["loss._target_=own_parts.Half", *NO_LOSS, "trainer.steps=1", "name=half"]
+    assert run_here(monkeypatch, *SMALL, *words) == 0
+    half = blv.load("outputs/half", device="cpu")
+    assert (half.prior, half.variance) == ("standard", 0.005)
+    words = ["masks._target_=own_parts.Columns", "+masks.first=2", *NO_MASKS, "name=own"]
+    words += ["model._target_=own_parts.Net", "model.depth=[1,1]"]
+    assert run_here(monkeypatch, *SMALL, *words) == 0
     assert type(blv.load("outputs/own", device="cpu").net).__name__ == "Net"
     assert run_here(monkeypatch, "run=outputs/own", "images=9", "likelihood_images=0", script="evaluate") == 0
     capsys.readouterr()
-    assert run_here(monkeypatch, *SMALL, *own, *none, "name=own", "+masks.last=2") == 2
+    assert run_here(monkeypatch, *SMALL, *words, "+masks.last=2") == 2
     assert "other settings (masks.last: absent, now 2)" in capsys.readouterr().err
-    for words, expected in {
-        (*own,): "masks: Columns does not take s_ratio, t_ratio, joint, ratios_per: '~masks.s_ratio' '~masks.t_ratio' ",
-        (own[0], *none): "masks: Columns.__init__() missing 1 required positional argument: 'first'",
-        (own[0], *none, "+masks.first=two"): "masks.first must be a whole number, got 'two'",
-        (own[0], *none, "masks.first=2"): "there is no masks.first yet: +masks.first=2 adds it",
-        ("masks._target_=own_parts.Rows",): "masks._target_ must name a class or a function of a module that Python",
-        ("masks._target_=absent.Rows",): "(PYTHONPATH=FOLDER), got 'absent.Rows': No module named 'absent'",
-        ("masks._target_=own_parts.NUMBER",): "got 'own_parts.NUMBER': 3 is not a callable object",
-        ("trainer._target_=own_parts.Net",): "trainer._target_: there is no such setting",
-    }.items():
-        assert run_here(monkeypatch, *SMALL, *words, "name=new") == 2
-        assert expected in capsys.readouterr().err
-    assert not (here / "outputs/new").exists()
+
+
+COLUMNS = "masks._target_=own_parts.Columns"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([COLUMNS], "masks: Columns takes no s_ratio, t_ratio, joint, ratios_per: '~masks.s_ratio' '~masks.t_ratio' "),
+        ([COLUMNS, *NO_MASKS], "masks: Columns.__init__() missing 1 required positional argument: 'first'"),
+        ([COLUMNS, *NO_MASKS, "+masks.first=two"], "masks.first must be a whole number, got 'two'"),
+        ([COLUMNS, *NO_MASKS, "masks.first=2"], "there is no masks.first yet: +masks.first=2 adds it"),
+        ([COLUMNS, *NO_MASKS, "~masks.typo"], "there is no masks.typo to be left out"),
+        (["~masks._target_"], "masks._target_ says what masks is and cannot be left out"),
+        (["masks._target_=own_parts.part", "+masks.first=x", *NO_MASKS, "loss.beta=-1"], "loss: beta must be a number"),
+        (["masks._target_=own_parts.Rows"], "masks._target_ must name a class or a function of a module that Python"),
+        (["masks._target_=absent.Rows"], "(PYTHONPATH=FOLDER), got 'absent.Rows': No module named 'absent'"),
+        (["masks._target_=own_parts.NUMBER"], "got 'own_parts.NUMBER': 3 is not a callable object"),
+        (["trainer._target_=own_parts.Net"], "trainer._target_: there is no such setting"),
+        (["loss._target_=own_parts.no_objective", *NO_LOSS], "an objective like BigLearnELBO, got one without masks"),
+        (["model._target_=own_parts.Other"], "model: expected a network such as UniversalViT, unwrapped"),
+    ],
+)
+def test_parts_of_ones_own_that_do_not_fit(here, own_parts, monkeypatch, capsys, words, expected):
+    assert run_here(monkeypatch, *SMALL, *words) == 2
+    assert expected in capsys.readouterr().err
+    assert not (here / "outputs").exists()
+
+
+def test_the_benchmark_refuses_a_network_that_it_does_not_know(own_parts, monkeypatch, capsys):
+    assert run_here(monkeypatch, "model._target_=own_parts.Bare", "device=cpu", script="benchmark") == 2
+    assert "knows how UniversalViT and TwoStackViT work alone, got a Bare" in capsys.readouterr().err
 
 
 def test_a_run_killed_at_any_step_resumes_to_the_same_bits(here, monkeypatch, capsys):

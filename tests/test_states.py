@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from linear_gaussian import LinearGaussian
@@ -79,6 +80,42 @@ def test_what_is_loaded_can_be_saved_again(tmp_path):
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
+def test_numbers_of_any_type_are_saved(tmp_path):
+    sizes = {name: np.int64(size) for name, size in dict(token_dim=4, dim=16, depth=1, z_dim=3, heads=2).items()}
+    net = UniversalViT(grid=np.array([4, 4]), **sizes)
+    BigLearnVAE(net, Patchify(np.int64(8), np.int64(2), np.int64(1)), variance=torch.tensor(0.5)).save(
+        tmp_path / "a.pt"
+    )
+    assert blv.load(tmp_path / "a.pt").variance == 0.5
+    tokens = PatchAE(image_size=np.int64(8), patch_size=np.int64(4), channels=1, width=np.int64(8))
+    net = UniversalViT(grid=tokens.grid, token_dim=tokens.token_dim, dim=16, depth=1, z_dim=2)
+    BigLearnVAE(net, tokens, variance=np.float64(0.5)).save(tmp_path / "b.pt")
+    assert blv.load(tmp_path / "b.pt").net.sizes == net.sizes
+
+
+def test_loading_draws_nothing_and_shares_nothing(tmp_path):
+    vae = on_codes()
+    vae.save(tmp_path / "a.pt")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    blv.load(tmp_path / "a.pt")
+    assert torch.equal(torch.rand(3), expected)
+    copy = PatchAE.from_state(vae.tokenizer.state())
+    before = vae.tokenizer.code_mean.clone()
+    copy.fit_statistics([torch.rand(9, 1, 8, 8)])
+    assert torch.equal(vae.tokenizer.code_mean, before) and not torch.equal(copy.code_mean, before)
+
+
+def test_a_file_of_another_version_is_named(tmp_path):
+    universal().save(tmp_path / "a.pt")
+    state = checkpoint.load(tmp_path / "a.pt")
+    state["net"]["state"]["sizes"]["colour"] = 3
+    checkpoint.save(tmp_path / "a.pt", state)
+    with pytest.raises(ValueError, match=r"a\.pt: expected the state of a UniversalViT, sizes and weights: .*colour"):
+        blv.load(tmp_path / "a.pt")
+
+
 class Own(UniversalViT):
     """A network of a user's own, whose code no file can hold."""
 
@@ -110,5 +147,9 @@ def test_files_that_hold_no_model_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated or damaged"):
         blv.load(path)
-    with pytest.raises(ValueError, match="there is no run in"):
+    with pytest.raises(ValueError, match=r"there is no file .*, nor a run of that name"):
         blv.load(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="checkpoint must be best or latest, got 'worst'"):
+        blv.load(path, which="worst")
+    with pytest.raises(OSError, match="could not write"):
+        universal().save(path / "below.pt")
