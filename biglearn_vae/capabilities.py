@@ -23,12 +23,6 @@ from biglearn_vae.patches import Patchify, of_batch
 
 Result = TypeVar("Result", Tensor, DiagGaussian)
 
-# An observed pixel of a larger absolute value is refused. Images have values in [0, 1]: means of Gaussians, noise and
-# changes lead out of that by little, those in 0..255 that were not divided by 255 (or in 0..16 by 16) by more.
-PIXEL_LIMIT = 10.0
-# More than this share of observed pixels below this is warned of: as in images in [-1, 1], and not those with noise.
-NEGATIVE, NEGATIVE_SHARE = -0.25, 0.25
-MANY_NEGATIVE = "many pixels are far below 0: if they are in [-1, 1], (x + 1) / 2 is in [0, 1]"
 SAVED = {kind.__name__: kind for kind in (UniversalViT, TwoStackViT, Patchify, PatchAE)}  # what files of models hold
 
 
@@ -156,10 +150,20 @@ class BigLearnVAE:
             )
             return cls(net.to(device), tokenizer, prior=state["prior"], variance=state["variance"])
         except (KeyError, TypeError):
-            hint = ": load a run by its folder" if "metadata" in state else ""
+            hint = ""
+            if isinstance(state, dict) and "metadata" in state:
+                run = "config" in state["metadata"]
+                hint = ": load a run by its folder" if run else ": it is of a Trainer, whose resume() takes it"
             raise ValueError(f"{path} is not a model that BigLearnVAE.save wrote{hint}") from None
         except ValueError as error:  # of another version, say
             raise ValueError(f"{path}: {error}") from None
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        return (
+            f"BigLearnVAE({type(self.net).__name__}, images {self.image_shape}, {rows} x {columns} patches, "
+            f"z of {self.z_dim}, {self.prior} prior, on {self.device})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -553,24 +557,20 @@ class BigLearnVAE:
         bad = ~tokens.isfinite().all(-1)  # (B, L)
         beyond, signed = torch.zeros_like(bad), torch.zeros((), dtype=torch.bool, device=bad.device)
         if images is not None:
-            beyond = mask & ~masks.from_pixels(images.abs().amax(1) <= PIXEL_LIMIT, self.grid)
-            negative = (images < NEGATIVE) & self.pixel_mask(mask)
-            signed = negative.sum() * self.num_tokens > NEGATIVE_SHARE * images[0].numel() * mask.sum()
+            beyond = mask & ~masks.from_pixels(images.abs().amax(1) <= checks.PIXEL_LIMIT, self.grid)
+            negative = (images < checks.NEGATIVE) & self.pixel_mask(mask)
+            signed = negative.sum() * self.num_tokens > checks.NEGATIVE_SHARE * images[0].numel() * mask.sum()
         refused, signed = torch.stack([(bad | beyond).any(), signed]).tolist()  # on a GPU this waits for the device
         if not refused:
             if signed:
-                checks.warn(MANY_NEGATIVE)
+                checks.warn(checks.MANY_NEGATIVE)
             return tokens
         if bad.any():
             raise ValueError(
                 f"expected finite values where S says observed, got NaN or infinity in {int(bad.sum())} "
                 "observed patches: leave them out of S, such as by S = ~x.isnan().any(-3), pixels (B, H, W)"
             )
-        low, high = images.masked_select(self.pixel_mask(mask)).aminmax()
-        raise ValueError(
-            f"expected images with values in [0, 1], got values from {low:g} to {high:g} where S says observed: "
-            "divide those in 0..255 by 255, x / 255"
-        )
+        raise checks.wrong_pixels(images.masked_select(self.pixel_mask(mask)), " where S says observed")
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None, bool]:
         """Images or tokens, a batch or one -> tokens (B, L, D) on the device, the images (B, C, H, W) if it was images,

@@ -62,7 +62,7 @@ def load(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - DIGEST_SIZE))
             if file.read() != _digest(path, DIGEST_SIZE):
-                raise ValueError("it is truncated or damaged")
+                raise ValueError("it is truncated or damaged, or was not written by this library")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:  # no permission, say: nothing is wrong with the file
         raise

@@ -81,6 +81,32 @@ def check_grid(grid: Iterable[int]) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+# Images have values in [0, 1]: means of Gaussians, noise and changes lead out of that by little, those in 0..255 that
+# were not divided by 255 (or in 0..16 by 16) by more than this.
+PIXEL_LIMIT = 10.0
+# More than this share of pixels below this is warned of: as in images in [-1, 1], and not those with noise.
+NEGATIVE, NEGATIVE_SHARE = -0.25, 0.25
+MANY_NEGATIVE = "many pixels are far below 0: if they are in [-1, 1], (x + 1) / 2 is in [0, 1]"
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise a ValueError for images of which a pixel is beyond PIXEL_LIMIT, and warn of those that seem to be in
+    [-1, 1]; NaN, what was never recorded, is neither."""
+    if (images.abs() > PIXEL_LIMIT).any():
+        raise wrong_pixels(images[~images.isnan()])
+    if (images < NEGATIVE).double().mean() > NEGATIVE_SHARE:
+        warn(MANY_NEGATIVE)
+
+
+def wrong_pixels(pixels: Tensor, where: str = "") -> ValueError:
+    """What is raised for pixels of which some are beyond PIXEL_LIMIT."""
+    low, high = pixels.aminmax()
+    return ValueError(
+        f"expected images with values in [0, 1], got values from {low:g} to {high:g}{where}: "
+        "divide those in 0..255 by 255, x / 255"
+    )
+
+
 def warn(message: str) -> None:
     """Warn of what the code outside of this package and of torch did, once for each place there."""
     frame, level = sys._getframe(1), 2

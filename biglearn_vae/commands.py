@@ -62,7 +62,6 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     from hydra._internal.utils import get_args_parser
 
     failed: list[str] = []
-    swept: set[str] = set()  # settings of which a sweep has several values
     torch.backends.cudnn.allow_tf32 = False  # what is computed in float32 is float32, in convolutions, too
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
@@ -83,8 +82,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             # Other launchers run this in another process, which can only tell by raising.
             if "HYDRA_FULL_ERROR" in os.environ or "Basic" not in hydra_cfg.launcher._target_:
                 raise
-            own = [o.input_line for o in config.parsed(hydra_cfg.overrides.task) if o.key_or_group in swept]
-            failed.append(": ".join(filter(None, (" ".join(own), str(error)))))
+            failed.append(_of_job(str(error), hydra_cfg.overrides.task, typed.overrides))
 
     try:
         sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
@@ -97,22 +95,33 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
         else:
             if sweep:
                 _refuse_sweep(typed.overrides, chosen)
-                swept |= {o.key_or_group for o in config.parsed(typed.overrides) if o.is_sweep_override()}
             run()
     except user_errors() as error:
         if "HYDRA_FULL_ERROR" in os.environ:
             raise
         failed.append(str(error))
     except KeyboardInterrupt:  # outside of training, which takes it for itself
-        resumes = "; the same command goes on from the last checkpoint" if config_name == "train" else ""
+        resumes = "; the same command goes on from the last checkpoint, if any" if config_name == "train" else ""
         failed.append(f"interrupted{resumes}")
     except SystemExit as end:
         if not end.code:  # of a run that was interrupted, in all processes alike
             stop()
+        _complain(failed)  # of a sweep, of which another job failed otherwise
         raise
     if failed:
         _complain_and_exit(failed)
     stop()
+
+
+def _of_job(error: str, words: Sequence[str], typed: Sequence[str]) -> str:
+    """An error with the words that a job of a sweep has for itself, shown at once, as the other jobs may take days."""
+    swept = {o.key_or_group for o in config.parsed(typed) if o.is_sweep_override()}
+    own = [o.input_line for o in config.parsed(words) if o.key_or_group in swept]
+    if not own:
+        return error
+    message = f"{' '.join(own)}: {error}"
+    print(f"failed: {message}", file=sys.stderr, flush=True)
+    return message
 
 
 def _refuse_sweep(words: Sequence[str], config_name: str) -> None:
@@ -122,12 +131,17 @@ def _refuse_sweep(words: Sequence[str], config_name: str) -> None:
     runs.refuse_shared_folders(words, config_name)
 
 
-def _complain_and_exit(messages: list[str]) -> None:
-    """Print what went wrong, once if it went wrong everywhere, and end with exit code 2."""
+def _complain(messages: list[str]) -> None:
+    """Print what went wrong, once if it went wrong everywhere."""
     if _is_main() or in_group():
         who = f" (process {os.environ['RANK']})" if under_torchrun() else ""
         for message in messages:
             print(f"error{who}: {message}", file=sys.stderr, flush=True)
+
+
+def _complain_and_exit(messages: list[str]) -> None:
+    """Print what went wrong and end with exit code 2."""
+    _complain(messages)
     if in_group():
         # The others may wait in a collective for this one. Leaving the group would wait for them; ending without a
         # word lets torchrun notice and end them.
@@ -376,7 +390,7 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
         "settings": _measured_with(cfg),
     }
     print(f"measuring {run}: {len(getattr(splits, cfg.split)):,} {cfg.split} images ...", flush=True)
-    result |= measure(vae, config.objective(settings), splits, cfg, cfg.split, cfg.seed)
+    result |= measure(vae, config.objective(settings, drawing=False), splits, cfg, cfg.split, cfg.seed)
     if cfg.likelihood_images:
         print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
         result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)

@@ -25,6 +25,7 @@ from biglearn_vae.capabilities import check_network
 from biglearn_vae.data import Splits
 from biglearn_vae.distributed import derive_seed
 from biglearn_vae.losses import BigLearnELBO
+from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import count_parameters
 from biglearn_vae.optim import Optim
 from biglearn_vae.patch_ae import PatchAE
@@ -193,6 +194,8 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         if last == "name" and parent in groups.keys() - {"preset"}:
             raise ValueError(f"{name} says what was chosen and chooses nothing: give {parent}={override.value()}")
         inside = [key for key in known if key.startswith(f"{name}.")]
+        if override.is_delete() and f"{name}._target_" in targets:
+            raise ValueError(f"{name} cannot be left out: {name}._target_=MODULE.CLASS takes another")
         if inside and not (override.is_delete() or isinstance(override.value(), dict)):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
         if name in targets and override.is_delete():
@@ -282,7 +285,10 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     if other := [name for name in values if name not in hints]:
         words = " ".join(f"'~{where}.{name}'" for name in other)
         kind = getattr(target, "__name__", target)
-        raise ValueError(f"{where}: {kind} takes no {', '.join(other)}: {words} leaves out what you have not added")
+        takes = ", ".join(name for name in hints if name not in given) or "nothing"
+        raise ValueError(
+            f"{where}: {kind} takes {takes}, not {', '.join(other)}: {words} leaves out what you have not added"
+        )
     check_types(hints, values, where)
     try:
         return target(**given, **values)
@@ -504,9 +510,9 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def objective(cfg: "DictConfig") -> BigLearnELBO:
-    """The loss of these settings, with its q(S, T)."""
-    loss = build(cfg.loss, "loss", masks=build(cfg.masks, "masks"))
+def objective(cfg: "DictConfig", drawing: bool = True) -> BigLearnELBO:
+    """The loss of these settings, with its q(S, T) or, where nothing is drawn from that, another."""
+    loss = build(cfg.loss, "loss", masks=build(cfg.masks, "masks") if drawing else MaskSampler())
     if lacking := [name for name in ("masks", "prior", "beta") if not hasattr(loss, name)]:
         raise ValueError(f"loss: expected an objective like BigLearnELBO, got one without {', '.join(lacking)}")
     return loss
@@ -533,6 +539,11 @@ def saved(run: str | Path) -> "DictConfig":
         missing = [group for group in needed if group not in cfg]
     except LookupError:
         where = (path.parent.parent, Path("outputs"))
+        if Path(run).is_file():
+            raise ValueError(
+                f"{run} is a file, and the folder of a run is needed: a saved model has neither settings nor data, and "
+                "blv.load takes it in Python"
+            ) from None
         near = list(dict.fromkeys(str(p.parent) for at in where for p in sorted(at.glob(f"*/{CONFIG_FILE}"))))[:5]
         hint = f" There are {', '.join(near)}." if near else " Train one with scripts/train.py."
         raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}") from None

@@ -108,10 +108,20 @@ def rows_of(numbers: int, chunks: int = 1) -> int:
 
 
 def take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
-    """Some images as floats on a device; bytes travel there as bytes, a quarter of the floats."""
+    """Some images as floats in [0, 1] on a device; bytes travel there as bytes, a quarter of the floats.
+
+    Tokens (N, L, D), of any values, are taken as they are.
+
+    Raises:
+        ValueError: for images in 0..255 that are not bytes; of those that seem to be in [-1, 1] it warns.
+    """
     if isinstance(images, ImageSet):  # without its labels: they are on the CPU, and a step would wait for the index
         return replace(images, labels=None).select(index).to(device)[:]
-    return images[index].to(device)
+    part = images[index].to(device)
+    part = part.float() / 255 if part.dtype == torch.uint8 else part
+    if part.ndim == 4:
+        checks.check_pixels(part)
+    return part
 
 
 def parts(images: Images, device: torch.device, rows: int | None = None) -> Iterator[Tensor]:

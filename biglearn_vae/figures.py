@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d
 
 from biglearn_vae import masks
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.sheets import DPI, MEDIUM, Block, Columns, rendered, sheet, text_width
+from biglearn_vae.sheets import DPI, Block, Columns, drawable, rendered, sheet
 
 HIDDEN = (0.80, 0.33, 0.27)  # the colour of what the model does not see
 MISSING = (0.25, 0.50, 0.80)  # and of what was never recorded
@@ -434,30 +434,28 @@ def latent_map(
         images: (N, C, H, W); `count` of them are drawn.
         labels: classes (N,); without them a point has the colour of its place in the first panel.
         ratios: shares of the patches observed, a panel each.
-        names: of the classes, by their numbers, which stand for them without.
+        names: of the classes, in the order of their numbers.
     """
-    if (
-        names
-        and labels is not None
-        and (labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < len(names))
-    ):
-        raise ValueError(
-            f"names must be one for each class, labels in [0, {len(names)}), got {labels.unique().tolist()}"
-        )
     order = choose(len(images), labels, count)
     x, recorded = take(vae, images[order], None, count)
     classes = None if labels is None else labels.cpu()[order].numpy()
     S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
     codes = torch.stack([vae.encode(x, mask).mean for mask in S]).double().cpu()  # (R, n, Z)
     places = _plane(codes.flatten(0, 1).numpy(), seed).reshape(*codes.shape[:2], 2)
-    numbers = [] if classes is None else np.unique(classes).tolist()
-    words = [names[number] if names else str(number) for number in numbers] if len(numbers) <= MOST_NAMED else []
-    colours = "colours are classes" if numbers else "a point has the colour of its place in the first panel"
-    heading = f"codes of {len(x)} images by t-SNE, all panels together; {colours}"
-    if words:
-        heading += f", {'names' if names else 'numbers'} stand at the middle of each class in the first panel"
-    block = Block(_panels(places, classes, words)[None], heading, [f"S-ratio {ratio:g}" for ratio in ratios])
+    heading = f"codes of {len(x)} images by t-SNE, all panels together; {_colours(classes, names)}"
+    block = Block(_panels(places, classes)[None], heading, [f"S-ratio {ratio:g}" for ratio in ratios])
     return sheet(*text("latent_map", x), [block])
+
+
+def _colours(classes: np.ndarray | None, names: Sequence[str]) -> str:
+    """What the colours of the map are, in words."""
+    if classes is None:
+        return "a point has the colour of its place in the first panel, from left to right"
+    numbers = np.unique(classes).tolist()
+    if len(numbers) > MOST_NAMED:
+        return "colours are classes"
+    listed = ", ".join(f"{number} {drawable(names[int(number)])}" for number in numbers if 0 <= number < len(names))
+    return "colours are classes, numbers stand at the middle of each in the first panel" + (listed and f": {listed}")
 
 
 def _plane(points: np.ndarray, seed: int) -> np.ndarray:
@@ -476,40 +474,33 @@ def _plane(points: np.ndarray, seed: int) -> np.ndarray:
         return TSNE(init=start, perplexity=perplexity, max_iter=400, random_state=seed).fit_transform(points)
 
 
-def _panels(places: np.ndarray, classes: np.ndarray | None, words: Sequence[str] = (), size: int = 300) -> np.ndarray:
+def _panels(places: np.ndarray, classes: np.ndarray | None, size: int = 300) -> np.ndarray:
     """Points (R, n, 2) as scatter plots with equal limits: (R, size, size, 3).
 
     Colours are classes (n,), or else places from left to right in the first.
-
-    Args:
-        words: what stands at the middle of each class in the first, in the order of their numbers; or nothing does.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
+    named = classes is not None
     classes = places[0, :, 0].argsort().argsort() if classes is None else classes
-    numbers, index = np.unique(classes, return_inverse=True)
-    palette = colormaps["tab10" if len(numbers) <= 10 else "turbo"]
-    colours = palette(np.arange(len(numbers)) if len(numbers) <= 10 else np.linspace(0, 1, len(numbers)))
+    names, index = np.unique(classes, return_inverse=True)
+    named = named and len(names) <= MOST_NAMED
+    palette = colormaps["tab10" if len(names) <= 10 else "turbo"]
+    colours = palette(np.arange(len(names)) if len(names) <= 10 else np.linspace(0, 1, len(names)))
     low, high = places.min((0, 1)), places.max((0, 1))
     room = 0.05 * (high - low) + 1e-6
-    places = (places - low + room) / (high - low + 2 * room)  # in [0, 1]
-    font = 13 if max(map(len, words), default=0) < 3 else MEDIUM
-    style = dict(
-        size=font, weight="bold", ha="center", va="center", path_effects=[withStroke(linewidth=3, foreground="white")]
-    )
     pictures = []
     for points in places:
         figure = Figure(figsize=(size / DPI, size / DPI), dpi=DPI, facecolor="white")
-        axes = figure.add_axes(
-            (0.005, 0.005, 0.99, 0.99), xticks=[], yticks=[], facecolor="white", xlim=(0, 1), ylim=(0, 1)
-        )
+        axes = figure.add_axes((0.005, 0.005, 0.99, 0.99), xticks=[], yticks=[], facecolor="white")
+        axes.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
         axes.scatter(*points.T, s=10, color=colours[index], linewidths=0)
-        for k, word in enumerate(word if len(word) < 17 else f"{word[:15]}…" for word in words):
-            x, y = np.median(places[0][index == k], axis=0)
-            half = text_width(word, font, bold=True) / 2 / size + 0.02
-            axes.text(np.clip(x, half, 1 - half), y, word, color=colours[k], **style, parse_math=False)
+        for k, name in enumerate(names if named else []):
+            style = dict(size=13, weight="bold", ha="center", va="center", color=colours[k])
+            effects = [withStroke(linewidth=3, foreground="white")]
+            axes.text(*np.median(places[0][index == k], axis=0), str(name), **style, path_effects=effects)
         pictures.append(rendered(figure) / 255)
     return np.stack(pictures)
 

@@ -201,7 +201,7 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     checkpoint.load_weights(net, state.get("average") or state["net"], path)
     net = net.to(pick_device(device)).requires_grad_(False)
     # One's own objective may have no such settings; only then is it made, which needs the code of it.
-    loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() else config.objective(cfg)
+    loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() else config.objective(cfg, drawing=False)
     return BigLearnVAE(net, tokens, prior=loss.prior, variance=loss.beta), state, path
 
 

@@ -184,6 +184,14 @@ def text_width(words: str, size: int, bold: bool = False) -> int:
     return int(np.ceil(_measure().get_text_width_height_descent(words, font, ismath=False)[0]))
 
 
+def drawable(words: str) -> str:
+    """Words with a question mark for each letter that the font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties(family=FONT)))
+    return "".join(letter if font.get_char_index(ord(letter)) else "?" for letter in words)
+
+
 @lru_cache(maxsize=1)
 def _measure():
     from matplotlib.backends.backend_agg import RendererAgg

@@ -573,3 +573,35 @@ def test_pairs_of_sets_are_disjoint_and_not_empty(num_tokens):
     for mask in (A, B):
         assert mask.sum(-1).max() == num_tokens - 1
     assert ((A | B).all(-1)).any()
+
+
+MEASURES = {
+    "elbo": lambda vae, x: evaluation.elbo(vae, x, BigLearnELBO(beta=0.01)),
+    "inpainting_psnr": lambda vae, x: evaluation.inpainting_psnr(vae, x, [0.5], draws=2),
+    "nearest_psnr": lambda vae, x: evaluation.nearest_psnr(vae, x, x, [0.5], neighbours=2),
+    "training_mean_psnr": lambda vae, x: evaluation.training_mean_psnr(vae, x, x, [0.5]),
+    "fit_variance": lambda vae, x: {"variance": evaluation.fit_variance(vae, x)},
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_images_are_bytes_or_in_0_and_1(vae, measure):
+    pixels = (255 * pictures(vae)).to(torch.uint8)
+    floats = measure(vae, pixels.float() / 255)
+    assert measure(vae, pixels) == measure(vae, ImageSet(pixels)) == floats
+    with pytest.raises(ValueError, match=r"values in \[0, 1\], got values from .* divide those in 0\.\.255 by 255"):
+        measure(vae, pixels.float())
+    with pytest.warns(UserWarning, match=r"if they are in \[-1, 1\]") as caught:
+        measure(vae, pixels.float() / 127.5 - 1)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_what_was_never_recorded_is_no_wrong_pixel(recwarn):
+    vae = make()
+    x = pictures(vae)
+    x[:, :, :6] = torch.nan
+    assert math.isfinite(evaluation.inpainting_psnr(vae, x, [0.5], draws=2)[0.5])
+    assert not [warning for warning in recwarn if "[-1, 1]" in str(warning.message)]
+    with pytest.raises(ValueError, match="got values from 0 to 300"):
+        x[0, 0, 7, :2] = torch.tensor([0.0, 300.0])
+        evaluation.inpainting_psnr(vae, x, [0.5], draws=2)

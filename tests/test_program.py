@@ -111,11 +111,21 @@ def test_a_sweep_skips_what_is_done_and_goes_on_with_what_is_not(here, monkeypat
 def test_jobs_of_a_sweep_that_fail_are_named(here, monkeypatch, capsys):
     same = ["trainer.steps=1", "trainer.compile=false", "evaluation.ratios=[0.5, 0.7]", "seed=1"]
     assert run_here(monkeypatch, "-m", *SMALL, *same, "masks.joint=3,0.5,-1") == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == [
-        f"error: masks.joint={value}: masks: joint must be a number in [0, 1], got {value}" for value in (3, -1)
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    for word in ("failed: ", "error: "):  # when it happens, and at the end
+        assert [line for line in lines if line.startswith(word)] == [
+            f"{word}masks.joint={value}: masks: joint must be a number in [0, 1], got {value}" for value in (3, -1)
+        ]
     assert len(blv.summaries()) == 1
+
+
+def test_a_job_that_crashes_hides_no_errors_of_others(here, own_parts, monkeypatch, capsys):
+    words = ["masks._target_=own_parts.columns", "+masks.first=4,5,6,1", "trainer.steps=1"]
+    assert run_here(monkeypatch, "-m", *SMALL, *words) == 1  # 5 is a mistake in the user's own code
+    error = capsys.readouterr().err
+    for first in (4, 6):
+        assert f"error: +masks.first={first}: S and T must be disjoint" in error
+    assert "IndexError: five" in error and len(blv.summaries()) == 1
 
 
 def test_a_training_from_the_weights_of_another(here, monkeypatch, capsys):
@@ -172,6 +182,8 @@ class Columns:
         return [(mask).expand(batch_size, -1) for mask in (seen < self.first, seen >= self.last)]
 
 def columns(first: int, path: Path = None, counts: typing.List = (), **others):
+    if first == 5:
+        raise IndexError("five")
     return Columns(first)
 
 part = functools.partial(Columns, last=2)
@@ -243,11 +255,12 @@ COLUMNS = "masks._target_=own_parts.Columns"
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([COLUMNS], "masks: Columns takes no s_ratio, t_ratio, joint, ratios_per: '~masks.s_ratio' '~masks.t_ratio' "),
+        ([COLUMNS], "masks: Columns takes first, last, not s_ratio, t_ratio, joint, ratios_per: '~masks.s_ratio' "),
         ([COLUMNS, *NO_MASKS], "masks: Columns.__init__() missing 1 required positional argument: 'first'"),
         ([COLUMNS, *NO_MASKS, "+masks.first=two"], "masks.first must be a whole number, got 'two'"),
         ([COLUMNS, *NO_MASKS, "masks.first=2"], "there is no masks.first yet: +masks.first=2 adds it"),
         ([COLUMNS, *NO_MASKS, "~masks.typo"], "there is no masks.typo to be left out"),
+        (["~masks"], "masks cannot be left out: masks._target_=MODULE.CLASS takes another"),
         (["~masks._target_"], "masks._target_ says what masks is and cannot be left out"),
         (["masks._target_=own_parts.part", "+masks.first=x", *NO_MASKS, "loss.beta=-1"], "loss: beta must be a number"),
         (["masks._target_=own_parts.Rows"], "masks._target_ must name a class or a function of a module that Python"),

@@ -61,6 +61,12 @@ def test_a_saved_model_is_the_same_model(tmp_path, make: Callable[[], BigLearnVA
     assert not any(p.requires_grad for part in (loaded.net, loaded.tokenizer) for p in part.parameters())
 
 
+def test_a_model_says_what_it_is():
+    assert repr(two_stacks()) == (
+        "BigLearnVAE(TwoStackViT, images (3, 6, 8), 3 x 4 patches, z of 3, standard prior, on cpu)"
+    )
+
+
 def test_sizes_make_another_network_and_tokenizer():
     for vae in (universal(), two_stacks(), dropping(), on_codes()):
         for part in (vae.net, vae.tokenizer):
@@ -133,8 +139,11 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
 
 def test_files_that_hold_no_model_are_refused(tmp_path):
     path = tmp_path / "model.pt"
-    checkpoint.save(path, {"net": {}, "metadata": {}})
+    checkpoint.save(path, {"net": {}, "metadata": {"config": {}}})
     with pytest.raises(ValueError, match=r"is not a model that BigLearnVAE\.save wrote: load a run by its folder"):
+        blv.load(path)
+    checkpoint.save(path, {"optimizers": [], "metadata": {}, "net": {}})
+    with pytest.raises(ValueError, match=r"it is of a Trainer, whose resume\(\) takes it"):
         blv.load(path)
     for content in ({"a": 1}, {"net": {"kind": "nn.Linear", "state": {}}}, {"net": 3}):
         checkpoint.save(path, content)
