@@ -287,7 +287,7 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
         kind = getattr(target, "__name__", target)
         takes = ", ".join(name for name in hints if name not in given) or "nothing"
         raise ValueError(
-            f"{where}: {kind} takes {takes}, not {', '.join(other)}: {words} leaves out what you have not added"
+            f"{where}: {kind} takes {takes}, not {', '.join(other)}; settings of the default are left out by {words}"
         )
     check_types(hints, values, where)
     try:
@@ -539,7 +539,7 @@ def saved(run: str | Path) -> "DictConfig":
         missing = [group for group in needed if group not in cfg]
     except LookupError:
         where = (path.parent.parent, Path("outputs"))
-        if Path(run).is_file():
+        if path.parent.is_file():
             raise ValueError(
                 f"{run} is a file, and the folder of a run is needed: a saved model has neither settings nor data, and "
                 "blv.load takes it in Python"

@@ -70,9 +70,8 @@ class VAEStage:
         self.cfg, self.device = cfg, device
         self.tokens = config.tokenizer(cfg, _own_tokenizer(cfg, run)).to(device)
         self.net = config.network(cfg, self.tokens).to(device)
-        if cfg.get("init_from") is not None and not checkpoint.is_resumable(
-            run / "checkpoints"
-        ):  # which have its own weights
+        fresh = not checkpoint.is_resumable(run / "checkpoints")  # which have weights of its own
+        if fresh and cfg.get("init_from") is not None:
             self._start_from(cfg.init_from)
         self.loss = config.objective(cfg)
         self.metadata = {"tokenizer": self.tokens.state()} if isinstance(self.tokens, PatchAE) else {}

@@ -255,7 +255,10 @@ COLUMNS = "masks._target_=own_parts.Columns"
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([COLUMNS], "masks: Columns takes first, last, not s_ratio, t_ratio, joint, ratios_per: '~masks.s_ratio' "),
+        (
+            [COLUMNS],
+            "masks: Columns takes first, last, not s_ratio, t_ratio, joint, ratios_per; settings of the default are",
+        ),
         ([COLUMNS, *NO_MASKS], "masks: Columns.__init__() missing 1 required positional argument: 'first'"),
         ([COLUMNS, *NO_MASKS, "+masks.first=two"], "masks.first must be a whole number, got 'two'"),
         ([COLUMNS, *NO_MASKS, "masks.first=2"], "there is no masks.first yet: +masks.first=2 adds it"),
@@ -445,6 +448,9 @@ def test_evaluating_what_is_not_there(here, monkeypatch, capsys):
     assert "it has no config.yaml. There are outputs/one.\n" in capsys.readouterr().err
     assert run_here(monkeypatch, script="evaluate") == 2
     assert "run" in capsys.readouterr().err
+    (here / "model.pt").write_bytes(b"")
+    assert run_here(monkeypatch, "run=model.pt", script="probe") == 2
+    assert "model.pt is a file, and the folder of a run is needed" in capsys.readouterr().err
 
 
 def test_other_images_under_the_same_name_are_not_taken_for_the_first(here, monkeypatch, capsys):
