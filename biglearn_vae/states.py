@@ -28,7 +28,7 @@ def rebuilt(kind: type[Part], state: dict[str, Any], **sizes: Any) -> Part:
         with torch.random.fork_rng(devices=[]):  # its first weights are drawn in vain
             part = kind(**state["sizes"] | sizes)
         part.load_state_dict(state["weights"], assign=True)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # the third of weights that are no dictionary
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"expected the state of a {kind.__name__}, sizes and weights: {reason}") from None
     return part.requires_grad_(False).eval()
