@@ -86,25 +86,22 @@ def check_grid(grid: Iterable[int]) -> tuple[int, int]:
 PIXEL_LIMIT = 10.0
 # More than this share of pixels below this is warned of: as in images in [-1, 1], and not those with noise.
 NEGATIVE, NEGATIVE_SHARE = -0.25, 0.25
-MANY_NEGATIVE = "many pixels are far below 0: if they are in [-1, 1], (x + 1) / 2 is in [0, 1]"
 
 
-def check_pixels(images: Tensor) -> None:
+def check_pixels(images: Tensor, where: str = "") -> None:
     """Raise a ValueError for images of which a pixel is beyond PIXEL_LIMIT, and warn of those that seem to be in
-    [-1, 1]; NaN, what was never recorded, is neither."""
-    if (images.abs() > PIXEL_LIMIT).any():
-        raise wrong_pixels(images[~images.isnan()])
-    if (images < NEGATIVE).double().mean() > NEGATIVE_SHARE:
-        warn(MANY_NEGATIVE)
-
-
-def wrong_pixels(pixels: Tensor, where: str = "") -> ValueError:
-    """What is raised for pixels of which some are beyond PIXEL_LIMIT."""
-    low, high = pixels.aminmax()
-    return ValueError(
-        f"expected images with values in [0, 1], got values from {low:g} to {high:g}{where}: "
-        "divide those in 0..255 by 255, x / 255"
-    )
+    [-1, 1]; pixels that are NaN, never recorded or not observed, do not count."""
+    counts = ~images.isnan()
+    negative = (images < NEGATIVE).sum() > NEGATIVE_SHARE * counts.sum()
+    refused, negative = torch.stack([(images.abs() > PIXEL_LIMIT).any(), negative]).tolist()  # waits for a GPU once
+    if refused:
+        low, high = images[counts].aminmax()
+        raise ValueError(
+            f"expected images with values in [0, 1], got values from {low:g} to {high:g}{where}: "
+            "divide those in 0..255 by 255, x / 255"
+        )
+    if negative:
+        warn("many pixels are far below 0: if they are in [-1, 1], (x + 1) / 2 is in [0, 1]")
 
 
 def warn(message: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from biglearn_vae import masks
+from biglearn_vae import data, masks
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.sheets import DPI, Block, Columns, drawable, rendered, sheet
 
@@ -583,8 +583,7 @@ def take(
     vae: BigLearnVAE, images: Tensor, labels: Tensor | None, count: int, repeat: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The chosen images (n, C, H, W) on the model's device, and which patches of them were recorded (n, L)."""
-    x = images[choose(len(images), labels, count, repeat)].to(vae.device)
-    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    x = data.take(images, choose(len(images), labels, count, repeat), vae.device)
     return x, masks.recorded(vae.tokenizer.encode(x))
 
 

@@ -236,8 +236,8 @@ def draw(
         labels = None
     page = run / FIGURES_PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
-    given = {name: value for name, value in {"rows": images, "delta": delta}.items() if value is not None}
-    given |= {"names": splits.label_names}
+    given = {"rows": images, "delta": delta, "names": splits.label_names}
+    given = {name: value for name, value in given.items() if value is not None}
     for name in names:
         drawn = pictures.FIGURES[name]
         own = {option: given[option] for option in given.keys() & inspect.signature(drawn).parameters.keys()}
