@@ -622,7 +622,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         finally:
             progress.close()
     scores = probing.linear_probe(
-        vae, train, test, values["ratios"], cfg.draws, cfg.seed, raw=cfg.pixels, ceiling=ceiling
+        vae, train, test, values["ratios"], cfg.draws, cfg.seed, cfg.pixels, ceiling, cfg.neighbours
     )
     result = {
         "name": run.name,
@@ -649,25 +649,29 @@ def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     hints = {"split": str, "seed": int, "ratios": list[float], "draws": int, "pixels": bool | None}
-    hints |= {"train_images": int | None, "test_images": int | None, "ceiling_steps": int}
+    hints |= {"train_images": int | None, "test_images": int | None, "ceiling_steps": int, "neighbours": int | None}
     container: dict[str, Any] = OmegaConf.to_container(cfg)
     values = {name: container[name] for name in hints}
     config.check_types(hints, values, "")
     config.check_evaluation(cfg, everything=True)
     checks.check_choice("split", cfg.split, PARTS[1:])
-    for name, least in (("train_images", 1), ("test_images", 1), ("ceiling_steps", 0)):
+    for name, least in (("train_images", 1), ("test_images", 1), ("ceiling_steps", 0), ("neighbours", 0)):
         if values[name] is not None:
             checks.whole_number(name, values[name], least)
     return values
 
 
 def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
-    """Make what results/ lacks of the paper's experiments, then its page and plots; returns whether all is there."""
+    """Make what results/ lacks of the paper's experiments, then its page and plots; returns whether all is there.
+
+    Raises:
+        ValueError: in the end, if scripts failed.
+    """
     from omegaconf import OmegaConf
 
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     hints = {"target": str, "workers": int, "budget": float | None, "output_dir": str, "results_dir": str}
-    hints |= {"device": str, "data_root": str | None}
+    hints |= {"device": str, "data_root": str | None, "only": str | None}
     config.check_types(hints, {name: values[name] for name in hints}, "")
     if under_torchrun():
         raise ValueError("reproduce starts processes of its own: start it without torchrun")
@@ -681,12 +685,15 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
         data_root=cfg.data_root,
         workers=cfg.workers,
         budget=cfg.budget,
+        only=cfg.only,
     )
     left = campaign.missing()
-    print(f"{len(campaign.preset.runs()) - len(left)} runs are there, {len(left)} to be made", flush=True)
+    print(f"{len(campaign.runs) - len(left)} runs are there, {len(left)} to be made", flush=True)
     done = campaign.make(call)
     page = write_results(campaign.results)
     print(f"{page}" if done else f"{page}, of what is there so far; the same command goes on")
+    if failures := campaign.failures:
+        raise ValueError("\n".join([f"{len(failures)} of {len(left)} runs failed:", *failures]))
     return done
 
 

@@ -90,8 +90,7 @@ def nearest_psnr(
         train: M training images.
         vae: for the size of its images and the grid of its patches alone.
     """
-    channels, *size = vae.image_shape
-    patches = Patchify(tuple(size), size[0] // vae.grid[0], channels)
+    patches = _patches_of(vae, vae.image_shape[0])
     known = _Patches(train, patches, vae.device)
     # Twice the same parts, since the masks come before the neighbours: a part of the images is cheap to read.
     rows = rows_of((1 + neighbours) * math.prod(vae.image_shape))
@@ -105,6 +104,27 @@ def nearest_psnr(
             completed = patches.decode(_mean_of(known, positions[:, number], S, everyone))
             errors[ratio].append(_squared_error(completed, x, vae.pixel_mask(T)))
     return {ratio: _decibels(parts) for ratio, parts in errors.items()}
+
+
+def nearest_positions(vae: BigLearnVAE, images: Images, S: Tensor, train: Images, neighbours: int = 10) -> Tensor:
+    """Positions (N, R, neighbours) of the training images nearest to each image over the pixels of patches S, nearest
+    first.
+
+    Args:
+        images: N of them.
+        S: R sets of patches for each, boolean (N, R, L). Over an empty one none is nearer than others.
+        train: training images.
+        vae: for the size of its images and the grid of its patches alone; images may have other channels than its own.
+    """
+    patches = _patches_of(vae, take(train, slice(1), vae.device).shape[1])
+    x, known = (_Patches(part, patches, vae.device) for part in (images, train))
+    return _nearest(x, S.to(vae.device), known, neighbours)[0]
+
+
+def _patches_of(vae: BigLearnVAE, channels: int) -> Patchify:
+    """The pixels of the model's patches, whatever its tokens are."""
+    size = vae.image_shape[1:]
+    return Patchify(tuple(size), size[0] // vae.grid[0], channels)
 
 
 class _Tokens(Protocol):

@@ -10,6 +10,7 @@ import os
 import queue
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -83,15 +84,19 @@ class Preset:
             raise ValueError(f"runs must differ in letters or digits of their names, several are {sorted(twice)[0]}")
 
     def _check_more(self) -> None:
+        for which in self.more:
+            self.check_words("preset.more", which)
+
+    def check_words(self, name: str, which: str) -> None:
+        """Raise a ValueError that names a setting unless its text is words of `Run.is_all`, "biglearn_u seed0"."""
         own = {"data": self.data, "case": self.seeds, "method": self.methods}
         kinds = {word: kind for kind, words in own.items() for word in (*words, *config.choices(kind))}
-        for which in self.more:
-            found = ["seed" if re.fullmatch("seed(0|[1-9][0-9]*)", word) else kinds.get(word) for word in which.split()]
-            if None in found or len(set(found)) < len(found):
-                raise ValueError(
-                    "preset.more must name runs, each by at most one data set, case, method and seedN, such as "
-                    f'"biglearn_u seed0", got "{which}"'
-                )
+        found = ["seed" if re.fullmatch("seed(0|[1-9][0-9]*)", word) else kinds.get(word) for word in which.split()]
+        if None in found or len(set(found)) < len(found):
+            raise ValueError(
+                f"{name} must name runs, each by at most one data set, case, method and seedN, such as "
+                f'"biglearn_u seed0", got "{which}"'
+            )
 
     def _check_grid(self) -> None:
         if not isinstance(self.grid, dict):
@@ -176,9 +181,10 @@ class Campaign:
         data_root: folder of the data, or None for the default of each data set.
         workers: runs at a time.
         budget: minutes, or None.
+        only: the runs that are all that is named, "mnist case4 seed0", or None for all.
 
     Raises:
-        ValueError: on an unknown target, or workers or a budget that are not positive.
+        ValueError: on an unknown target, workers or a budget that are not positive, and words that no run is.
     """
 
     preset: Preset
@@ -189,22 +195,28 @@ class Campaign:
     data_root: str | None = None
     workers: int = 1
     budget: float | None = None
+    only: str | None = None
 
     def __post_init__(self):
         checks.check_choice("target", self.target, list(TARGETS))
         checks.whole_number("workers", self.workers, 1)
         if self.budget is not None:
             checks.real_number("budget", self.budget, "(0, inf)", ": minutes")
+        self.preset.check_words("only", self.only or "")
+        self.runs = [run for run in self.preset.runs() if run.is_all(self.only or "")]
+        if not self.runs:
+            raise ValueError(f'preset={self.preset.name} has no runs of "{self.only}"')
         self._deadline = None if self.budget is None else time.monotonic() + 60 * self.budget
         self._stop, self._interruption = threading.Event(), Interruption()
+        self.failures: list[str] = []  # what went wrong with which run
 
     def missing(self) -> list[Run]:
-        """Runs that results/ does not hold with these settings, in all that the target needs.
+        """Those of `runs` that results/ does not hold with these settings, in all that the target needs.
 
         Raises:
             ValueError: if the preset has settings that a script does not have.
         """
-        return [run for run in self.preset.runs() if self._lacking(run)]
+        return [run for run in self.runs if self._lacking(run)]
 
     def path(self, run: Run) -> Path:
         """The file of a run's numbers."""
@@ -213,12 +225,11 @@ class Campaign:
     def make(self, call: Callable[[str, list[str]], Any]) -> bool:
         """Make what is missing; returns whether nothing is left. Ctrl-C and SIGTERM stop it like the end of its budget.
 
+        A run of which a script fails is left; `failures` has the end of what it said, and the others go on.
+
         Args:
             call: what runs a script, given its name and the words of its command line; a module's function, since it is
                 called in other processes.
-
-        Raises:
-            ValueError: if a script fails, with the end of what it said.
         """
         threads = max(1, (os.cpu_count() or 1) // self.workers)  # each of several gets its share of the processor
         workers = [Worker(call, {"OMP_NUM_THREADS": str(threads)}) for _ in range(self.workers)]
@@ -249,7 +260,7 @@ class Campaign:
                 raise
             finally:
                 self._stop.set()
-        return True
+        return not self.failures
 
     def _lacking(self, run: Run) -> list[str]:
         """Scripts whose numbers of a run are not there, or were made with other settings."""
@@ -270,11 +281,14 @@ class Campaign:
             for script in self._lacking(run):
                 self._call(worker, device, run, script)
                 self._keep(run, script)
+        except ValueError as error:  # that of one run is not to end the others, which may take days
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+            self.failures.append(str(error))
         finally:
             idle.put((worker, device))
 
     def _call(self, worker: Worker, device: str, run: Run, script: str) -> None:
-        """One script on one run."""
+        """One script on one run; a ValueError if it fails, with the end of what it said."""
         if self._over():
             raise Stopped
         print(f"{script} {run.name}", flush=True)
@@ -289,7 +303,7 @@ class Campaign:
             said = log.read_text().strip().splitlines()[-3:]
             why = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
             why += ", perhaps for want of memory" if code == -9 else ""
-            raise ValueError(f"{script} of {run.name} failed: {' / '.join(said)} ({why}; {log})")
+            raise ValueError(f"{script} of {run.name}: {' / '.join(said)} ({why}; {log})")
 
     def _words(self, run: Run, script: str) -> list[str]:
         """The command line of a script for a run, but for the device."""

@@ -1,8 +1,8 @@
 """Linear probing: what a linear classifier reads from the codes of incomplete images, with a floor and a ceiling.
 
 As in He et al. (2021), the encoder is frozen and a linear classifier is trained on what it gives, here the mean of
-p(z | x_S) under random masks. The floor is the same classifier on raw pixels, the ceiling the same network trained
-with labels.
+p(z | x_S) under random masks. The floors are the same classifier on raw pixels and the votes of the training images
+that are nearest over the observed pixels, the ceiling is the same network trained with labels.
 
 N images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension, F features, A attributes.
 """
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biglearn_vae import checks, masks
+from biglearn_vae import checks, evaluation, masks
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import CHUNK, Batches, ImageSet, parts, shuffled
+from biglearn_vae.data import CHUNK, Batches, Images, ImageSet, parts, shuffled
 from biglearn_vae.distributed import StepRandom, World, derive_seed
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim
@@ -37,6 +37,7 @@ LOGIT_VARIANCE = 32.0
 MAX_ITER = 500  # of the solver
 MOST_KEPT = 2**29  # tokens of a set are kept for all masks if they are at most so many floats, 2 GiB
 RAW_NUMBERS = 4096  # of an image of which raw pixels are probed by default
+NEIGHBOURS = 10  # that vote by default, where raw pixels are probed
 BATCH_SIZE = 128  # of the ceiling's training
 
 
@@ -107,6 +108,39 @@ def some(images: ImageSet, count: int | None) -> ImageSet:
     if count is None or count >= len(images):
         return images
     return images.select(shuffled(len(images), derive_seed("probe", "images"))[:count].sort().values)
+
+
+def nearest_classes(
+    vae: BigLearnVAE, images: Images, S: Tensor, train: ImageSet, neighbours: int = NEIGHBOURS
+) -> Tensor:
+    """What the labels of the nearest training images say: classes (N, R), or attributes (N, R, A).
+
+    Nearest is by the observed pixels, so this is what a model of images is worth less than if it does no better. Each
+    neighbour has a vote; of classes with as many, the one with the nearer images wins. An attribute is predicted where
+    it is more frequent among the neighbours than among all training images, which gives both classes the same weight,
+    as `fit` does. Where nothing is observed, it is the most frequent class, and no attribute.
+
+    Args:
+        images: N of them.
+        S: R sets of observed patches for each, boolean (N, R, L).
+        train: training images with labels.
+        vae: for the size of its images and the grid of its patches alone.
+    """
+    labels, seen = labels_of(train), S.any(-1).cpu()
+    near = evaluation.nearest_positions(vae, images, S, train, neighbours).cpu()
+    if labels.ndim == 1:
+        classes, y = labels.unique(return_inverse=True)
+        count = near.shape[-1]
+        vote = count**2 + torch.arange(count, 0, -1)  # what is added decides where votes are equal
+        votes = vote.new_zeros(*near.shape[:-1], len(classes)).scatter_add_(-1, y[near], vote.expand(near.shape))
+        return classes[torch.where(seen.unsqueeze(-1), votes, y.bincount()).argmax(-1)]
+    share, everyone = (_share_of_ones(y, dim) for y, dim in ((labels[near], -2), (labels, 0)))
+    return ((share > everyone) & seen.unsqueeze(-1)).long()
+
+
+def _share_of_ones(labels: Tensor, dim: int) -> Tensor:
+    """Of those that are known; 0 where none is."""
+    return (labels == 1).sum(dim) / (labels >= 0).sum(dim).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -408,6 +442,7 @@ def linear_probe(
     seed: int = 0,
     raw: bool | None = None,
     ceiling: LabelledViT | None = None,
+    neighbours: int | None = None,
 ) -> dict[str, Any]:
     """Score of a linear classifier on the codes of incomplete images, by the share of patches observed.
 
@@ -421,12 +456,14 @@ def linear_probe(
         raw: whether the same is done with raw pixels, the floor; by default for images of up to `RAW_NUMBERS` numbers,
             of larger ones it would take hours and much memory.
         ceiling: a network trained with labels (`train_ceiling`), to be tested under the same masks.
+        neighbours: of these training images, how many vote (`nearest_classes`), another floor; 0 leaves it out, by
+            default it is there where raw pixels are.
 
     Returns:
         metric: "accuracy" or "balanced accuracy".
-        codes, and pixels and ceiling if asked for: by S-ratio the `mean` of the score over the draws, its standard
-            deviation `std` (None for a single draw), the score of each of the `draws`, how many classifiers were
-            `unconverged`, and for labels that are attributes the mean of each of the `attributes`.
+        codes, and pixels, ceiling and nearest if asked for: by S-ratio the `mean` of the score over the draws, its
+            standard deviation `std` (None for a single draw), the score of each of the `draws`, how many classifiers
+            were `unconverged`, and for labels that are attributes the mean of each of the `attributes`.
 
     Raises:
         ValueError: if there are no labels or they cannot be used, and for ratios or draws outside these.
@@ -436,14 +473,18 @@ def linear_probe(
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
     draws = checks.whole_number("draws", draws, 1)
+    raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw
+    if neighbours is None:
+        neighbours = NEIGHBOURS if raw else 0
+    checks.whole_number("neighbours", neighbours, 0)
     # Plain patches are cut in no time, and travel to a GPU as bytes.
     costly = isinstance(vae.tokenizer, PatchAE)
-    raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
     inputs: dict[str, tuple] = {"codes": (features, coded)}
     if raw:
         inputs["pixels"] = (pixels, _without_equal_channels(train, test))
-    result: dict[str, Any] = {name: {} for name in (*inputs, *(() if ceiling is None else ("ceiling",)))}
+    names = (*inputs, *(() if ceiling is None else ("ceiling",)))
+    result: dict[str, Any] = {name: {} for name in names}
     for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
         scores: dict[str, list[Score]] = {name: [] for name in result}
         for seeds in (mask_seeds(seed, ratio, draw) for draw in range(draws)):
@@ -457,13 +498,28 @@ def linear_probe(
                 scores["ceiling"].append(_score(torch.cat(predicted), train_y, test_y))
         for name, draws_of in scores.items():
             result[name][ratio] = _over_draws(draws_of)
+    if neighbours:
+        sets = _without_equal_channels(train, test)
+        result["nearest"] = _nearest_scores(vae, *sets, ratios, draws, seed, neighbours)
     return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy"} | result
+
+
+def _nearest_scores(
+    vae: BigLearnVAE, train: ImageSet, test: ImageSet, ratios: Sequence[float], draws: int, seed: int, neighbours: int
+) -> dict[float, dict[str, Any]]:
+    """The scores of `nearest_classes` by S-ratio, under the same masks of test images as all else."""
+    asked = [(ratio, mask_seeds(seed, ratio, draw)[1]) for ratio in ratios for draw in range(draws)]
+    S = torch.stack([torch.cat([seen for _, seen in _observed(vae, test, *one)]) for one in asked], 1)
+    predicted = nearest_classes(vae, test, S, train, neighbours).unbind(1)
+    scores = [_score(one, labels_of(train), labels_of(test, "test")) for one in predicted]
+    return {ratio: _over_draws(scores[k * draws : (k + 1) * draws]) for k, ratio in enumerate(ratios)}
 
 
 def _without_equal_channels(*sets: ImageSet) -> tuple[ImageSet, ...]:
     """The same sets, with one channel if those of each image are equal, as MNIST's are.
 
-    A linear classifier reads the same from it, since the penalty of `fit` counts features, in less than half the time.
+    A linear classifier reads the same from it, since the penalty of `fit` counts features, in less than half the time;
+    and the same images are nearest.
     """
     chunks = (chunk for images in sets for chunk in images.pixels.split(CHUNK))
     if not all(torch.equal(chunk, chunk[:, :1].expand_as(chunk)) for chunk in chunks):
@@ -490,6 +546,7 @@ def table(result: dict[str, Any]) -> str:
     words = {
         "codes": "codes, the mean of p(z | x_S)",
         "pixels": "raw pixels, zero where hidden",
+        "nearest": "nearest training images, no model",
         "ceiling": "the same network, trained with all labels",
     }
     draws = result["settings"]["draws"]

@@ -219,8 +219,14 @@ def _probe(runs: Runs) -> str:
     ratios = list(dict.fromkeys(ratio for run in own for ratio in run["probe"]["codes"]))
     last, rows = _last(own), []
     for data, case, method, of_method in groups(own):
-        for name, label in (("codes", method), ("pixels", "raw pixels"), ("ceiling", "trained with labels")):
-            elsewhere = name == "pixels" and method != last[data, case]
+        labels = {
+            "codes": method,
+            "pixels": "raw pixels",
+            "nearest": "nearest images",
+            "ceiling": "trained with labels",
+        }
+        for name, label in labels.items():
+            elsewhere = name in ("pixels", "nearest") and method != last[data, case]
             if elsewhere or not any(name in run["probe"] for run in of_method):
                 continue
             scores = [run["probe"][name] for run in of_method if name in run["probe"]]
@@ -231,6 +237,8 @@ def _probe(runs: Runs) -> str:
         f"Accuracy in % of a linear classifier on the mean of p(z | x_S), trained on {images:,} images, by share of\n"
         "patches observed."
     )
+    if any("nearest" in run["probe"] for run in own):
+        text += " Nearest images: what most of those 10 say that are nearest over the observed pixels, no model."
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
         text += f" Trained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
@@ -562,10 +570,10 @@ def _plot_probe(axes, runs: Runs) -> None:
     last = _last(probed)
     for data, case, method, own in groups(probed):
         looks = {"codes": (f"{case} {method}", COLOURS[method]), "pixels": ("raw pixels", "0.5")}
-        looks["ceiling"] = (f"{case} trained with labels", "k")
+        looks |= {"nearest": ("nearest images", "0.75"), "ceiling": (f"{case} trained with labels", "k")}
         for name, (label, colour) in looks.items():
             scores = [run["probe"][name] for run in own if name in run["probe"]]
-            drawn = axes.get_legend_handles_labels()[1]  # raw pixels are the same for all cases
+            drawn = axes.get_legend_handles_labels()[1]  # pixels are the same for all cases
             if scores and label not in drawn and (name == "codes" or method == last[data, case]):
                 mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
                 shares, marker = [float(ratio) for ratio in scores[0]], "o" if name == "codes" else None

@@ -1,5 +1,6 @@
 """Processes that run one program after another: libraries are imported, and a GPU is woken, once for all of them."""
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -117,6 +118,7 @@ def _without_interrupts() -> Iterator[None]:
 
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
     """Call a function with what comes, until nothing does any more, and answer with its exit codes."""
+    faulthandler.enable()  # what crashes, in Python's words, is at the end of its file
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides
     signal.signal(signal.SIGTERM, _exit)
     if hasattr(signal, "pthread_sigmask"):

@@ -1,6 +1,9 @@
+import itertools
 import math
 import statistics
 import warnings
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -399,13 +402,55 @@ def test_the_ceiling_repeats_for_a_seed(single):
     assert not torch.equal(weights[0]["head.weight"], weights[2]["head.weight"])
 
 
+# --- the nearest training images ---
+
+
+def votes_by_hand(x: np.ndarray, seen: np.ndarray, train: np.ndarray, labels: list[int], count: int) -> int:
+    """The class that most of the nearest images have over pixels that are seen; of equals, that of the nearer ones."""
+    if not seen.any():
+        return Counter(sorted(labels)).most_common(1)[0][0]
+    order = sorted(range(len(train)), key=lambda k: ((train[k] - x)[seen] ** 2).sum())[:count]
+    near = [labels[k] for k in order]
+    most = max(map(near.count, near))
+    tied = [label for label in set(near) if near.count(label) == most]
+    return min(tied, key=lambda label: (sum(place for place, other in enumerate(near) if other == label), label))
+
+
+@pytest.mark.parametrize("neighbours", [1, 2, 4, 7, 50])
+def test_nearest_classes_are_those_of_a_search_by_hand(vae, neighbours):
+    train, test = labelled(vae, 50), labelled(vae, 12, seed=1)
+    train = replace(train, pixels=torch.randint_like(train.pixels, 256))  # which say nothing: votes are divided
+    S = torch.stack([masks.random(12, vae.num_tokens, ratio, seed=3) for ratio in (0.0, 0.2, 0.5, 1.0)], 1)
+    found = probe.nearest_classes(vae, test, S, train, neighbours)
+    assert found.shape == (12, 4)
+    x, y = (part[:].double().numpy() for part in (test, train))
+    for n, r in itertools.product(range(12), range(4)):
+        seen = vae.pixel_mask(S[n : n + 1, r])[0].expand(vae.image_shape).numpy()
+        assert found[n, r] == votes_by_hand(x[n], seen, y, train.labels.tolist(), neighbours)
+
+
+def test_nearest_attributes_are_those_that_are_more_frequent_nearby(vae):
+    train, test = labelled(vae, 40), labelled(vae, 12, seed=1)
+    y = torch.stack([(train.labels == 20).long(), torch.zeros(40).long(), torch.full((40,), -1)], 1)
+    y[::3, 0] = -1
+    train = ImageSet(train.pixels, y)
+    S = torch.stack([masks.random(12, vae.num_tokens, ratio, seed=3) for ratio in (0.0, 1.0)], 1)
+    found = probe.nearest_classes(vae, test, S, train, 5)
+    assert found.shape == (12, 2, 3) and not found[:, 0].any() and not found[..., 1:].any()
+    pixels = train[:].flatten(1)
+    for x, one in zip(test[:].flatten(1), found[:, 1, 0], strict=True):
+        near = y[(pixels - x).square().sum(1).argsort()[:5], 0]
+        of_near, of_all = (column[column >= 0] for column in (near, y[:, 0]))
+        assert one == (len(of_near) > 0 and of_near.double().mean() > of_all.double().mean())
+
+
 # --- all together ---
 
 
 def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
     train, test = labelled(vae, 60), labelled(vae, 40, seed=1)
     result = probe.linear_probe(vae, train, test, [1.0, 0.5], draws=3, seed=4)
-    assert list(result) == ["metric", "codes", "pixels"] and result["metric"] == "accuracy"
+    assert list(result) == ["metric", "codes", "pixels", "nearest"] and result["metric"] == "accuracy"
     for name, extract in (("codes", probe.features), ("pixels", probe.pixels)):
         for ratio, numbers in result[name].items():
             scores = []
@@ -416,11 +461,21 @@ def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
             assert numbers["draws"] == scores and numbers["unconverged"] == 0
             assert numbers["mean"] == pytest.approx(np.mean(scores))
             assert numbers["std"] == pytest.approx(np.std(scores, ddof=1))
+    for ratio, numbers in result["nearest"].items():
+        seeds = [probe.mask_seeds(4, ratio, draw)[1] for draw in range(3)]
+        S = torch.stack([masks.random(40, vae.num_tokens, ratio, seed=seed) for seed in seeds], 1)
+        right = probe.nearest_classes(vae, test, S, train) == test.labels.unsqueeze(-1)
+        assert numbers["draws"] == right.double().mean(0).tolist() and numbers["unconverged"] == 0
     assert len(set(result["codes"][0.5]["draws"])) > 1
     assert probe.linear_probe(vae, train, test, [0.5], draws=3, seed=4, raw=False) == {
         "metric": "accuracy",
         "codes": {0.5: result["codes"][0.5]},
     }
+    alone = probe.linear_probe(vae, train, test, [0.5], draws=3, seed=4, raw=False, neighbours=10)
+    assert list(alone) == ["metric", "codes", "nearest"] and alone["nearest"][0.5] == result["nearest"][0.5]
+    assert "nearest" not in probe.linear_probe(vae, train, test, [0.5], draws=1, neighbours=0)
+    with pytest.raises(ValueError, match="neighbours must be at least 0"):
+        probe.linear_probe(vae, train, test, [0.5], neighbours=-1)
     monkeypatch.setattr(probe, "RAW_NUMBERS", math.prod(vae.image_shape) - 1)
     assert "pixels" not in probe.linear_probe(vae, train, test, [0.5], draws=1)  # of large images they are left out
     single = probe.linear_probe(vae, train, test, [0.5], draws=1, seed=4)["codes"][0.5]

@@ -168,11 +168,13 @@ def test_a_floor_of_some_seeds_is_shown_and_one_that_lacks_a_task_is_not():
 def test_floors_are_beside_the_last_method_that_is_there():
     numbers = [run_numbers(method) for method in ("vae", "biglearn_t")]
     for run in numbers:
-        run["probe"]["pixels"] = {"1.0": {"mean": 0.75}, "0.1": {"mean": 0.25}}
+        for name, best in (("pixels", 0.75), ("nearest", 0.8)):
+            run["probe"][name] = {"1.0": {"mean": best}, "0.1": {"mean": 0.25}}
         run["complete"]["tasks"]["0.5"] |= {"10 nearest": {"psnr": 9.0}}
     text = results_page.page({"p": numbers}, {})
     assert (
         text.count("| digits | tiny | raw pixels | 75.0 | 25.0 |")
+        == text.count("| digits | tiny | nearest images | 80.0 | 25.0 |")
         == text.count("| digits | tiny | 10 nearest | 9.00 |")
         == 1
     )
@@ -496,5 +498,36 @@ def test_a_script_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
     assert "optim.rate=1: optim.rate: there is no such setting" in capsys.readouterr().err
     words = [*WORDS, 'preset.settings={train:["optim.lr=-1"]}']
     assert run_here(monkeypatch, *words, script="reproduce") == 2
-    said = "train of digits-tiny-biglearn_u-seed0 failed: error: optim: lr must be a number in (0, inf)"
+    said = "train of digits-tiny-biglearn_u-seed0: error: optim: lr must be a number in (0, inf)"
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/smoke").mkdir(parents=True)
+    (tmp_path / "out/smoke/digits-tiny-vae-seed0").write_text("a file where its folder would be")
+    words = [*WORDS[:-1], "preset.methods=[vae,biglearn_u]", f"preset.settings={{train:{TRAIN}}}", "output_dir=out"]
+    assert run_here(monkeypatch, *words, script="reproduce") == 2
+    out, err = capsys.readouterr()
+    assert "failed: train of digits-tiny-vae-seed0: " in err and "error: 1 of 2 runs failed:\ntrain of" in err
+    assert "of what is there so far; the same command goes on" in out
+    made = [path.stem for path in (tmp_path / "results/runs/smoke").iterdir()]
+    assert (
+        made == ["digits-tiny-biglearn_u-seed0"]
+        and "| tiny | biglearn_u |" in (tmp_path / "results/README.md").read_text()
+    )
+
+
+def test_only_some_of_the_runs_are_made(tmp_path):
+    def runs(only: str | None, **seeds) -> list[str]:
+        own = preset(seeds=seeds or {"tiny": [0, 1], "case1": [0]})
+        return [run.name for run in Campaign(own, "all", tmp_path, tmp_path, only=only).missing()]
+
+    assert runs("vae seed0") == ["digits-tiny-vae-seed0", "digits-case1-vae-seed0"]
+    assert runs("case1 vae digits") == runs("seed0 vae case1") == ["digits-case1-vae-seed0"]
+    assert runs(None) == runs("") and len(runs(None)) == 6
+    for only in ("vae biglearn_u", "seed", "vae-seed0"):
+        with pytest.raises(ValueError, match=f'only must name runs, each by at most one data set, .* got "{only}"'):
+            runs(only)
+    with pytest.raises(ValueError, match='preset=p has no runs of "vae case2"'):
+        runs("vae case2")

@@ -428,6 +428,7 @@ def on_a_gpu(
     steps: int = 9,
     loss: BigLearnELBO | None = None,
     dim: int = 16,
+    lr: float = OPTIM.lr,
     **settings,
 ) -> Trainer:
     """A Trainer for digits on the first GPU, or elsewhere."""
@@ -437,7 +438,7 @@ def on_a_gpu(
         world.device
     )
     batches = Batches(data.load("digits").train.to(world.device), 8, 0, world, transform=tokens.encode)
-    optim = replace(OPTIM, muon_lr=muon_lr)
+    optim = replace(OPTIM, lr=lr, muon_lr=muon_lr)
     return Trainer(net, loss or BigLearnELBO(0.3), batches, optim, steps=steps, world=world, **settings)
 
 
@@ -477,16 +478,18 @@ def test_a_cuda_graph_draws_what_its_steps_draw():
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_gpu_trains_the_same_with_the_kernels_and_without(compile, monkeypatch):
-    losses = []
+    found = []
     for without in ((), ("attention", "biases", "norms")):
         for name in without:
             monkeypatch.setattr(layers, name, None)
         torch._dynamo.reset()
-        trainer = on_a_gpu(dim=32, precision="bfloat16", compile=compile)
+        # The weights hardly move: larger steps make much of how bfloat16 was rounded, whatever it was rounded by.
+        trainer = on_a_gpu(dim=32, precision="bfloat16", compile=compile, lr=1e-7)
         for _ in range(9):
             trainer._train_step()
-        losses.append(torch.stack(trainer._pending)[:, trainer._names.index("loss")])
-    torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
+        found.append(torch.stack(trainer._pending))  # losses and norms of gradients; bfloat16 costs them up to 1 %
+    assert "grad_norm" in trainer._names
+    torch.testing.assert_close(*found, rtol=0.02, atol=0)
 
 
 @pytest.mark.gpu

@@ -26,6 +26,8 @@ def act(what: str) -> None:
         raise RuntimeError("oh")
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if what == "outside":
         os.system("echo from outside of Python")
     if what == "work on":
@@ -76,6 +78,8 @@ def test_a_process_that_died_is_told_by_its_signal_and_replaced(worker, tmp_path
     assert code == -signal.SIGKILL
     again, other = said(worker, "work", tmp_path / "log")  # the file is written anew
     assert again == 0 and text.split()[2] != other.split()[2]
+    code, text = said(worker, "crash", tmp_path / "log")
+    assert code == -signal.SIGSEGV and "Segmentation fault" in text and f'"{__file__}", line ' in text
 
 
 def test_it_is_asked_to_end_and_may_take_its_time(worker, tmp_path):
