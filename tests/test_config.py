@@ -150,7 +150,7 @@ def test_names_that_are_free_are_not_refused(word):
             "train",
             "case must be one of case1, case2, case3, case4, celeba, celeba_small, tiny",
         ),
-        (["preset=all"], "reproduce", "preset must be one of fashion_mnist, "),
+        (["preset=all"], "reproduce", "preset must be one of case4, fashion_mnist, "),
         (["optim=null"], "train", "optim must be one of adamw, celeba, muon, paper, got null"),
         (["case="], "train", "got nothing"),
         (["method.name=vae"], "train", "method.name says what was chosen and chooses nothing: give method=vae"),
