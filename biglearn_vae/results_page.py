@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,10 @@ def _plots(preset: str, runs: Runs) -> str:
 
 
 def _plotted(runs: Runs) -> list[str]:
-    """Those plots that have something to show."""
-    return [name for name in PLOTS if name != "probe" or any(run.get("probe") for run in runs)]
+    """Those plots that have something to show: a single point is in the table already."""
+    shown = {"probe": any(run.get("probe") for run in runs)}
+    shown["joint_elbo"] = max(Counter(run["data"] for run in runs).values(), default=0) > 1
+    return [name for name in PLOTS if shown.get(name, True)]
 
 
 def _probe(runs: Runs) -> str:
@@ -238,9 +241,9 @@ def _probe(runs: Runs) -> str:
         "patches observed."
     )
     if any("nearest" in run["probe"] for run in own):
-        text += " Nearest images: what most of those 10 say that are nearest over the observed pixels, no model."
+        text += "\nNearest images: what most of those 10 say that are nearest over the observed pixels, no model."
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
-        text += f" Trained with labels: the same network, {steps:,} steps on all training images under random masks."
+        text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
 
 

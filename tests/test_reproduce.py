@@ -116,12 +116,15 @@ def test_a_training_too_short_for_its_epochs_has_a_page():
 
 
 def test_a_plot_of_what_nobody_measured_is_not_made():
-    runs = [run_numbers()]
+    runs = [run_numbers(seed=seed) for seed in (0, 1)]
     assert "![Probe by share observed](p-probe.png)" in results_page.page({"p": runs}, {})
     assert "p-probe.png" in results_page.plots({"p": runs})
-    del runs[0]["probe"]
+    for run in runs:
+        del run["probe"]
     assert "p-probe.png" not in results_page.page({"p": runs}, {})
     assert set(results_page.plots({"p": runs})) == {"p-joint_elbo.png", "p-loss.png", "p-time.png"}
+    one = [runs[0] | {"data": data} for data in ("digits", "mnist")]  # a point each
+    assert set(results_page.plots({"p": one})) == {"p-loss.png", "p-time.png"}
 
 
 def test_several_passes_are_averaged_over_seeds():
