@@ -613,7 +613,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     train = probing.some(splits.train, cfg.train_images)
     test = probing.some(getattr(splits, cfg.split), cfg.test_images)
     print(f"probing {run}: {len(train):,} training and {len(test):,} {cfg.split} images ...", flush=True)
-    ceiling = None
+    ceiling, neighbours = None, probing.floors(vae, cfg.pixels, cfg.neighbours)[1]
     if cfg.ceiling_steps:
         net, optim = config.network(settings, vae.tokenizer), config.muon(settings.model.dim)
         progress = Progress(cfg.ceiling_steps)
@@ -622,14 +622,15 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         finally:
             progress.close()
     scores = probing.linear_probe(
-        vae, train, test, values["ratios"], cfg.draws, cfg.seed, cfg.pixels, ceiling, cfg.neighbours
+        vae, train, test, values["ratios"], cfg.draws, cfg.seed, raw=cfg.pixels, ceiling=ceiling, neighbours=neighbours
     )
+    chosen = {"neighbours": neighbours, "logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER}
     result = {
         "name": run.name,
         "checkpoint": checkpoint_name,
         "step": step,
         "parameters": count_parameters(vae.net),
-        "settings": _measured_with(cfg) | {"logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER},
+        "settings": _measured_with(cfg) | chosen,
         "train_images": len(train),
         "test_images": len(test),
         "attributes": list(splits.label_names) if test.labels.ndim > 1 else [],  # labels may be classes

@@ -112,7 +112,8 @@ def nearest_positions(vae: BigLearnVAE, images: Images, S: Tensor, train: Images
 
     Args:
         images: N of them.
-        S: R sets of patches for each, boolean (N, R, L). Over an empty one none is nearer than others.
+        S: R sets of patches for each, boolean (N, R, L), of what was recorded. Over an empty one none is nearer than
+            others. Of images that are equally near, such as blank ones over a blank patch, any may be taken.
         train: training images.
         vae: for the size of its images and the grid of its patches alone; images may have other channels than its own.
     """
@@ -174,7 +175,7 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
     """
     length, dim = x[:1].shape[1:]
     many = rows_of(length * dim, chunks=8)  # training images
-    few = min(many, rows_of(length * min(many, len(train))))  # others: L x few x many distances
+    few = min(many, rows_of(max(length, S.shape[1]) * min(many, len(train))))  # others: L or R x few x many distances
     empty = torch.empty(*S.shape[:2], 0, device=S.device)
     found = [(part, part.long()) for part in empty.split(few)]
     total, count = 0, 0

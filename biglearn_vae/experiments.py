@@ -203,9 +203,13 @@ class Campaign:
         if self.budget is not None:
             checks.real_number("budget", self.budget, "(0, inf)", ": minutes")
         self.preset.check_words("only", self.only or "")
+        seeds = {case: seeds for case, seeds in self.preset.seeds.items() if seeds}
         self.runs = [run for run in self.preset.runs() if run.is_all(self.only or "")]
         if not self.runs:
-            raise ValueError(f'preset={self.preset.name} has no runs of "{self.only}"')
+            raise ValueError(
+                f'preset={self.preset.name} has no runs of "{self.only}": it has {", ".join(self.preset.data)}; '
+                f"{', '.join(self.preset.methods)}; and of {', '.join(f'{k} seeds {v}' for k, v in seeds.items())}"
+            )
         self._deadline = None if self.budget is None else time.monotonic() + 60 * self.budget
         self._stop, self._interruption = threading.Event(), Interruption()
         self.failures: list[str] = []  # what went wrong with which run
@@ -281,9 +285,11 @@ class Campaign:
             for script in self._lacking(run):
                 self._call(worker, device, run, script)
                 self._keep(run, script)
-        except ValueError as error:  # that of one run is not to end the others, which may take days
-            print(f"failed: {error}", file=sys.stderr, flush=True)
-            self.failures.append(str(error))
+        except (ValueError, OSError, KeyError) as error:  # of one run, not to end the others, which may take days
+            why = str(error) if isinstance(error, ValueError) else f"{run.name}: {type(error).__name__}: {error}"
+            print(f"failed: {why}", file=sys.stderr, flush=True)
+            self.failures.append(why)
+            worker.close()  # the next one gets a new process: an error may have spoiled this one's GPU
         finally:
             idle.put((worker, device))
 
@@ -300,10 +306,9 @@ class Campaign:
         if self._over() or (not code and not (self._folder(run) / FILES[script]).exists()):
             raise Stopped  # in the second case somebody else told the script to stop
         if code:
-            said = log.read_text().strip().splitlines()[-3:]
             why = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
             why += ", perhaps for want of memory" if code == -9 else ""
-            raise ValueError(f"{script} of {run.name}: {' / '.join(said)} ({why}; {log})")
+            raise ValueError(f"{script} of {run.name}: {_end_of(log.read_text())} ({why}; {log})")
 
     def _words(self, run: Run, script: str) -> list[str]:
         """The command line of a script for a run, but for the device."""
@@ -346,6 +351,17 @@ class Campaign:
             known["course"] = list(_course(folder / "metrics.jsonl"))
         self.path(run).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path(run), known)
+
+
+def _end_of(said: str) -> str:
+    """The last lines of what a script said; of a crash, what it was and where in Python."""
+    lines = [line.strip()[:300] for line in said.splitlines() if line.strip()]
+    crashes = [place for place, line in enumerate(lines) if line.startswith("Fatal Python error")]
+    if not crashes:
+        return " / ".join(lines[-3:])
+    after = lines[crashes[-1] :]
+    current = next((place for place, line in enumerate(after) if line.startswith("Current thread")), 0)
+    return " / ".join([after[0], *[line for line in after[current:] if line.startswith("File ")][:2]])
 
 
 def _course(path: Path, points: int = 50) -> Iterator[dict[str, float]]:

@@ -115,24 +115,36 @@ def nearest_classes(
 ) -> Tensor:
     """What the labels of the nearest training images say: classes (N, R), or attributes (N, R, A).
 
-    Nearest is by the observed pixels, so this is what a model of images is worth less than if it does no better. Each
+    Nearest is by the observed pixels: codes that tell the classes no better add nothing to the training images. Each
     neighbour has a vote; of classes with as many, the one with the nearer images wins. An attribute is predicted where
     it is more frequent among the neighbours than among all training images, which gives both classes the same weight,
     as `fit` does. Where nothing is observed, it is the most frequent class, and no attribute.
 
     Args:
         images: N of them.
-        S: R sets of observed patches for each, boolean (N, R, L).
+        S: R sets of observed patches for each, boolean (N, R, L); what was never recorded (NaN) is not observed.
         train: training images with labels.
+        neighbours: at least 1.
         vae: for the size of its images and the grid of its patches alone.
+
+    Raises:
+        ValueError: if the training images have no labels, or without a neighbour.
     """
-    labels, seen = labels_of(train), S.any(-1).cpu()
+    neighbours, labels = checks.whole_number("neighbours", neighbours, 1), labels_of(train)
+    recorded = [masks.recorded_patches(x, vae.grid) for x in parts(images, vae.device)]
+    S = S.to(vae.device) & torch.cat(recorded).unsqueeze(1)
     near = evaluation.nearest_positions(vae, images, S, train, neighbours).cpu()
+    sets = zip(near.unbind(1), S.any(-1).cpu().unbind(1), strict=True)
+    return torch.stack([_majority(labels, positions, seen) for positions, seen in sets], 1)
+
+
+def _majority(labels: Tensor, near: Tensor, seen: Tensor) -> Tensor:
+    """What the labels at positions (N, k), the nearest first, say, where anything was seen (N,): (N,) or (N, A)."""
     if labels.ndim == 1:
         classes, y = labels.unique(return_inverse=True)
         count = near.shape[-1]
         vote = count**2 + torch.arange(count, 0, -1)  # what is added decides where votes are equal
-        votes = vote.new_zeros(*near.shape[:-1], len(classes)).scatter_add_(-1, y[near], vote.expand(near.shape))
+        votes = vote.new_zeros(len(near), len(classes)).scatter_add_(-1, y[near], vote.expand(near.shape))
         return classes[torch.where(seen.unsqueeze(-1), votes, y.bincount()).argmax(-1)]
     share, everyone = (_share_of_ones(y, dim) for y, dim in ((labels[near], -2), (labels, 0)))
     return ((share > everyone) & seen.unsqueeze(-1)).long()
@@ -186,10 +198,15 @@ def fit(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     weight = "balanced" if balanced else None
     solver = LogisticRegression(C=LOGIT_VARIANCE / x.shape[1], max_iter=MAX_ITER, class_weight=weight)
-    with warnings.catch_warnings(record=True, action="always", category=ConvergenceWarning) as caught:
+    # One thread: its products are small, and more threads wait for each other longer than they compute.
+    with (
+        threadpool_limits(1),
+        warnings.catch_warnings(record=True, action="always", category=ConvergenceWarning) as caught,
+    ):
         pipeline = make_pipeline(StandardScaler(), solver).fit(x.numpy(), y.numpy())
     return LinearClassifier(pipeline, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught))
 
@@ -405,7 +422,7 @@ def train_ceiling(
     seed: int = 0,
     loggers: Iterable[Logger] = (),
 ) -> LabelledViT:
-    """Train a network with labels on masked images: what its architecture can reach, for `linear_probe`.
+    """Train a network with labels on masked images: what its architecture reaches in so many steps, for `linear_probe`.
 
     Args:
         net: a network with fresh weights, which are trained, in batches of 128.
@@ -473,18 +490,15 @@ def linear_probe(
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
     draws = checks.whole_number("draws", draws, 1)
-    raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw
-    if neighbours is None:
-        neighbours = NEIGHBOURS if raw else 0
-    checks.whole_number("neighbours", neighbours, 0)
+    raw, neighbours = floors(vae, raw, neighbours)
     # Plain patches are cut in no time, and travel to a GPU as bytes.
     costly = isinstance(vae.tokenizer, PatchAE)
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
     inputs: dict[str, tuple] = {"codes": (features, coded)}
+    plain = _without_equal_channels(train, test) if raw or neighbours else ()
     if raw:
-        inputs["pixels"] = (pixels, _without_equal_channels(train, test))
-    names = (*inputs, *(() if ceiling is None else ("ceiling",)))
-    result: dict[str, Any] = {name: {} for name in names}
+        inputs["pixels"] = (pixels, plain)
+    result: dict[str, Any] = {name: {} for name in (*inputs, *(() if ceiling is None else ("ceiling",)))}
     for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
         scores: dict[str, list[Score]] = {name: [] for name in result}
         for seeds in (mask_seeds(seed, ratio, draw) for draw in range(draws)):
@@ -499,9 +513,16 @@ def linear_probe(
         for name, draws_of in scores.items():
             result[name][ratio] = _over_draws(draws_of)
     if neighbours:
-        sets = _without_equal_channels(train, test)
-        result["nearest"] = _nearest_scores(vae, *sets, ratios, draws, seed, neighbours)
+        result["nearest"] = _nearest_scores(vae, *plain, ratios, draws, seed, neighbours)
     return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy"} | result
+
+
+def floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None) -> tuple[bool, int]:
+    """Whether raw pixels are probed, and how many neighbours vote, where None is the default of `linear_probe`."""
+    raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw
+    if neighbours is None:
+        neighbours = NEIGHBOURS if raw else 0
+    return raw, checks.whole_number("neighbours", neighbours, 0)
 
 
 def _nearest_scores(
@@ -510,8 +531,8 @@ def _nearest_scores(
     """The scores of `nearest_classes` by S-ratio, under the same masks of test images as all else."""
     asked = [(ratio, mask_seeds(seed, ratio, draw)[1]) for ratio in ratios for draw in range(draws)]
     S = torch.stack([torch.cat([seen for _, seen in _observed(vae, test, *one)]) for one in asked], 1)
-    predicted = nearest_classes(vae, test, S, train, neighbours).unbind(1)
-    scores = [_score(one, labels_of(train), labels_of(test, "test")) for one in predicted]
+    predicted, train_y, test_y = nearest_classes(vae, test, S, train, neighbours), labels_of(train), labels_of(test)
+    scores = [_score(one, train_y, test_y) for one in predicted.unbind(1)]
     return {ratio: _over_draws(scores[k * draws : (k + 1) * draws]) for k, ratio in enumerate(ratios)}
 
 
@@ -546,7 +567,7 @@ def table(result: dict[str, Any]) -> str:
     words = {
         "codes": "codes, the mean of p(z | x_S)",
         "pixels": "raw pixels, zero where hidden",
-        "nearest": "nearest training images, no model",
+        "nearest": f"the {result['settings'].get('neighbours')} nearest training images",
         "ceiling": "the same network, trained with all labels",
     }
     draws = result["settings"]["draws"]

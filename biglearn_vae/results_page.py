@@ -240,8 +240,9 @@ def _probe(runs: Runs) -> str:
         f"Accuracy in % of a linear classifier on the mean of p(z | x_S), trained on {images:,} images, by share of\n"
         "patches observed."
     )
-    if any("nearest" in run["probe"] for run in own):
-        text += "\nNearest images: what most of those 10 say that are nearest over the observed pixels, no model."
+    if voters := {run["probe"]["settings"]["neighbours"] for run in own if "nearest" in run["probe"]}:
+        count = " or ".join(map(str, sorted(voters)))
+        text += f"\nNearest images: what most of those {count} say that are nearest over the observed pixels, no model."
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
         text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.testing import assert_close
@@ -402,6 +403,16 @@ def test_the_ceiling_repeats_for_a_seed(single):
     assert not torch.equal(weights[0]["head.weight"], weights[2]["head.weight"])
 
 
+def test_a_fit_takes_one_thread_whatever_there_are():
+    x, y, found = noise(600, 300).float(), torch.arange(600) % 3, []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        with threadpool_limits(threads):
+            found.append(probe.fit(x, y).pipeline[-1].coef_)
+            assert all(pool["num_threads"] == threads for pool in threadpool_info())
+    assert np.array_equal(*found) and torch.get_num_threads() == before
+
+
 # --- the nearest training images ---
 
 
@@ -427,6 +438,18 @@ def test_nearest_classes_are_those_of_a_search_by_hand(vae, neighbours):
     for n, r in itertools.product(range(12), range(4)):
         seen = vae.pixel_mask(S[n : n + 1, r])[0].expand(vae.image_shape).numpy()
         assert found[n, r] == votes_by_hand(x[n], seen, y, train.labels.tolist(), neighbours)
+
+
+def test_what_was_never_recorded_tells_nothing_of_the_class(vae):
+    train, test = labelled(vae, 50), labelled(vae, 12, seed=1)
+    recorded = masks.random(12, vae.num_tokens, 0.5, seed=1)
+    holes = test[:].masked_fill(~vae.pixel_mask(recorded), math.nan)
+    S = torch.stack([masks.random(12, vae.num_tokens, ratio, seed=3) for ratio in (0.5, 1.0)], 1)
+    found = probe.nearest_classes(vae, holes, S, train)
+    assert torch.equal(found, probe.nearest_classes(vae, test, S & recorded.unsqueeze(1), train))
+    for neighbours in (0, -1):
+        with pytest.raises(ValueError, match="neighbours must be at least 1"):
+            probe.nearest_classes(vae, test, S, train, neighbours)
 
 
 def test_nearest_attributes_are_those_that_are_more_frequent_nearby(vae):

@@ -41,7 +41,7 @@ def run_numbers(method="biglearn_u", seed=0, elbo=-1.0, case="tiny") -> dict:
         },
         "probe": {
             "codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}},
-            **{"train_images": 5000, "settings": {"ceiling_steps": 200}},
+            **{"train_images": 5000, "settings": {"ceiling_steps": 200, "neighbours": 10}},
         },
         "complete": {"tasks": tasks},
         "course": [{"step": 3, "seconds": 1.0, "loss": 2.5}],
@@ -463,7 +463,7 @@ def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypat
     numbers = json.loads((tmp_path / "results/runs/smoke/digits-tiny-biglearn_u-seed0.json").read_text())
     assert numbers["train"]["steps"] == 2 and len(numbers["course"]) == 2
     page = (tmp_path / "results/README.md").read_text()
-    assert f"{numbers['train']['test_joint_elbo']:.3f}" in page and (tmp_path / "results/smoke-joint_elbo.png").exists()
+    assert f"{numbers['train']['test_joint_elbo']:.3f}" in page and (tmp_path / "results/smoke-loss.png").exists()
     assert run_here(monkeypatch, *words, script="reproduce") == 0
     assert "1 runs are there, 0 to be made" in capsys.readouterr().out
     assert (tmp_path / "results/README.md").read_text() == page
@@ -521,6 +521,34 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys)
     )
 
 
+def test_of_a_crash_it_is_said_what_it_was_and_where(tmp_path):
+    code = "import faulthandler, os, signal, torch, sklearn.svm\nfaulthandler.enable()\n"
+    code += "def inner():\n    os.kill(os.getpid(), signal.SIGSEGV)\nprint('step 1')\ninner()"
+    (tmp_path / "crash.py").write_text(code)
+    said = subprocess.run([sys.executable, tmp_path / "crash.py"], capture_output=True, text=True).stderr
+    assert "Extension modules: " in said  # hundreds
+    what, where, outer = experiments._end_of("step 1\n" + said).split(" / File ")
+    assert what == "Fatal Python error: Segmentation fault"
+    assert where.endswith('crash.py", line 4 in inner') and outer.endswith("line 6 in <module>")
+    assert experiments._end_of("one\n\ntwo\nthree\nfour\n") == "two / three / four"
+    assert len(experiments._end_of("x" * 5000)) == 300
+
+
+def test_whatever_goes_wrong_with_a_run_is_of_that_run(tmp_path, monkeypatch):
+    campaign = Campaign(preset(), "joint_elbo", tmp_path / "out", tmp_path / "results")
+    wrong = {"vae": KeyError("commit"), "biglearn_u": OSError("no space left")}
+
+    def call(worker, device, run, script):
+        raise wrong[run.method]
+
+    monkeypatch.setattr(campaign, "_call", call)
+    assert not campaign.make(print)
+    assert sorted(campaign.failures)[::2] == [
+        "digits-tiny-biglearn_u-seed0: OSError: no space left",
+        "digits-tiny-vae-seed0: KeyError: 'commit'",
+    ]
+
+
 def test_only_some_of_the_runs_are_made(tmp_path):
     def runs(only: str | None, **seeds) -> list[str]:
         own = preset(seeds=seeds or {"tiny": [0, 1], "case1": [0]})
@@ -532,5 +560,6 @@ def test_only_some_of_the_runs_are_made(tmp_path):
     for only in ("vae biglearn_u", "seed", "vae-seed0"):
         with pytest.raises(ValueError, match=f'only must name runs, each by at most one data set, .* got "{only}"'):
             runs(only)
-    with pytest.raises(ValueError, match='preset=p has no runs of "vae case2"'):
+    of = r"digits; vae, biglearn_u; and of tiny seeds \[0, 1\], case1 seeds \[0\]"
+    with pytest.raises(ValueError, match=f'preset=p has no runs of "vae case2": it has {of}'):
         runs("vae case2")
