@@ -491,13 +491,10 @@ def linear_probe(
     _check_labels(train_y, test_y)
     draws = checks.whole_number("draws", draws, 1)
     raw, neighbours = floors(vae, raw, neighbours)
-    # Plain patches are cut in no time, and travel to a GPU as bytes.
-    costly = isinstance(vae.tokenizer, PatchAE)
+    costly = isinstance(vae.tokenizer, PatchAE)  # plain patches are cut in no time, and travel to a GPU as bytes
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
-    inputs: dict[str, tuple] = {"codes": (features, coded)}
     plain = _without_equal_channels(train, test) if raw or neighbours else ()
-    if raw:
-        inputs["pixels"] = (pixels, plain)
+    inputs = {"codes": (features, coded)} | ({"pixels": (pixels, plain)} if raw else {})
     result: dict[str, Any] = {name: {} for name in (*inputs, *(() if ceiling is None else ("ceiling",)))}
     for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
         scores: dict[str, list[Score]] = {name: [] for name in result}
@@ -506,15 +503,18 @@ def linear_probe(
                 train_x, test_x = (of(vae, images, ratio, s) for images, s in zip(both, seeds, strict=True))
                 scores[name].append(fit_and_score(train_x, train_y, test_x, test_y))
             if ceiling is not None:
-                predicted = [
-                    ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, coded[1], ratio, seeds[1])
-                ]
-                scores["ceiling"].append(_score(torch.cat(predicted), train_y, test_y))
+                predicted = _ceiling_classes(ceiling, vae, coded[1], ratio, seeds[1])
+                scores["ceiling"].append(_score(predicted, train_y, test_y))
         for name, draws_of in scores.items():
             result[name][ratio] = _over_draws(draws_of)
     if neighbours:
         result["nearest"] = _nearest_scores(vae, *plain, ratios, draws, seed, neighbours)
     return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy"} | result
+
+
+def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: ImageSet, ratio: float, seed: int) -> Tensor:
+    """What a network trained with labels says of images under masks."""
+    return torch.cat([ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, images, ratio, seed)])
 
 
 def floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None) -> tuple[bool, int]:
