@@ -613,7 +613,8 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     train = probing.some(splits.train, cfg.train_images)
     test = probing.some(getattr(splits, cfg.split), cfg.test_images)
     print(f"probing {run}: {len(train):,} training and {len(test):,} {cfg.split} images ...", flush=True)
-    ceiling, neighbours = None, probing.floors(vae, cfg.pixels, cfg.neighbours)[1]
+    raw, neighbours = probing.floors(vae, cfg.pixels, cfg.neighbours)
+    ceiling = None
     if cfg.ceiling_steps:
         net, optim = config.network(settings, vae.tokenizer), config.muon(settings.model.dim)
         progress = Progress(cfg.ceiling_steps)
@@ -622,7 +623,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         finally:
             progress.close()
     scores = probing.linear_probe(
-        vae, train, test, values["ratios"], cfg.draws, cfg.seed, raw=cfg.pixels, ceiling=ceiling, neighbours=neighbours
+        vae, train, test, values["ratios"], cfg.draws, cfg.seed, raw=raw, ceiling=ceiling, neighbours=neighbours
     )
     chosen = {"neighbours": neighbours, "logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER}
     result = {

@@ -85,9 +85,9 @@ class Preset:
 
     def _check_more(self) -> None:
         for which in self.more:
-            self.check_words("preset.more", which)
+            self._check_words("preset.more", which)
 
-    def check_words(self, name: str, which: str) -> None:
+    def _check_words(self, name: str, which: str) -> None:
         """Raise a ValueError that names a setting unless its text is words of `Run.is_all`, "biglearn_u seed0"."""
         own = {"data": self.data, "case": self.seeds, "method": self.methods}
         kinds = {word: kind for kind, words in own.items() for word in (*words, *config.choices(kind))}
@@ -120,6 +120,21 @@ class Preset:
             for cell in cells
             for method in self.methods
         ]
+
+    def matching(self, only: str) -> list["Run"]:
+        """Those of its runs that are all that is named, "vae seed0".
+
+        Raises:
+            ValueError: for words that name no run of it.
+        """
+        self._check_words("only", only)
+        if found := [run for run in self.runs() if run.is_all(only)]:
+            return found
+        seeds = ", ".join(f"{case} seeds {seeds}" for case, seeds in self.seeds.items() if seeds)
+        raise ValueError(
+            f'preset={self.name} has no runs of "{only}": it has {", ".join(self.data)}; {", ".join(self.methods)}; '
+            f"and of {seeds}"
+        )
 
     def words(self, run: "Run", script: str) -> list[str]:
         """The command-line settings of a script for a run."""
@@ -202,14 +217,7 @@ class Campaign:
         checks.whole_number("workers", self.workers, 1)
         if self.budget is not None:
             checks.real_number("budget", self.budget, "(0, inf)", ": minutes")
-        self.preset.check_words("only", self.only or "")
-        seeds = {case: seeds for case, seeds in self.preset.seeds.items() if seeds}
-        self.runs = [run for run in self.preset.runs() if run.is_all(self.only or "")]
-        if not self.runs:
-            raise ValueError(
-                f'preset={self.preset.name} has no runs of "{self.only}": it has {", ".join(self.preset.data)}; '
-                f"{', '.join(self.preset.methods)}; and of {', '.join(f'{k} seeds {v}' for k, v in seeds.items())}"
-            )
+        self.runs = self.preset.matching(self.only) if self.only else self.preset.runs()
         self._deadline = None if self.budget is None else time.monotonic() + 60 * self.budget
         self._stop, self._interruption = threading.Event(), Interruption()
         self.failures: list[str] = []  # what went wrong with which run

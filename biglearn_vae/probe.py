@@ -530,7 +530,7 @@ def _nearest_scores(
 ) -> dict[float, dict[str, Any]]:
     """The scores of `nearest_classes` by S-ratio, under the same masks of test images as all else."""
     asked = [(ratio, mask_seeds(seed, ratio, draw)[1]) for ratio in ratios for draw in range(draws)]
-    S = torch.stack([torch.cat([seen for _, seen in _observed(vae, test, *one)]) for one in asked], 1)
+    S = torch.stack([masks.random(len(test), vae.num_tokens, ratio, seed=own) for ratio, own in asked], 1)
     predicted, train_y, test_y = nearest_classes(vae, test, S, train, neighbours), labels_of(train), labels_of(test)
     scores = [_score(one, train_y, test_y) for one in predicted.unbind(1)]
     return {ratio: _over_draws(scores[k * draws : (k + 1) * draws]) for k, ratio in enumerate(ratios)}

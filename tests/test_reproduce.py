@@ -557,6 +557,7 @@ def test_only_some_of_the_runs_are_made(tmp_path):
     assert runs("vae seed0") == ["digits-tiny-vae-seed0", "digits-case1-vae-seed0"]
     assert runs("case1 vae digits") == runs("seed0 vae case1") == ["digits-case1-vae-seed0"]
     assert runs(None) == runs("") and len(runs(None)) == 6
+    assert Campaign(preset(seeds={"tiny": []}), "all", tmp_path, tmp_path).missing() == []  # a preset without runs
     for only in ("vae biglearn_u", "seed", "vae-seed0"):
         with pytest.raises(ValueError, match=f'only must name runs, each by at most one data set, .* got "{only}"'):
             runs(only)
