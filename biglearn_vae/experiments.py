@@ -295,7 +295,7 @@ class Campaign:
                 self._keep(run, script)
         except (ValueError, OSError, KeyError) as error:  # of one run, not to end the others, which may take days
             why = str(error) if isinstance(error, ValueError) else f"{run.name}: {type(error).__name__}: {error}"
-            print(f"failed: {why}", file=sys.stderr, flush=True)
+            print(f"failed: {why}\n", end="", file=sys.stderr, flush=True)
             self.failures.append(why)
             worker.close()  # the next one gets a new process: an error may have spoiled this one's GPU
         finally:
@@ -305,7 +305,7 @@ class Campaign:
         """One script on one run; a ValueError if it fails, with the end of what it said."""
         if self._over():
             raise Stopped
-        print(f"{script} {run.name}", flush=True)
+        print(f"{script} {run.name}\n", end="", flush=True)  # in one piece: other workers' threads print, too
         if script != "train":  # what is there is of another network or other settings
             (self._folder(run) / FILES[script]).unlink(missing_ok=True)
         log = self.output / self.preset.name / f"{run.name}-{script}.log"
