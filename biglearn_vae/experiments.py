@@ -91,11 +91,12 @@ class Preset:
         """Raise a ValueError that names a setting unless its text is words of `Run.is_all`, "biglearn_u seed0"."""
         own = {"data": self.data, "case": self.seeds, "method": self.methods}
         kinds = {word: kind for kind, words in own.items() for word in (*words, *config.choices(kind))}
+        kinds |= {word: f"grid.{axis}" for axis, words in self._level_words.items() for word in words}
         found = ["seed" if re.fullmatch("seed(0|[1-9][0-9]*)", word) else kinds.get(word) for word in which.split()]
         if None in found or len(set(found)) < len(found):
             raise ValueError(
                 f"{name} must name runs, each by at most one data set, case, method and seedN, such as "
-                f'"biglearn_u seed0", got "{which}"'
+                f'"biglearn_u seed0", got "{which}"{self._of_levels}'
             )
 
     def _check_grid(self) -> None:
@@ -133,8 +134,17 @@ class Preset:
         seeds = ", ".join(f"{case} seeds {seeds}" for case, seeds in self.seeds.items() if seeds)
         raise ValueError(
             f'preset={self.name} has no runs of "{only}": it has {", ".join(self.data)}; {", ".join(self.methods)}; '
-            f"and of {seeds}"
+            f"and of {seeds}{self._of_levels}"
         )
+
+    @property
+    def _level_words(self) -> dict[str, list[str]]:
+        return {axis: [level_word(axis, level) for level in levels] for axis, levels in self.grid.items()}
+
+    @property
+    def _of_levels(self) -> str:
+        """The words of its grid, to end a message with."""
+        return "".join(f"; of {axis} {', '.join(words)}" for axis, words in self._level_words.items())
 
     def words(self, run: "Run", script: str) -> list[str]:
         """The command-line settings of a script for a run."""
@@ -167,16 +177,25 @@ class Run:
 
     @property
     def name(self) -> str:
-        words = (re.sub(r"[^A-Za-z0-9_.]+", "-", f"{axis}-{level}").strip("-") for axis, level in self.levels)
-        return "-".join((self.data, self.case, self.method, f"seed{self.seed}", *words))
+        return "-".join(self._parts)
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        levels = (level_word(axis, level) for axis, level in self.levels)
+        return (self.data, self.case, self.method, f"seed{self.seed}", *levels)
 
     def is_all(self, which: str) -> bool:
-        """Whether it is of each data set, case, method and seed in a text, "biglearn_u seed0"."""
-        return {self.data, self.case, self.method, f"seed{self.seed}"}.issuperset(which.split())
+        """Whether it is of each data set, case, method, seed and level in a text, "biglearn_u seed0"."""
+        return set(self._parts).issuperset(which.split())
 
     def words(self) -> list[str]:
         """What makes it this run on the command line of scripts/train.py."""
         return [f"data={self.data}", f"case={self.case}", f"method={self.method}", f"seed={self.seed}"]
+
+
+def level_word(axis: str, level: str) -> str:
+    """A level of a grid as one word, "changed-beta-0.1", in names of runs and wherever runs are named by words."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{axis}-{level}").strip("-")
 
 
 class Stopped(Exception):
@@ -196,7 +215,8 @@ class Campaign:
         data_root: folder of the data, or None for the default of each data set.
         workers: runs at a time.
         budget: minutes, or None.
-        only: the runs that are all that is named, "mnist case4 seed0", or None for all.
+        only: the runs that are all that is named, "mnist case4 seed0", or None for all; a level of a grid is named as
+            in the folder of its run, "changed-beta-0.1".
 
     Raises:
         ValueError: on an unknown target, workers or a budget that are not positive, and words that no run is.

@@ -564,3 +564,19 @@ def test_only_some_of_the_runs_are_made(tmp_path):
     of = r"digits; vae, biglearn_u; and of tiny seeds \[0, 1\], case1 seeds \[0\]"
     with pytest.raises(ValueError, match=f'preset=p has no runs of "vae case2": it has {of}'):
         runs("vae case2")
+
+
+def test_runs_of_a_grid_are_named_by_its_levels(tmp_path):
+    """As their folders are."""
+    levels = {"beta 0.1": ["loss.beta=0.1"], "width 64": ["model.dim=64"]}
+    own = preset(grid={"changed": levels}, scripts=["train"])
+
+    def runs(only: str) -> list[str]:
+        return [run.name for run in Campaign(own, "all", tmp_path, tmp_path, only=only).missing()]
+
+    names = ["digits-tiny-vae-seed0-changed-beta-0.1", "digits-tiny-biglearn_u-seed0-changed-beta-0.1"]
+    assert [run for run in runs("changed-beta-0.1") if "seed0" in run] == names
+    assert runs("changed-beta-0.1 seed0 vae") == names[:1]
+    for only in ("beta", "changed-beta-0.1 changed-width-64"):
+        with pytest.raises(ValueError, match=f'got "{only}"; of changed changed-beta-0.1, changed-width-64$'):
+            runs(only)
