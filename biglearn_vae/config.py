@@ -191,21 +191,21 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
             continue
         parent, _, last = name.rpartition(".")
         group = name.split(".")[0]
-        if last == "name" and parent in groups.keys() - {"preset"}:
+        if last == "name" and parent in groups.keys() - {"preset"} and not override.is_delete():
             raise ValueError(f"{name} says what was chosen and chooses nothing: give {parent}={override.value()}")
         inside = [key for key in known if key.startswith(f"{name}.")]
-        if override.is_delete() and f"{name}._target_" in targets:
-            raise ValueError(f"{name} cannot be left out: {name}._target_=MODULE.CLASS takes another")
-        if inside and not (override.is_delete() or isinstance(override.value(), dict)):
+        any_names = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))
+        if override.is_delete():
+            _check_left_out(name, known, targets, any_names)
+        elif inside and not isinstance(override.value(), dict):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
-        if name in targets and override.is_delete():
-            raise ValueError(f"{name} says what {parent} is and cannot be left out")
+        adds, value = override.is_add() or override.is_force_add(), override.value()
+        if isinstance(value, dict) and not adds and (new := next(_new_inside(name, value, known), None)):
+            raise ValueError(f"{name} has no {new.removeprefix(name + '.')} yet: '+{new}=...' adds it")
         if name in known | targets or inside:
             continue
-        if parent in own and override.is_delete():
-            raise ValueError(f"there is no {name} to be left out: what was added is left out by not adding it")
-        if parent in own or (parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))):  # of any names
-            if not (override.is_add() or override.is_force_add()):
+        if parent in own or any_names:
+            if not adds:
                 raise ValueError(f"there is no {name} yet: +{override.input_line} adds it")
             continue
         if name in explained and group in groups:
@@ -216,6 +216,31 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         raise ValueError(f"{name}: there is no such setting{hint} --help lists all.")
 
 
+def _check_left_out(name: str, known: set[str], targets: set[str], any_names: bool) -> None:
+    """Raise a ValueError for a word ~NAME, unless it leaves out what something else takes, or one of any names."""
+    parent = name.rpartition(".")[0]
+    if f"{name}._target_" in targets:
+        raise ValueError(f"{name} cannot be left out: {name}._target_=MODULE.CLASS takes another")
+    if name in targets:
+        raise ValueError(f"{name} says what {parent} is and cannot be left out")
+    if not any_names and f"{parent}._target_" not in targets:
+        if any(f"{key}.".startswith(f"{name}.") for key in known):
+            raise ValueError(f"{name} cannot be left out: it has its default unless a word gives it another value")
+    elif name not in known:
+        raise ValueError(f"there is no {name} to be left out: what was added is left out by not adding it")
+
+
+def _new_inside(name: str, value: dict[Any, Any], known: set[str]) -> Iterator[str]:
+    """What a word NAME={...} gives a setting that there is, without its having it."""
+    inside = {key for key in known if key.startswith(f"{name}.")}
+    for key, part in value.items() if inside else ():
+        new = f"{name}.{key}"
+        if isinstance(part, dict):
+            yield from _new_inside(new, part, inside)
+        if not any(f"{key}.".startswith(f"{new}.") for key in inside):
+            yield new
+
+
 @functools.cache
 def _settings(choices: tuple[str, ...], config_name: str) -> "DictConfig":
     """The settings under these choices of groups, to look at only."""
@@ -224,7 +249,7 @@ def _settings(choices: tuple[str, ...], config_name: str) -> "DictConfig":
 
 def _has(name: str, choice: str, config_name: str) -> bool:
     """Whether there is a setting of this name under this choice of a group."""
-    return name in {key for key, _ in _raw_leaves(_settings((choice,), config_name))}
+    return any(f"{key}.".startswith(f"{name}.") for key, _ in _raw_leaves(_settings((choice,), config_name)))
 
 
 def register_resolvers() -> None:

@@ -169,6 +169,22 @@ def test_names_that_are_free_are_not_refused(word):
             "reproduce",
             "no preset.seeds.case1 yet: +preset.seeds.case1=[3] adds it",
         ),
+        (
+            ["preset.seeds={tiny:[1],case1:[0]}"],
+            "reproduce",
+            "preset.seeds has no case1 yet: '+preset.seeds.case1=...' adds it",
+        ),
+        (
+            ["preset=case4", "preset.grid={a:{b:[]}}"],
+            "reproduce",
+            "preset=case4 has no such setting, only preset=hidden",
+        ),
+        (["~trainer.steps"], "train", "trainer.steps cannot be left out: it has its default unless a word gives it"),
+        (["~data.name"], "train", "data.name cannot be left out"),
+        (["~evaluation"], "train", "evaluation cannot be left out"),
+        (["~preset.seeds"], "reproduce", "preset.seeds cannot be left out"),
+        (["~preset.seeds.case9"], "reproduce", "there is no preset.seeds.case9 to be left out"),
+        (["~draws"], "complete", "draws cannot be left out"),
         (["hydra/launcher=slurm"], "train", "got 'slurm'; extras have joblib, submitit_local, submitit_slurm"),
     ],
 )
@@ -176,6 +192,11 @@ def test_words_that_are_no_settings(words, program, expected):
     with pytest.raises(ValueError) as caught:
         config.compose(words, program)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["~preset.seeds.tiny"], ["+preset.seeds={case1:[0]}"], ["preset.seeds={tiny:[3]}"]])
+def test_words_that_change_what_has_any_names(words):
+    config.check(words, "reproduce")
 
 
 def test_words_of_a_sweep():
