@@ -185,28 +185,25 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
     parts = [part for part in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, part))]
     targets = {f"{part}._target_" for part in parts if "_target_" in cfg[part]}
     own = {o.key_or_group.rpartition(".")[0] for o in overrides if o.key_or_group in targets}
-    for override in overrides:
-        name = override.key_or_group
+    for override, name, value in _given(overrides, known | targets):
         if override.package or name in groups:
             continue
         parent, _, last = name.rpartition(".")
         group = name.split(".")[0]
         if last == "name" and parent in groups.keys() - {"preset"} and not override.is_delete():
-            raise ValueError(f"{name} says what was chosen and chooses nothing: give {parent}={override.value()}")
+            raise ValueError(f"{name} says what was chosen and chooses nothing: give {parent}={value}")
         inside = [key for key in known if key.startswith(f"{name}.")]
         any_names = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))
         if override.is_delete():
             _check_left_out(name, known, targets, any_names)
-        elif inside and not isinstance(override.value(), dict):
+        elif inside and not isinstance(value, dict):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
-        adds, value = override.is_add() or override.is_force_add(), override.value()
-        if isinstance(value, dict) and not adds and (new := next(_new_inside(name, value, known), None)):
-            raise ValueError(f"{name} has no {new.removeprefix(name + '.')} yet: '+{new}=...' adds it")
         if name in known | targets or inside:
             continue
         if parent in own or any_names:
-            if not adds:
-                raise ValueError(f"there is no {name} yet: +{override.input_line} adds it")
+            if not (override.is_add() or override.is_force_add()):
+                line = override.input_line if name == override.key_or_group else f"{name}=..."
+                raise ValueError(f"there is no {name} yet: +{line} adds it")
             continue
         if name in explained and group in groups:
             having = [f"{group}={c}" for c in groups[group] if _has(name, f"{group}={c}", config_name)]
@@ -230,15 +227,23 @@ def _check_left_out(name: str, known: set[str], targets: set[str], any_names: bo
         raise ValueError(f"there is no {name} to be left out: what was added is left out by not adding it")
 
 
-def _new_inside(name: str, value: dict[Any, Any], known: set[str]) -> Iterator[str]:
-    """What a word NAME={...} gives a setting that there is, without its having it."""
+def _given(overrides: "Sequence[Override]", known: set[str]) -> "Iterator[tuple[Override, str, Any]]":
+    """Each word with its name and value, and what a word NAME={...} gives NAME that it does not have."""
+    for override in overrides:
+        name, value = override.key_or_group, override.value()
+        yield override, name, value
+        if isinstance(value, dict):
+            yield from ((override, *new) for new in _new_inside(name, value, known))
+
+
+def _new_inside(name: str, value: dict[Any, Any], known: set[str]) -> Iterator[tuple[str, Any]]:
     inside = {key for key in known if key.startswith(f"{name}.")}
     for key, part in value.items() if inside else ():
         new = f"{name}.{key}"
-        if isinstance(part, dict):
+        if not any(f"{known_name}.".startswith(f"{new}.") for known_name in inside):
+            yield new, part
+        elif isinstance(part, dict):
             yield from _new_inside(new, part, inside)
-        if not any(f"{key}.".startswith(f"{new}.") for key in inside):
-            yield new
 
 
 @functools.cache

@@ -172,7 +172,12 @@ def test_names_that_are_free_are_not_refused(word):
         (
             ["preset.seeds={tiny:[1],case1:[0]}"],
             "reproduce",
-            "preset.seeds has no case1 yet: '+preset.seeds.case1=...' adds it",
+            "there is no preset.seeds.case1 yet: +preset.seeds.case1=... adds it",
+        ),
+        (
+            ["evaluation={draws:3,drows:3}"],
+            "train",
+            "evaluation.drows: there is no such setting; did you mean evaluation.d",
         ),
         (
             ["preset=case4", "preset.grid={a:{b:[]}}"],
@@ -194,7 +199,15 @@ def test_words_that_are_no_settings(words, program, expected):
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [["~preset.seeds.tiny"], ["+preset.seeds={case1:[0]}"], ["preset.seeds={tiny:[3]}"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["~preset.seeds.tiny"],
+        ["+preset.seeds={case1:[0]}"],
+        ["preset.seeds={tiny:[3]}"],
+        ["+preset.seeds={case1:[0],tiny:[1]}"],
+    ],
+)
 def test_words_that_change_what_has_any_names(words):
     config.check(words, "reproduce")
 
