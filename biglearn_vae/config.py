@@ -192,7 +192,7 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         group = name.split(".")[0]
         if last == "name" and parent in groups.keys() - {"preset"} and not override.is_delete():
             raise ValueError(f"{name} says what was chosen and chooses nothing: give {parent}={value}")
-        inside = [key for key in known if key.startswith(f"{name}.")]
+        inside = _within(name, known) - {name}
         any_names = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))
         if override.is_delete():
             _check_left_out(name, known, targets, any_names)
@@ -221,7 +221,7 @@ def _check_left_out(name: str, known: set[str], targets: set[str], any_names: bo
     if name in targets:
         raise ValueError(f"{name} says what {parent} is and cannot be left out")
     if not any_names and f"{parent}._target_" not in targets:
-        if any(f"{key}.".startswith(f"{name}.") for key in known):
+        if _within(name, known):
             raise ValueError(f"{name} cannot be left out: it has its default unless a word gives it another value")
     elif name not in known:
         raise ValueError(f"there is no {name} to be left out: what was added is left out by not adding it")
@@ -237,13 +237,18 @@ def _given(overrides: "Sequence[Override]", known: set[str]) -> "Iterator[tuple[
 
 
 def _new_inside(name: str, value: dict[Any, Any], known: set[str]) -> Iterator[tuple[str, Any]]:
-    inside = {key for key in known if key.startswith(f"{name}.")}
+    inside = _within(name, known) - {name}
     for key, part in value.items() if inside else ():
         new = f"{name}.{key}"
-        if not any(f"{known_name}.".startswith(f"{new}.") for known_name in inside):
+        if not _within(new, inside):
             yield new, part
         elif isinstance(part, dict):
             yield from _new_inside(new, part, inside)
+
+
+def _within(name: str, known: set[str]) -> set[str]:
+    """The settings that a dotted name stands for: itself, if it is one, and those inside it."""
+    return {key for key in known if f"{key}.".startswith(f"{name}.")}
 
 
 @functools.cache
@@ -254,7 +259,7 @@ def _settings(choices: tuple[str, ...], config_name: str) -> "DictConfig":
 
 def _has(name: str, choice: str, config_name: str) -> bool:
     """Whether there is a setting of this name under this choice of a group."""
-    return any(f"{key}.".startswith(f"{name}.") for key, _ in _raw_leaves(_settings((choice,), config_name)))
+    return bool(_within(name, {key for key, _ in _raw_leaves(_settings((choice,), config_name))}))
 
 
 def register_resolvers() -> None:
