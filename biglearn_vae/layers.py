@@ -19,6 +19,9 @@ if torch.cuda.is_available():
         from biglearn_vae import attention, biases, norms
 
 
+FEW = 32  # tokens of a sequence that is short for a CPU
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear`, with a faster gradient of its bias on GPUs."""
 
@@ -78,20 +81,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, steady:
     if q.is_cuda and not steady:  # cuDNN would plan anew for each length
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    few, half = k.shape[-2] < FEW, q.dtype == torch.bfloat16
+    if q.device.type != "cpu" or not (half or (few and q.shape[-2] > 1)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    # On CPUs torch's fused attention is slower in bfloat16 than in float32, by a factor of 2 to 3 for 65 tokens; plain
-    # products are twice as fast as either. A softmax of bfloat16 numbers computes in float32 all the same; over few of
-    # them it is slow, and worth two conversions. `scripts/benchmark.py` measures it.
+    # On CPUs torch's fused attention is slower than plain products for short sequences, and in bfloat16 for longer ones
+    # too. A softmax of bfloat16 numbers computes in float32 all the same; over few of them it is slow, and worth two
+    # conversions. `scripts/benchmark.py` measures it.
     with torch.autocast("cpu", enabled=False):
         scores = torch.baddbmm(
             q.new_zeros(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5
         ).unflatten(0, q.shape[:2])  # (B, heads, N, N)
         if seen is not None:
             scores = scores.masked_fill(~seen, -math.inf)
-        few = scores.shape[-1] < 32
-        weights = scores.float().softmax(dim=-1).to(v.dtype) if few else scores.softmax(dim=-1)
-        return weights @ v
+        weights = scores.softmax(dim=-1, dtype=torch.float32 if few and half else None)
+        return weights.to(v.dtype) @ v
 
 
 class Block(nn.Module):

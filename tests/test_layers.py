@@ -130,20 +130,22 @@ def test_init_weights():
             assert (module.weight == 1).all() and not module.bias.any()
 
 
-@pytest.mark.parametrize("length, width", [(5, 16), (65, 64)])
-def test_attention_in_bfloat16_is_that_of_its_rounded_inputs(length, width):
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-7), (torch.float32, 2**-21)])  # of 8 bits and 24
+@pytest.mark.parametrize("queries, length, width", [(5, 5, 16), (1, 5, 16), (65, 65, 64)])
+def test_attention_is_that_of_its_rounded_inputs(dtype, bound, queries, length, width):
     """Its output and gradients differ from exact ones of the same rounded q, k, v by rounding alone."""
     generator = torch.Generator().manual_seed(0)
-    rounded = [torch.randn(2, 3, length, width, generator=generator).bfloat16() for _ in range(4)]
+    lengths = (queries, length, length, queries)
+    rounded = [torch.randn(2, 3, n, width, generator=generator).to(dtype) for n in lengths]
     results = []
-    for dtype in (torch.bfloat16, torch.float64):
-        q, k, v, weight = (part.to(dtype).requires_grad_() for part in rounded)
-        out = attend(q, k, v) if dtype == torch.bfloat16 else F.scaled_dot_product_attention(q, k, v)
-        assert out.dtype == dtype
+    for own in (dtype, torch.float64):
+        q, k, v, weight = (part.to(own).requires_grad_() for part in rounded)
+        out = attend(q, k, v) if own == dtype else F.scaled_dot_product_attention(q, k, v)
+        assert out.dtype == own
         results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
     for low, exact in zip(*results, strict=True):
         error = (low.double() - exact).square().mean().sqrt()
-        assert error < 2**-7 * exact.square().mean().sqrt()  # bfloat16 keeps 8 bits
+        assert error < bound * exact.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
