@@ -361,7 +361,7 @@ def require_all(cfg: "DictConfig", config_name: str) -> None:
 
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        explained = explanations(config_name)
+        explained = explanations(config_name, OmegaConf.select(cfg, "data.name"))
         raise ValueError("; ".join(f"{key}=... must be given: {explained.get(key)}" for key in missing))
 
 
@@ -617,7 +617,7 @@ def typed(value: Any) -> str:
 def data_words(cfg: "DictConfig") -> str:
     """What names these data on a command line, cut and sized as here."""
     words, usual = [f"data={cfg.data.name}"], compose([f"data={cfg.data.name}"]).data
-    names = (["root"] if cfg.data.name == "image_folder" else []) + ["image_size", "patch_size", "channels", "crop"]
+    names = (["root"] if cfg.data.name in data.OWN else []) + ["image_size", "patch_size", "channels", "crop"]
     for name in names:
         if name in cfg.data and (name == "root" or cfg.data[name] != usual.get(name)):
             words.append(shlex.quote(f"data.{name}={typed(cfg.data[name])}"))
@@ -625,13 +625,19 @@ def data_words(cfg: "DictConfig") -> str:
 
 
 def data_root(cfg: "DictConfig") -> Path:
-    """The folder of the images, from wherever it is looked at."""
+    """The folder or file of the images, from wherever it is looked at."""
     return Path(cfg.data.root).expanduser().resolve()
 
 
 def data_name(cfg: "DictConfig") -> str:
     """What the data is called in the name of a run."""
-    return data_root(cfg).name if cfg.data.name == "image_folder" else cfg.data.name
+    return own_name(cfg.data.root) if cfg.data.name in data.OWN else cfg.data.name
+
+
+def own_name(root: str) -> str:
+    """What a run is called by data of one's own: the name of the folder or file."""
+    path = Path(root).expanduser().resolve()
+    return path.stem if path.suffix in (".npz", ".npy") else path.name
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -653,6 +659,8 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
+    from omegaconf import OmegaConf
+
     cfg = compose(overrides, config_name)
     source = (folder() / f"{config_name}.yaml").read_text()
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]
@@ -660,7 +668,7 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
         lines += ["", "Groups (GROUP=CHOICE):"]
         lines += [f"  {name:<10} {', '.join(choices)}" for name, choices in groups.items()]
     lines += ["", "Settings (NAME=VALUE):"]
-    explained = explanations(config_name)
+    explained = explanations(config_name, OmegaConf.select(cfg, "data.name"))
     for key, value in _raw_leaves(cfg):
         lines.append(f"  {f'{key}={value}':<44} {explained.get(key, '')}".rstrip())
     return "\n".join([*lines, "", "Several values with -m (a sweep): seed=0,1,2. Hydra's own flags: --hydra-help."])
@@ -681,10 +689,14 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
 
 
 @functools.cache
-def explanations(config_name: str = "train") -> dict[str, str]:
-    """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program."""
+def explanations(config_name: str = "train", data_set: str | None = None) -> dict[str, str]:
+    """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program.
+
+    Of a setting that several data sets have it is that of `data_set`.
+    """
     result: dict[str, str] = {}
-    for path in [*sorted(folder().glob("*/*.yaml")), folder() / "base.yaml", folder() / f"{config_name}.yaml"]:
+    groups = sorted(folder().glob("*/*.yaml"), key=lambda path: (path == folder() / "data" / f"{data_set}.yaml", path))
+    for path in [*groups, folder() / "base.yaml", folder() / f"{config_name}.yaml"]:
         text = path.read_text()
         group = [] if path.parent == folder() or "@package _global_" in text else [path.parent.name]
         parents: list[str] = []

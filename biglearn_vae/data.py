@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from biglearn_vae import checks, image_files, masks
+from biglearn_vae import array_files, checks, image_files, masks
 from biglearn_vae.distributed import World, derive_seed
 
 PARTS = ("train", "valid", "test")
@@ -229,9 +229,9 @@ def load(
     """A data set by name.
 
     Args:
-        name: one of `SOURCES`: digits, mnist, fashion_mnist, celeba, image_folder.
+        name: one of `SOURCES`: digits, mnist, fashion_mnist, celeba, image_folder, array_file.
         root: where its files are or are downloaded to; by default the environment variable BIGLEARN_DATA, else data/.
-            Of image_folder the folder itself.
+            Of `OWN`, image_folder and array_file, the folder or the file itself.
         image_size: side in pixels that images are resized to; each source has its default.
         channels: 1 (grey) or 3; each source has its default.
         options: of celeba and image_folder alone. `crop`, the side in pixels of the square in the middle that is taken
@@ -288,6 +288,9 @@ def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed
     if unit == "patch":
         generator = torch.Generator().manual_seed(seed)
         recorded = torch.rand(len(images), *grid, generator=generator) >= share
+        if images.recorded is not None:  # and what was missing before
+            size = images.recorded.shape[-2:]
+            recorded = images.recorded & masks.to_pixels(recorded.flatten(-2), grid, size)
         kept, left = replace(images, recorded=recorded), recorded.any()
     else:
         left = round((1 - share) * len(images))
@@ -523,6 +526,42 @@ def image_folder(
     return Splits(**_cut(decoded.pixels, labels, counts), note=decoded.note, label_names=classes)
 
 
+def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
+    """The images of an .npz or .npy file, as `array_files.read` finds them: NaN in floats was never recorded.
+
+    The largest square in the middle is resized to `image_size`, but for images with NaN, which have to be of that size.
+    The parts are those of the file, a tenth of the training images being validation images if it has none; images
+    without parts are split by their order alone: 80 % train, 10 % validation, 10 % test.
+
+    Raises:
+        ValueError: if the file is missing, cannot be read, holds no such images, or fewer than three.
+    """
+    found, classes = array_files.read(root)
+    sets = {}
+    for part, arrays in found.items():
+        if arrays.recorded is not None and arrays.pixels.shape[-2:] != (image_size, image_size):
+            height, width = arrays.pixels.shape[-2:]
+            hint = f"give data.image_size={height}, or " if height == width else ""
+            raise ValueError(
+                f"{root}: images with NaN, never recorded, cannot be resized from {height} x {width} pixels: {hint}"
+                f"make them {image_size} x {image_size} pixels"
+            )
+        sets[part] = ImageSet(_sized(arrays.pixels, image_size, channels), arrays.labels, arrays.recorded)
+    return Splits(**_all_parts(sets, root), label_names=classes)
+
+
+def _all_parts(sets: dict[str, ImageSet], root: Path) -> dict[str, ImageSet]:
+    """The three parts of a file: a tenth of its training images, or of all, is taken for each part that it lacks."""
+    whole = sets["train"] if "train" in sets else sets["images"]
+    lacking = [part for part in PARTS[::-1] if part not in sets and (part == "valid" or "images" in sets)][:2]
+    if len(whole) <= len(lacking):
+        raise ValueError(f"{root} holds {len(whole)} images to train with, at least {len(lacking) + 1} are needed")
+    sizes = [max(1, len(whole) // 10)] * len(lacking)
+    index = shuffled(len(whole), derive_seed("split", SPLIT_SEED)).split([*sizes, len(whole) - sum(sizes)])
+    cut = {part: whole.select(i) for part, i in zip([*lacking, "train"], index, strict=True)} if lacking else {}
+    return {part: (sets | cut)[part] for part in PARTS}
+
+
 def _own_parts(names: list[str]) -> dict[str, str]:
     """The part of each image, if the first-level subfolders are the parts of a split; nothing if they aren't."""
     words = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
@@ -542,11 +581,22 @@ def _classes(names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:
 
 
 def _sized(pixels: Tensor, image_size: int, channels: int) -> Tensor:
-    """uint8 grey (N, 1, H, W) -> (N, channels, image_size, image_size), equal channels as a view of one."""
-    if pixels.shape[-1] != image_size:
-        from torchvision.transforms.v2.functional import resize
+    """uint8 (N, 1 or 3, H, W) -> (N, channels, image_size, image_size): the square in the middle, resized.
 
-        pixels = torch.cat([resize(part, [image_size, image_size], antialias=True) for part in pixels.split(4096)])
+    Equal channels are a view of one.
+    """
+    from torchvision.transforms.v2 import functional
+
+    height, width = pixels.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    pixels = pixels[..., top : top + side, left : left + side]
+    if pixels.shape[1] > channels:
+        grey = (functional.rgb_to_grayscale(part.float()) for part in pixels.split(4096))  # bytes it cuts off
+        pixels = torch.cat([part.round().to(torch.uint8) for part in grey])
+    if side != image_size:
+        size = [image_size, image_size]
+        pixels = torch.cat([functional.resize(part, size, antialias=True) for part in pixels.split(4096)])
     return pixels.expand(-1, channels, -1, -1)
 
 
@@ -568,4 +618,6 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "fashion_mnist": fashion_mnist,
     "celeba": celeba,
     "image_folder": image_folder,
+    "array_file": array_file,
 }
+OWN = ("image_folder", "array_file")  # of the user, named by their root

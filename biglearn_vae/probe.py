@@ -299,7 +299,7 @@ def labels_of(images: ImageSet, what: str = "training") -> Tensor:
     if labels is None:
         raise ValueError(
             f"the {what} images have no labels, which linear probing needs: take data that has them, such as digits, "
-            "mnist, fashion_mnist, or image_folder with a subfolder for each class"
+            "mnist, fashion_mnist, image_folder with a subfolder for each class, or array_file with labels"
         )
     return labels.cpu()
 

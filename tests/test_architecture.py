@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
-    {"files", "checks", "kernels", "cuda_graph", "workers", "states", "sheets"},
+    {"files", "checks", "array_files", "kernels", "cuda_graph", "workers", "states", "sheets"},
     {"patches", "gaussian", "attention", "biases", "norms", "distributed", "masks", "image_files", "checkpoint"},
     {"layers", "data", "patch_ae", "annealing", "optim"},
     {"models", "losses"},

@@ -23,7 +23,8 @@ def choices(group: str) -> list[str]:
 
 
 def composed(*overrides: str):
-    return config.compose([*overrides, "data.root=x"] if "data=image_folder" in overrides else overrides)
+    own = {"data=image_folder", "data=array_file"} & set(overrides)
+    return config.compose([*overrides, "data.root=x"] if own else overrides)
 
 
 def tokenizer(cfg):
@@ -141,7 +142,7 @@ def test_names_that_are_free_are_not_refused(word):
     ("words", "program", "expected"),
     [
         (["run=x", "data.root=x"], "figures", "data.root: there is no such setting; did you mean data_root"),
-        (["data.root=x"], "train", "data.root: data=digits has no such setting, only data=celeba, data=fashion_mnist"),
+        (["data.root=x"], "train", "data.root: data=digits has no such setting, only data=array_file, data=celeba"),
         (["data=digits", "++data.root=x"], "train", "data.root: data=digits has no such setting"),
         (["tokens.run=x"], "train", "tokens.run: tokens=patchify has no such setting, only tokens=patch_ae"),
         (["+optim.rate=1"], "train", "optim.rate: there is no such setting"),

@@ -724,7 +724,10 @@ def test_root_comes_from_the_environment(tmp_path, monkeypatch):
 
 def test_errors_name_what_was_expected_and_what_came(tmp_path):
     for settings, message in (
-        (dict(name="cifar"), "data set must be digits, mnist, fashion_mnist, celeba or image_folder, got 'cifar'"),
+        (
+            dict(name="cifar"),
+            "data set must be digits, mnist, fashion_mnist, celeba, image_folder or array_file, got 'cifar'",
+        ),
         (dict(name="digits", channels=2), "1 or 3, got 2"),
         (dict(name="digits", image_size=0), "at least 1, got 0"),
         (dict(name="digits", image_size="8"), "image_size must be a whole number, got '8'"),

@@ -1,6 +1,7 @@
 """Whole commands, as a user types them."""
 
 import json
+import math
 import os
 import runpy
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from programs import ROOT, SMALL, assert_same_runs, finish, metrics, run_here, start
@@ -420,6 +422,11 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path):
         (["data=image_folder", "data.root=empty"], "holds 0 readable image files"),
         (["data=image_folder", "data.root=absent"], "there is no folder absent"),
         (["data=image_folder"], "data.root=... must be given: folder of the data"),
+        (["data=array_file"], "data.root=... must be given: the .npz or .npy file"),
+        (
+            ["data=array_file", "data.root=empty"],
+            "empty is a folder: point data.root at an .npz or .npy file of images",
+        ),
         (["+trainer.stepz=3"], "trainer.stepz: there is no such setting"),
         (["evaluation.ratios=[2]"], "evaluation.ratios must be shares in [0, 1), as something must be hidden"),
         (["evaluation.ratios=[0.5,1]"], "evaluation.ratios must be shares in [0, 1)"),
@@ -467,6 +474,22 @@ def test_other_images_under_the_same_name_are_not_taken_for_the_first(here, monk
     (here / "a").rename(here / "moved")
     assert run_here(monkeypatch, *words, "data.root=moved/pictures") == 0
     assert run_here(monkeypatch, *words, "data.root=nowhere/pictures") == 2
+
+
+def test_arrays_that_lack_pixels_are_trained_on_measured_and_drawn(here, monkeypatch, capsys):
+    images = np.random.default_rng(0).random((40, 8, 8))
+    images[images < 0.1] = np.nan
+    np.savez(here / "arrays.npz", images=images, labels=np.array(["a", "b"] * 20))
+    words = ["data=array_file", "data.root=arrays.npz", "data.image_size=8", "data.patch_size=2", "data.channels=1"]
+    assert run_here(monkeypatch, *SMALL, *words, "name=run") == 0
+    summary = json.loads((here / "outputs/run/summary.json").read_text())
+    assert math.isfinite(summary["test_joint_elbo"]) and math.isfinite(summary["inpainting_psnr"]["0.5"])
+    assert run_here(monkeypatch, "run=outputs/run", "draws=1", "ratios=[0.5]", script="probe") == 0
+    probed = json.loads((here / "outputs/run/probe.json").read_text())
+    assert probed["test_images"] == 4 and 0 <= probed["codes"]["0.5"]["mean"] <= 1
+    np.savez(here / "arrays.npz", images=np.flip(images, 1))
+    assert run_here(monkeypatch, "run=outputs/run", script="probe") == 2
+    assert "was trained on other images" in capsys.readouterr().err
 
 
 def test_evaluating_images_of_one_patch(here, monkeypatch, capsys):

@@ -21,6 +21,7 @@ def test_run_names():
     assert name("trainer.cuda_graph=false", "trainer.compile=true", "device=cpu") == "digits-tiny-biglearn_u-seed0"
     assert name("name=mine", "optim.lr=1e-4") == "mine"
     assert name("data=image_folder", "data.root=/pictures/cats") == "cats-tiny-biglearn_u-seed0"
+    assert name("data=array_file", "data.root=/arrays/cats.1.npz") == "cats.1-tiny-biglearn_u-seed0"
     assert len(name(*[f"optim.lr={k}e-{k}" for k in range(10, 60)])) < 100
     assert name("output_dir=a/b", "masks.s_ratio=[1,2]") == "digits-tiny-biglearn_u-seed0-masks.s_ratio-1-2"
     for bad in (".", "..", "../up", "a/../../b", "/absolute"):
@@ -57,6 +58,7 @@ def test_differences_ignore_what_may_change():
         (["name=x-${case}", "case=case1,case2"], "train", "let it hold '${case.name}'"),
         (["data=mnist", "data.root=a,b"], "train", "a sweep over data.root would use one folder"),
         (["data=image_folder", "data.root=a/x,b/x"], "train", "a sweep over data.root would use one folder"),
+        (["data=array_file", "data.root=a/x.npz,a/x.npy"], "train", "a sweep over data.root would use one folder"),
         (["json=x.json", "case=case1,case2"], "benchmark", "json=x.json would be the file of several benchmarks"),
         (["run=x", "draws=4,8"], "evaluate", "a sweep over draws would keep the last result alone"),
         (["run=x,y", "seed=0,1"], "probe", "a sweep over seed would keep the last result alone"),
@@ -77,6 +79,7 @@ def test_sweeps_that_would_write_over_their_own_results(words, script, expected)
         (["output_dir=a,b", "name=x"], "train"),
         (["name=x-${seed}-${case.name}", "seed=0,1", "case=case1,case2"], "train"),
         (["data=image_folder", "data.root=a/x,a/y"], "train"),
+        (["data=array_file", "data.root=a/x.npz,a/y.npy"], "train"),
         (["json=${case.name}.json", "case=case1,case2"], "benchmark"),
         (["run=x", "figures=inpainting,inference"], "figures"),
         (["run=x,y", "draws=4", "ratios=[0.1,0.3]"], "evaluate"),

@@ -1,0 +1,167 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from biglearn_vae import array_files, data
+
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 256, (40, 8, 8), dtype=np.uint8)
+COLOUR = RANDOM.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+CLASSES = np.arange(40) % 4
+OTHER = GREY[:12]
+
+
+def saved(path: Path, **arrays: np.ndarray) -> str:
+    np.savez(path / "file.npz", **arrays)
+    return str(path / "file.npz")
+
+
+def load(path: Path, size: int = 8, channels: int = 1, **arrays: np.ndarray) -> data.Splits:
+    return data.load("array_file", saved(path, **arrays), image_size=size, channels=channels)
+
+
+def numbers(images: data.ImageSet, of: np.ndarray = GREY) -> list[int]:
+    """Which of these images they are."""
+    known = {image.tobytes(): k for k, image in enumerate(of)}
+    return [known[image.numpy().tobytes()] for image in images.pixels[:, 0]]
+
+
+def test_images_alone_are_split_by_their_order(tmp_path):
+    splits = load(tmp_path, images=GREY, labels=CLASSES)
+    order = data.shuffled(40, data.derive_seed("split", data.SPLIT_SEED)).tolist()
+    expected = {"test": order[:4], "valid": order[4:8], "train": order[8:]}
+    for part, rows in expected.items():
+        images = getattr(splits, part)
+        assert numbers(images) == rows and images.labels.tolist() == CLASSES[rows].tolist()
+        assert images.recorded is None and images.labels.dtype == torch.int64
+    assert splits.label_names == ()
+
+
+def test_the_names_and_shapes_that_files_have(tmp_path):
+    """As in MedMNIST's files, in those of Keras, in an .npy file, and with the default name of np.savez."""
+    parts = dict(train_images=GREY, val_images=OTHER, test_images=OTHER[:5])
+    labels = dict(train_labels=CLASSES[:, None], val_labels=CLASSES[:12, None], test_labels=CLASSES[:5, None])
+    splits = load(tmp_path, **parts, **labels)
+    assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [40, 12, 5]
+    assert numbers(splits.train) == list(range(40)) and splits.train.labels.tolist() == CLASSES.tolist()
+
+    splits = load(tmp_path, x_train=GREY[..., None], y_train=CLASSES, x_test=OTHER[:, None], y_test=CLASSES[:12])
+    assert numbers(splits.test) == list(range(12)) and len(splits.valid) == 4
+    assert sorted(numbers(splits.train) + numbers(splits.valid)) == list(range(40))
+
+    np.save(tmp_path / "file.npy", GREY)
+    alone = data.load("array_file", str(tmp_path / "file.npy"), image_size=8, channels=1)
+    np.savez(tmp_path / "unnamed.npz", GREY)
+    unnamed = data.load("array_file", str(tmp_path / "unnamed.npz"), image_size=8, channels=1)
+    for part in data.PARTS:
+        assert torch.equal(getattr(alone, part).pixels, getattr(unnamed, part).pixels)
+    assert alone.train.labels is None
+
+
+def test_channels_and_sizes(tmp_path):
+    first = torch.from_numpy(COLOUR).permute(0, 3, 1, 2)
+    parts = dict(train_images=COLOUR, test_images=COLOUR, valid_images=COLOUR)
+    assert torch.equal(load(tmp_path, channels=3, **parts).train.pixels, first)
+    moved = {name: np.moveaxis(array, -1, 1) for name, array in parts.items()}
+    assert torch.equal(load(tmp_path, channels=3, **moved).train.pixels, first)
+    luma = (torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * first).sum(1, keepdim=True)
+    assert (load(tmp_path, **parts).train.pixels - luma).abs().max() < 0.6  # rounded, and no more
+    grey = load(tmp_path, channels=3, images=GREY).train.pixels
+    assert grey.shape == (32, 3, 8, 8) and (grey == grey[:, :1]).all()
+    wide = np.pad(GREY, ((0, 0), (0, 0), (3, 4)))  # whose middle they are
+    assert torch.equal(load(tmp_path, images=wide).train.pixels, load(tmp_path, images=GREY).train.pixels)
+    flat = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None], (40, 12, 12))
+    smaller = load(tmp_path, size=4, images=flat).train.pixels
+    assert smaller.shape == (32, 1, 4, 4) and (smaller == smaller[..., :1, :1]).all()
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_floats_are_rounded_to_bytes(tmp_path, kind):
+    splits = load(tmp_path, images=(GREY / 255).astype(kind))
+    assert torch.equal(splits.train.pixels, load(tmp_path, images=GREY).train.pixels)
+    slightly = np.where(GREY == 255, 1.0005, GREY / 255)
+    assert torch.equal(load(tmp_path, images=slightly).train.pixels, splits.train.pixels)
+    assert load(tmp_path, images=GREY > 100).train.pixels.unique().tolist() == [0, 255]
+
+
+def test_nan_was_never_recorded(tmp_path):
+    images = COLOUR / 255
+    lost = RANDOM.random((40, 8, 8)) < 0.2
+    images[lost, RANDOM.integers(0, 3, lost.sum())] = np.nan  # in one channel
+    splits = load(tmp_path, channels=3, train_images=images, valid_images=images[:9], test_images=COLOUR)
+    assert torch.equal(splits.train.recorded, torch.from_numpy(~lost)) and splits.test.recorded is None
+    found, expected = splits.train[:], torch.from_numpy(COLOUR).permute(0, 3, 1, 2).float() / 255
+    assert torch.equal(found.isnan(), torch.from_numpy(lost)[:, None].expand_as(found))
+    assert torch.equal(found.nan_to_num(0), expected.masked_fill(found.isnan(), 0))
+    more = data.with_missing(splits, 0.5, (4, 4)).train.recorded
+    patches = data.with_missing(load(tmp_path, images=GREY, size=8), 0.5, (4, 4)).train.recorded
+    assert not (more & torch.from_numpy(lost)).any() and patches.shape == (32, 4, 4)
+    assert more.float().mean() == pytest.approx(0.8 * 0.5, abs=0.05)
+    with pytest.raises(ValueError, match=r"from 8 x 8 pixels: give data.image_size=8, or make them 4"):
+        load(tmp_path, size=4, images=images)
+
+
+def test_labels_with_names_and_attributes(tmp_path):
+    words = np.array(["dog", "ant", "cat", "cow"])[CLASSES]
+    splits = load(tmp_path, train_images=GREY, train_labels=words, test_images=OTHER, test_labels=words[:12])
+    assert splits.label_names == ("ant", "cat", "cow", "dog")
+    assert [splits.label_names[k] for k in splits.test.labels] == words[:12].tolist()
+    assert load(tmp_path, images=GREY, labels=words.astype("S")).label_names == splits.label_names
+    splits = load(tmp_path, images=GREY, labels=10 * CLASSES)
+    assert splits.label_names == ("0", "10", "20", "30") and set(splits.train.labels.tolist()) == {0, 1, 2, 3}
+    attributes = RANDOM.integers(-1, 2, (40, 5))
+    splits = load(tmp_path, train_images=GREY, train_labels=attributes, test_images=OTHER, test_labels=attributes[:12])
+    assert splits.test.labels.tolist() == attributes[:12].tolist() and len(splits.label_names) == 5
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (dict(pictures=GREY), r"holds pictures: expected images called train_images and test_images"),
+        (dict(train_images=GREY), "holds train_images: expected images called"),
+        (dict(), "holds nothing: expected"),
+        (dict(images=GREY[0]), r"images has the shape \(8, 8\): expected images \(N, H, W\), \(N, H, W, C\)"),
+        (dict(images=np.zeros((4, 8, 8, 4), np.uint8)), r"has the shape \(4, 8, 8, 4\)"),
+        (dict(images=GREY[:0]), r"has the shape \(0, 1, 8, 8\)"),
+        (dict(images=GREY[:2]), "holds 2 images to train with, at least 3 are needed"),
+        (dict(images=GREY.astype(np.int32)), "images is of int32: expected bytes"),
+        (dict(images=GREY.astype(np.float32)), r"values from 0 to 255: .*Divide those in 0..255 by 255"),
+        (dict(images=GREY / 127.5 - 1), r"values from -1 to 1: expected floats in \[0, 1\]"),
+        (dict(images=np.where(GREY > 9, np.inf, 0)), "values from 0 to inf"),
+        (dict(images=np.full((4, 8, 8), np.nan)), "holds nothing but NaN"),
+        (dict(images=GREY, labels=CLASSES[:7]), "labels holds 7 labels, images 40 images"),
+        (dict(images=GREY, labels=CLASSES / 2), r"labels \(N,\), whole numbers or text.*got float64 \(40,\)"),
+        (dict(images=GREY, labels=np.zeros((40, 2, 2), int)), r"got int64 \(40, 2, 2\)"),
+        (dict(images=np.array([None, 1])), "cannot be read as a NumPy file of plain arrays.*np.savez"),
+    ],
+)
+def test_refusals(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, **arrays)
+
+
+def test_files_that_are_none(tmp_path):
+    (tmp_path / "garbage.npz").write_bytes(b"no array at all " * 9)
+    (tmp_path / "empty.npy").touch()
+    np.savez_compressed(tmp_path / "whole.npz", images=GREY)
+    content = bytearray((tmp_path / "whole.npz").read_bytes())
+    (tmp_path / "cut.npz").write_bytes(content[:900])
+    content[300:600] = bytes(300)
+    (tmp_path / "damaged.npz").write_bytes(content)
+    for name in ("garbage.npz", "empty.npy", "cut.npz", "damaged.npz"):
+        with pytest.raises(ValueError, match=re.escape(name) + " cannot be read as a NumPy file"):
+            array_files.read(tmp_path / name)
+    with pytest.raises(ValueError, match=r"nowhere\.npz is not there: point data.root at an \.npz or \.npy file"):
+        data.load("array_file", str(tmp_path / "nowhere.npz"))
+    with pytest.raises(ValueError, match="is a folder: point"):
+        data.load("array_file", str(tmp_path))
+    with pytest.raises(ValueError, match="data set array_file takes no crop"):
+        data.load("array_file", str(tmp_path / "whole.npz"), crop=3)
+
+
+def test_an_array_that_is_not_asked_for_does_no_harm(tmp_path):
+    notes = np.array([{"made by": "hand"}], dtype=object)
+    assert len(load(tmp_path, images=GREY, notes=notes).train) == 32
