@@ -585,18 +585,20 @@ def _sized(pixels: Tensor, image_size: int, channels: int) -> Tensor:
 
     Equal channels are a view of one.
     """
-    from torchvision.transforms.v2 import functional
-
     height, width = pixels.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     pixels = pixels[..., top : top + side, left : left + side]
-    if pixels.shape[1] > channels:
-        grey = (functional.rgb_to_grayscale(part.float()) for part in pixels.split(4096))  # bytes it cuts off
-        pixels = torch.cat([part.round().to(torch.uint8) for part in grey])
-    if side != image_size:
-        size = [image_size, image_size]
-        pixels = torch.cat([functional.resize(part, size, antialias=True) for part in pixels.split(4096)])
+    if pixels.shape[1] > channels or side != image_size:
+        # Imported only here: it takes seconds.
+        from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
+
+        def sized(part: Tensor) -> Tensor:
+            if pixels.shape[1] > channels:  # of bytes, it would cut off what is behind the point
+                part = rgb_to_grayscale(part.float()).round().to(torch.uint8)
+            return part if side == image_size else resize(part, [image_size, image_size], antialias=True)
+
+        pixels = torch.cat([sized(part) for part in pixels.split(4096)])
     return pixels.expand(-1, channels, -1, -1)
 
 
