@@ -153,7 +153,7 @@ def _nats(
     rows = able.nonzero()[: plan.likelihood_images, 0]
     if not len(rows):
         return {}
-    # All tasks at once: a small batch takes its time to be started, whatever is in it.
+    # All tasks share a batch: the cost of a small one is mostly that of launching it.
     count, x = len(tasks), x[rows]
     S, T = (torch.cat([task[k][rows] for task in tasks.values()]) for k in (0, 1))
     if vae.prior == "learned":

@@ -655,7 +655,8 @@ def conditional_log_prob_joint(
         images: (N, C, H, W) in [0, 1], whole.
         S: what is observed, a mask as for every method of `vae`.
         samples, variance, seed, steps: see `annealed_log_prob`, which this takes twice.
-        joint: log p(x) of these images, if it is known from a call with another S: `joint` of its result.
+        joint: log p(x) of these images, if it is known: `annealed_log_prob(vae, images)`, or `joint` of the result for
+            another S.
 
     Raises:
         ValueError: if the variance is not positive, an image is not whole or nothing of it is hidden, or `joint` is of

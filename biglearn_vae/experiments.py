@@ -52,7 +52,8 @@ class Preset:
         methods: methods.
         seeds: seeds by case.
         settings: command-line settings of each script, for all runs.
-        more: more of them for runs that are all that is named, such as "biglearn_u" or "biglearn_u case1 seed0".
+        more: more of them for runs that are all that is named, such as "biglearn_u" or "biglearn_u case1 seed0", also
+            as {"biglearn_u": {"seed0": ...}}.
         scripts: which of them are called, of those that a target needs.
         grid: what is compared, by name; of each, its levels and what they are on the command line of scripts/train.py.
             Every combination is trained, as by Hydra's multirun.
@@ -72,6 +73,7 @@ class Preset:
     grid: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def __post_init__(self):
+        object.__setattr__(self, "more", _by_runs(self.more))
         for scripts in (self.settings, *self.more.values()):
             if unknown := set(scripts) - set(FILES):
                 raise ValueError(f"settings must be of {', '.join(FILES)}, got {', '.join(sorted(unknown))}")
@@ -191,6 +193,18 @@ class Run:
     def words(self) -> list[str]:
         """What makes it this run on the command line of scripts/train.py."""
         return [f"data={self.data}", f"case={self.case}", f"method={self.method}", f"seed={self.seed}"]
+
+
+def _by_runs(more: Any, named: str = "") -> dict[str, dict[str, Any]]:
+    """`Preset.more` with the words that name runs in one: {"vae": {"seed0": scripts}} as {"vae seed0": scripts}."""
+    if not isinstance(more, dict):
+        raise ValueError(f"preset.more{f' of {named}' if named else ''} must be settings by script, got {more}")
+    scripts = {name: words for name, words in more.items() if named and name in FILES}
+    inner = {name: part for name, part in more.items() if name not in scripts}
+    found = {named: scripts} if named and (scripts or not inner) else {}
+    for name, part in inner.items():
+        found |= _by_runs(part, f"{named} {name}".strip())
+    return found
 
 
 def level_word(axis: str, level: str) -> str:

@@ -84,9 +84,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, steady:
     few, half = k.shape[-2] < FEW, q.dtype == torch.bfloat16
     if q.device.type != "cpu" or not (half or (few and q.shape[-2] > 1)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    # On CPUs torch's fused attention gains little by several threads where sequences are short, and is slow in bfloat16:
-    # plain products are as fast or up to three times as fast (`results/choices.md`). A softmax of bfloat16 numbers
-    # computes in float32 all the same; over few of them it is slow, and worth two conversions.
+    # On CPUs torch's fused attention gains little by several threads where sequences are short, and is slow in
+    # bfloat16: plain products are as fast or up to three times as fast (`results/choices.md`). A softmax of bfloat16
+    # numbers computes in float32 all the same; over few of them it is slow, and worth two conversions.
     with torch.autocast("cpu", enabled=False):
         scores = torch.baddbmm(
             q.new_zeros(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5

@@ -65,13 +65,19 @@ def test_log_likelihoods_are_annealed_ones(prior):
     settings = plan(tasks=[0.5, "top"], likelihood_images=3, samples=2, annealing_steps=3)
     found = completion.measure(vae, images, train, settings, seed=4)
     options = dict(samples=2, variance=evaluation.fit_variance(vae, train, 4), seed=4, steps=3)
-    for task, S in evaluation.hidden_masks(N, vae.grid, settings.tasks, 4).items():
-        if prior == "learned":
-            expected = evaluation.annealed_log_prob(vae, images[:3], ~S[:3], S[:3], **options)
-        else:
-            expected = evaluation.conditional_log_prob_joint(vae, images[:3], S[:3], **options)
-        nats = found[str(task)]["nats"]
-        assert nats["images"] == 3 and nats["mean"] == pytest.approx(expected.nats.mean().item())
+    observed = evaluation.hidden_masks(N, vae.grid, settings.tasks, 4)
+    x, S = images[:3].repeat(2, 1, 1, 1), torch.cat([S[:3] for S in observed.values()])
+    if prior == "learned":
+        expected = evaluation.annealed_log_prob(vae, x, ~S, S, **options)
+    else:
+        one = evaluation.annealed_log_prob(vae, images[:3], **options)
+        whole = evaluation.LogProb(torch.cat([one.nats] * 2), torch.cat([one.error] * 2))
+        expected = evaluation.conditional_log_prob_joint(vae, x, S, joint=whole, **options)
+        assert torch.equal(expected.joint.nats[:3], expected.joint.nats[3:])
+    for k, task in enumerate(observed):
+        rows, nats = slice(3 * k, 3 * k + 3), found[str(task)]["nats"]
+        assert nats["images"] == 3 and nats["mean"] == pytest.approx(expected.nats[rows].mean().item())
+        assert nats["error"] == pytest.approx(expected.error[rows].square().mean().sqrt().item())
 
 
 @pytest.mark.parametrize("prior", ["learned", "standard"])
@@ -95,7 +101,8 @@ def test_only_what_was_recorded_is_given_and_scored(prior):
         expected = evaluation.annealed_log_prob(vae, whole, T, S, **options)
     else:
         whole_ones = recorded.all(-1)
-        expected = evaluation.conditional_log_prob_joint(vae, whole[whole_ones], S[whole_ones], **options)
+        joint = evaluation.annealed_log_prob(vae, whole[whole_ones], **options)
+        expected = evaluation.conditional_log_prob_joint(vae, whole[whole_ones], S[whole_ones], joint=joint, **options)
         drawn = gibbs.metropolis_within_gibbs(vae, whole, S, [2], 3, variance=variance, seed=4).images[2]
         scores = evaluation.completion_scores(drawn, whole, vae.pixel_mask(T))
         assert scores.items() <= numbers["Metropolis-within-Gibbs"][0].items()

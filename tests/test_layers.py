@@ -131,7 +131,7 @@ def test_init_weights():
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-7), (torch.float32, 2**-21)])  # of 8 bits and 24
-@pytest.mark.parametrize("queries, length, width", [(5, 5, 16), (1, 5, 16), (65, 65, 64)])
+@pytest.mark.parametrize("queries, length, width", [(5, 5, 16), (1, 5, 16), (31, 31, 8), (32, 32, 8), (65, 65, 64)])
 def test_attention_is_that_of_its_rounded_inputs(dtype, bound, queries, length, width):
     """Its output and gradients differ from exact ones of the same rounded q, k, v by rounding alone."""
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def test_attention_is_that_of_its_rounded_inputs(dtype, bound, queries, length, 
         assert error < bound * exact.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_tokens_that_are_not_valid_are_as_if_they_were_not_there(dtype):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 5, 4, generator=generator).to(dtype) for _ in range(3))

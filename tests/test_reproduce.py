@@ -230,6 +230,18 @@ def test_runs_come_seed_by_seed():
     assert names[4:] == ["digits-tiny-vae-seed1", "digits-tiny-biglearn_u-seed1"]
 
 
+def test_names_of_runs_within_each_other():
+    nested = {"biglearn_u": {"probe": ["draws=2"], "seed0": {"probe": ["seed=1"], "tiny": {"train": ["seed=3"]}}}}
+    flat = {
+        "biglearn_u": {"probe": ["draws=2"]},
+        "biglearn_u seed0": {"probe": ["seed=1"]},
+        "biglearn_u seed0 tiny": {"train": ["seed=3"]},
+    }
+    assert preset(more=nested).more == preset(more=flat).more == flat
+    with pytest.raises(ValueError, match=r"preset\.more of vae must be settings by script, got 3"):
+        preset(more={"vae": 3})
+
+
 def test_some_runs_have_more_settings():
     more = {"biglearn_u": {"probe": ["draws=2"]}, "seed1 vae": {"probe": ["seed=1"], "train": ["seed=3"]}, "": {}}
     own = preset(more=more | {"case4": {"probe": ["draws=9"]}})  # a case that there is, though not here
