@@ -3,9 +3,7 @@
 N images, C channels, H x W pixels, A attributes.
 """
 
-import zipfile
-import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PARTS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}  # as they are called in names
-WHOLE = ("images", "x", "arr_0")  # of all images, where they are not in parts
+PART_WORDS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
+WHOLE = ("images", "x")  # of all images, where they are not in parts
+UNNAMED = "arr_0"  # what NumPy calls the first array that is given no name
 LABELS = ("labels", "y")
+MAGIC = (b"PK", b"\x93NUMPY")  # with which .npz and .npy files begin
 TOLERANCE = 1e-3  # beyond [0, 1], for floats that were computed
 
 
@@ -35,15 +35,32 @@ class Arrays:
     recorded: Tensor | None
 
 
-def read(path: Path) -> tuple[dict[str, Arrays], tuple[str, ...]]:
-    """The parts of a file, "train", "test" and perhaps "valid", or "images" alone, and the names of the labels.
+@dataclass(frozen=True)
+class Content:
+    """What a file holds.
+
+    Attributes:
+        parts: "train", "test" and perhaps "valid", or "images" alone.
+        label_names: of classes that are not numbered 0, 1, ..., and numbers of attributes; else none.
+        note: which of its arrays were not taken, empty if all were.
+    """
+
+    parts: dict[str, Arrays]
+    label_names: tuple[str, ...]
+    note: str
+
+
+def read(path: Path) -> Content:
+    """The images of a file and their labels.
 
     In an .npz file the parts are called `train_images` or `x_train`, `valid_images`, `val_images`, `x_valid` or
-    `x_val`, and so on, their labels `train_labels` or `y_train`; all images at once `images` or `x`, their labels
-    `labels` or `y`. An .npy file holds images alone. Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3
-    channels: bytes, booleans, or floats in [0, 1], of which NaN was never recorded; floats are rounded to bytes. Labels
-    are (N,) or (N, 1), whole numbers or text, or (N, A), attributes that are 1, 0, or -1 where it is not known. Classes
-    that are not numbered 0, 1, ... are numbered in their order, and have names.
+    `x_val`, and so on, their labels `train_labels` or `y_train`; all images at once `images` or `x`, or whatever if
+    there is nothing else, their labels `labels` or `y`. An .npy file holds images alone.
+
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels: bytes, booleans, or floats in [0, 1], of
+    which NaN was never recorded; floats are rounded to bytes. Labels are classes, (N,) or (N, 1), text or whole numbers
+    from 0 on, or attributes, (N, A) with A > 1, that are 1, 0, or -1 where it is not known. Classes that are not 0, 1,
+    ... are numbered in their order, and have names.
 
     Raises:
         ValueError: if it is no such file, holds no such arrays, or they do not fit together.
@@ -53,17 +70,21 @@ def read(path: Path) -> tuple[dict[str, Arrays], tuple[str, ...]]:
     if not names:
         raise ValueError(
             f"{path} holds {', '.join(content) or 'nothing'}: expected images called train_images and test_images (or "
-            "x_train and x_test), perhaps valid_images, or images alone; and labels, if there are any, train_labels "
-            "and so on, or labels"
+            "x_train and x_test), perhaps valid_images, or all of them called images (or x); and labels, if there are "
+            "any, train_labels (or y_train) and so on, or labels (or y)"
         )
-    arrays = {name: _array(content, name, path) for pair in names.values() for name in pair if name}
+    taken = [name for pair in names.values() for name in pair if name]
+    arrays = {name: _array(content, name, path) for name in taken}
     pixels = {part: _pixels(arrays[name], f"{path}: {name}") for part, (name, _) in names.items()}
-    labels, classes = _labels({part: arrays[label] for part, (_, label) in names.items() if label}, path)
-    for part, values in labels.items():
-        if len(values) != len(pixels[part][0]):
-            name, label = names[part]
-            raise ValueError(f"{path}: {label} holds {len(values):,} labels, {name} {len(pixels[part][0]):,} images")
-    return {part: Arrays(found, labels.get(part), recorded) for part, (found, recorded) in pixels.items()}, classes
+    labels, label_names = _labels({name: arrays[name] for _, name in names.values() if name}, path)
+    for name, label in names.values():
+        if label and len(labels[label]) != len(arrays[name]):
+            raise ValueError(
+                f"{path}: {label} holds {len(labels[label]):,} labels, {name} {len(arrays[name]):,} images"
+            )
+    parts = {part: Arrays(found, labels.get(names[part][1]), recorded) for part, (found, recorded) in pixels.items()}
+    others = [name for name in content if name not in taken]
+    return Content(parts, label_names, f"of {path} were not taken: {', '.join(others)}" if others else "")
 
 
 def _opened(path: Path) -> Mapping[str, np.ndarray]:
@@ -71,54 +92,61 @@ def _opened(path: Path) -> Mapping[str, np.ndarray]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
         raise ValueError(f"{path} {what}: point data.root at an .npz or .npy file of images")
-    with _readable(path):
+    with path.open("rb") as file:
+        if not file.read(6).startswith(MAGIC):
+            raise ValueError(f"{path} is no .npz or .npy file: np.savez(path, images=..., labels=...) writes one")
+    with _readable(f"{path} cannot be read"):
         content = np.load(path, allow_pickle=False)
     return {"images": content} if isinstance(content, np.ndarray) else content
 
 
 def _array(content: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
-    with _readable(path):
-        return content[name]
+    with _readable(f"{path}: {name} cannot be read"):
+        array = content[name]
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is no array")
+    return array
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What NumPy cannot read is a ValueError that says what to do."""
+def _readable(what: str) -> Iterator[None]:
+    """What cannot be read is a ValueError that says what to do."""
     try:
         yield
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} cannot be read as a NumPy file of plain arrays ({error}): np.savez(path, images=..., labels=...) "
-            "writes one"
-        ) from None
+    except Exception as error:  # of NumPy, zipfile, zlib and whatever else unpacks it
+        pickled = "pickle" in str(error)
+        why = "it holds Python objects" if pickled else str(error)
+        how = "save numbers or text, such as labels.astype(str)" if pickled else "write the file again"
+        raise ValueError(f"{what} as a plain array ({why}): {how}") from None
 
 
-def _names(given: Collection[str]) -> dict[str, tuple[str, str | None]]:
+def _names(given: Sequence[str]) -> dict[str, tuple[str, str | None]]:
     """What images and labels are called, by part; none if they are not called so."""
 
     def first(*names: str) -> str | None:
         return next((name for name in names if name in given), None)
 
     found: dict[str, tuple[str, str | None]] = {}
-    for part, words in PARTS.items():
+    for part, words in PART_WORDS.items():
         images = first(*(name for word in words for name in (f"{word}_images", f"x_{word}")))
         if images:
             found[part] = images, first(*(name for word in words for name in (f"{word}_labels", f"y_{word}")))
     if {"train", "test"} <= found.keys():
         return found
-    images = first(*WHOLE)
+    images = first(*WHOLE, *(given if list(given) == [UNNAMED] else ()))
     return {"images": (images, first(*LABELS))} if images and not found else {}
 
 
 def _pixels(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
     """Bytes (N, C, H, W) and what was recorded of them, (N, H, W)."""
-    if array.ndim == 3:
+    shape = array.shape
+    if array.ndim == 3 and shape[-1] not in (1, 3):  # else it is one image
         array = array[:, None]
-    elif array.ndim == 4 and array.shape[-1] in (1, 3):
+    elif array.ndim == 4 and shape[-1] in (1, 3):
         array = np.moveaxis(array, -1, 1)
     if array.ndim != 4 or array.shape[1] not in (1, 3) or not array.size:
         raise ValueError(
-            f"{what} has the shape {array.shape}: expected images (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 "
+            f"{what} has the shape {shape}: expected images (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 "
             "channels"
         )
     if array.dtype == np.bool_:
@@ -127,8 +155,8 @@ def _pixels(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
         return torch.from_numpy(np.ascontiguousarray(array)), None
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
-            f"{what} is of {array.dtype}: expected bytes (uint8), booleans, or floats in [0, 1], of which NaN was "
-            "never recorded"
+            f"{what} is of {array.dtype}: expected bytes (uint8), booleans, or floats in [0, 1]. If they are in 0..255 "
+            "images.astype(np.uint8) makes bytes; divide others by the largest value that there may be"
         )
     return _bytes_of_floats(array, what)
 
@@ -142,7 +170,7 @@ def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | Non
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         raise ValueError(
             f"{what} has values from {low:g} to {high:g}: expected floats in [0, 1], of which NaN was never recorded. "
-            "Divide those in 0..255 by 255"
+            "Divide them by the largest value that there may be, such as 255"
         )
     recorded = known.all(1)
     # A part at a time: the numbers are several times as large as the bytes.
@@ -153,27 +181,44 @@ def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | Non
     return pixels, None if recorded.all() else torch.from_numpy(recorded)
 
 
-def _labels(arrays: dict[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Labels by part and their names: those of classes that are not 0, 1, ..., or the numbers of attributes."""
-    arrays = {part: array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array for part, array in arrays.items()}
-    kinds = {array.dtype.kind for array in arrays.values()}
-    axes = {array.shape[1:] for array in arrays.values()}
+def _labels(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Labels by the names of their arrays, and what they are called."""
     if not arrays:
         return {}, ()
-    if not kinds <= set("biuSU") or len(axes) > 1 or len(next(iter(axes))) > 1:
+    columns = {name: array[:, 0] if array.shape[1:] == (1,) else array for name, array in arrays.items()}
+    kinds = {"text" if array.dtype.kind in "SU" else array.dtype.kind in "biu" for array in columns.values()}
+    shapes = {array.shape[1:] for array in columns.values()}
+    if len(kinds) > 1 or False in kinds or len(shapes) > 1 or not all(0 < a.ndim < 3 for a in columns.values()):
         raise ValueError(
-            f"{path}: expected labels (N,), whole numbers or text, or (N, A), attributes that are 1, 0 or -1, got "
-            + ", ".join(f"{array.dtype} {array.shape}" for array in arrays.values())
+            f"{path}: expected labels all of one kind, classes (N,), whole numbers (labels.astype(int)) or text, or "
+            "attributes (N, A) that are 1, 0 or -1, got "
+            + ", ".join(f"{name} of {array.dtype} {array.shape}" for name, array in arrays.items())
         )
-    if axes != {()}:
-        return {part: torch.from_numpy(array.astype(np.int64)) for part, array in arrays.items()}, tuple(
-            str(number) for number in range(next(iter(axes))[0])
-        )
-    values, numbers = np.unique(np.concatenate(list(arrays.values())), return_inverse=True)
-    several = torch.from_numpy(numbers.astype(np.int64)).split([len(array) for array in arrays.values()])
-    plain = kinds <= set("iu") and np.array_equal(values, np.arange(len(values)))
-    return dict(zip(arrays, several, strict=True)), () if plain else tuple(map(_text, values))
+    return (_classes if shapes == {()} else _attributes)(columns, path)
 
 
-def _text(value: np.generic) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+def _classes(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Classes (N,), numbered over all arrays, and their names, unless these are their numbers."""
+    texts = {name: np.char.decode(a, errors="replace") if a.dtype.kind == "S" else a for name, a in arrays.items()}
+    values, numbers = np.unique(np.concatenate(list(texts.values())), return_inverse=True)
+    if values.dtype.kind == "i" and len(values) and values[0] < 0:
+        raise ValueError(
+            f"{path}: classes are numbered from 0 on, got {values[0]} in {', '.join(arrays)}: give a class of its own "
+            "to images without one, or names in text to all"
+        )
+    several = torch.from_numpy(numbers.astype(np.int64)).split([len(array) for array in texts.values()])
+    plain = values.dtype.kind in "iu" and np.array_equal(values, np.arange(len(values)))
+    return dict(zip(texts, several, strict=True)), () if plain else tuple(map(str, values))
+
+
+def _attributes(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Attributes (N, A), called by their numbers."""
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biu" or not np.isin(array, (-1, 0, 1)).all():
+            found = ", ".join(map(str, np.unique(array)[:5]))
+            raise ValueError(
+                f"{path}: {name} {array.shape} would be attributes, which are 1, 0, or -1 where it is not known, got "
+                f"{found}; classes are (N,)"
+            )
+    several = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    return several, tuple(map(str, range(next(iter(several.values())).shape[1])))

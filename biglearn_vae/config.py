@@ -493,7 +493,9 @@ def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
     share, unit = cfg.get("missing", 0.0), cfg.get("missing_unit", "patch")
     check_types({"missing": float, "missing_unit": str}, {"missing": share, "missing_unit": unit}, "")
     splits = data.load(**data_settings(cfg) | ({"root": root} if root else {}))
-    return data.with_missing(splits, share, patches(cfg).grid, unit)
+    splits = data.with_missing(splits, share, patches(cfg).grid, unit)
+    data.check_recorded(splits, patches(cfg).grid)
+    return splits
 
 
 def data_settings(cfg: "DictConfig") -> dict[str, Any]:
@@ -617,26 +619,26 @@ def typed(value: Any) -> str:
 def data_words(cfg: "DictConfig") -> str:
     """What names these data on a command line, cut and sized as here."""
     words, usual = [f"data={cfg.data.name}"], compose([f"data={cfg.data.name}"]).data
-    names = (["root"] if cfg.data.name in data.OWN else []) + ["image_size", "patch_size", "channels", "crop"]
+    names = (["root"] if cfg.data.name in data.NAMED_BY_ROOT else []) + ["image_size", "patch_size", "channels", "crop"]
     for name in names:
         if name in cfg.data and (name == "root" or cfg.data[name] != usual.get(name)):
             words.append(shlex.quote(f"data.{name}={typed(cfg.data[name])}"))
     return " ".join(words)
 
 
-def data_root(cfg: "DictConfig") -> Path:
+def data_root(root: str) -> Path:
     """The folder or file of the images, from wherever it is looked at."""
-    return Path(cfg.data.root).expanduser().resolve()
+    return Path(root).expanduser().resolve()
 
 
 def data_name(cfg: "DictConfig") -> str:
     """What the data is called in the name of a run."""
-    return own_name(cfg.data.root) if cfg.data.name in data.OWN else cfg.data.name
+    return own_name(cfg.data.root) if cfg.data.name in data.NAMED_BY_ROOT else cfg.data.name
 
 
 def own_name(root: str) -> str:
     """What a run is called by data of one's own: the name of the folder or file."""
-    path = Path(root).expanduser().resolve()
+    path = data_root(root)
     return path.stem if path.suffix in (".npz", ".npy") else path.name
 
 

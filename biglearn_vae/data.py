@@ -80,7 +80,8 @@ class ImageSet:
 
     def resident(self, device: torch.device) -> "ImageSet":
         """The same set on the device, or where it is if it would take more than half of a GPU's free memory."""
-        if device.type == "cuda" and self.pixels.numel() > torch.cuda.mem_get_info(device)[0] // 2:
+        size = self.pixels.numel() + (0 if self.recorded is None else self.recorded.numel())
+        if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] // 2:
             return self
         return self.to(device)
 
@@ -91,10 +92,19 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """A short digest of the size and of at most 1,000 evenly spaced images, to tell one data set from another."""
-        some = self.pixels[:: -(-len(self) // 1000)].contiguous().cpu()
-        return hashlib.blake2b(
-            repr(tuple(self.pixels.shape)).encode() + some.numpy().tobytes(), digest_size=8
-        ).hexdigest()
+        parts = [self.pixels]
+        if self.recorded is not None and self.recorded.shape[-2:] == self.pixels.shape[-2:]:
+            parts.append(self.recorded)  # of patches it is that of `with_missing`, whose settings tell it
+        some = [part[:: -(-len(self) // 1000)].contiguous().cpu().numpy().tobytes() for part in parts]
+        return hashlib.blake2b(repr(tuple(self.pixels.shape)).encode() + b"".join(some), digest_size=8).hexdigest()
+
+    def recorded_patches(self, grid: tuple[int, int]) -> Tensor:
+        """Which patches of a grid were recorded as a whole, boolean (N, L)."""
+        if self.recorded is None:
+            return torch.ones(len(self), grid[0] * grid[1], dtype=torch.bool)
+        if self.recorded.shape[-2:] == tuple(grid):
+            return self.recorded.flatten(-2)
+        return masks.from_pixels(self.recorded, grid)
 
 
 Images = Tensor | ImageSet  # float images (N, C, H, W) in [0, 1], or a set of which only parts are ever made that
@@ -231,7 +241,7 @@ def load(
     Args:
         name: one of `SOURCES`: digits, mnist, fashion_mnist, celeba, image_folder, array_file.
         root: where its files are or are downloaded to; by default the environment variable BIGLEARN_DATA, else data/.
-            Of `OWN`, image_folder and array_file, the folder or the file itself.
+            Of image_folder and array_file the folder or the file itself.
         image_size: side in pixels that images are resized to; each source has its default.
         channels: 1 (grey) or 3; each source has its default.
         options: of celeba and image_folder alone. `crop`, the side in pixels of the square in the middle that is taken
@@ -262,7 +272,7 @@ def _check_options(name: str, options: dict[str, int | str | None]) -> None:
 
 
 def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str = "patch") -> Splits:
-    """The same data of which a share was never recorded, completely at random; the test images stay complete.
+    """The same data of which a share was never recorded, completely at random; the test images stay as they are.
 
     Args:
         share: of what is lost, in [0, 1).
@@ -284,6 +294,25 @@ def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str 
     return replace(splits, **parts)
 
 
+def check_recorded(splits: Splits, grid: tuple[int, int]) -> None:
+    """Raise a ValueError if a part has no patch that was recorded as a whole; warn if NaN costs most of what was."""
+    for part in PARTS:
+        images: ImageSet = getattr(splits, part)
+        if images.recorded is None:
+            continue
+        patches, cells = images.recorded_patches(grid).float().mean().item(), images.recorded.float().mean().item()
+        words = f"of the {grid[0]} x {grid[1]} patches of the {part} images"
+        if not patches:
+            raise ValueError(
+                f"none {words} was recorded as a whole: take a smaller data.patch_size, or fill single pixels in"
+            )
+        if patches < cells / 2:
+            checks.warn(
+                f"{patches:.1%} {words} were recorded as a whole, though {cells:.1%} of the pixels were: a smaller "
+                "data.patch_size takes more of them"
+            )
+
+
 def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed: int) -> ImageSet:
     if unit == "patch":
         generator = torch.Generator().manual_seed(seed)
@@ -291,7 +320,8 @@ def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed
         if images.recorded is not None:  # and what was missing before
             size = images.recorded.shape[-2:]
             recorded = images.recorded & masks.to_pixels(recorded.flatten(-2), grid, size)
-        kept, left = replace(images, recorded=recorded), recorded.any()
+        kept = replace(images, recorded=recorded)
+        left = kept.recorded_patches(grid).any()
     else:
         left = round((1 - share) * len(images))
         kept = images.select(shuffled(len(images), seed)[:left].sort().values)
@@ -534,11 +564,12 @@ def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
     without parts are split by their order alone: 80 % train, 10 % validation, 10 % test.
 
     Raises:
-        ValueError: if the file is missing, cannot be read, holds no such images, or fewer than three.
+        ValueError: if the file is missing, cannot be read, or holds no such images, too few of them, or some with NaN
+            that are of another size.
     """
-    found, classes = array_files.read(root)
+    content = array_files.read(root)
     sets = {}
-    for part, arrays in found.items():
+    for part, arrays in content.parts.items():
         if arrays.recorded is not None and arrays.pixels.shape[-2:] != (image_size, image_size):
             height, width = arrays.pixels.shape[-2:]
             hint = f"give data.image_size={height}, or " if height == width else ""
@@ -547,18 +578,22 @@ def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
                 f"make them {image_size} x {image_size} pixels"
             )
         sets[part] = ImageSet(_sized(arrays.pixels, image_size, channels), arrays.labels, arrays.recorded)
-    return Splits(**_all_parts(sets, root), label_names=classes)
+    if content.note:
+        checks.warn(content.note)
+    return Splits(**_all_parts(sets, root), note=content.note, label_names=content.label_names)
 
 
 def _all_parts(sets: dict[str, ImageSet], root: Path) -> dict[str, ImageSet]:
-    """The three parts of a file: a tenth of its training images, or of all, is taken for each part that it lacks."""
-    whole = sets["train"] if "train" in sets else sets["images"]
-    lacking = [part for part in PARTS[::-1] if part not in sets and (part == "valid" or "images" in sets)][:2]
+    """The three parts of a file: of each that it lacks, a tenth of its training images, or of all."""
+    lacking = ["test", "valid"] if "images" in sets else ["valid"] if "valid" not in sets else []
+    if not lacking:
+        return sets
+    whole = sets["images"] if "images" in sets else sets["train"]
     if len(whole) <= len(lacking):
         raise ValueError(f"{root} holds {len(whole)} images to train with, at least {len(lacking) + 1} are needed")
     sizes = [max(1, len(whole) // 10)] * len(lacking)
     index = shuffled(len(whole), derive_seed("split", SPLIT_SEED)).split([*sizes, len(whole) - sum(sizes)])
-    cut = {part: whole.select(i) for part, i in zip([*lacking, "train"], index, strict=True)} if lacking else {}
+    cut = {part: whole.select(rows) for part, rows in zip([*lacking, "train"], index, strict=True)}
     return {part: (sets | cut)[part] for part in PARTS}
 
 
@@ -589,14 +624,15 @@ def _sized(pixels: Tensor, image_size: int, channels: int) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     pixels = pixels[..., top : top + side, left : left + side]
-    if pixels.shape[1] > channels or side != image_size:
+    to_grey, to_size = pixels.shape[1] > channels, side != image_size
+    if to_grey or to_size:
         # Imported only here: it takes seconds.
         from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
         def sized(part: Tensor) -> Tensor:
-            if pixels.shape[1] > channels:  # of bytes, it would cut off what is behind the point
+            if to_grey:  # of bytes, it would cut off what is behind the point
                 part = rgb_to_grayscale(part.float()).round().to(torch.uint8)
-            return part if side == image_size else resize(part, [image_size, image_size], antialias=True)
+            return resize(part, [image_size, image_size], antialias=True) if to_size else part
 
         pixels = torch.cat([sized(part) for part in pixels.split(4096)])
     return pixels.expand(-1, channels, -1, -1)
@@ -622,4 +658,4 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "image_folder": image_folder,
     "array_file": array_file,
 }
-OWN = ("image_folder", "array_file")  # of the user, named by their root
+NAMED_BY_ROOT = ("image_folder", "array_file")  # a folder or file of the user's

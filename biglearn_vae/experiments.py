@@ -68,7 +68,7 @@ class Preset:
     methods: list[str]
     seeds: dict[str, list[int]]
     settings: dict[str, list[str]]
-    more: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    more: dict[str, dict[str, Any]] = field(default_factory=dict)
     scripts: list[str] = field(default_factory=lambda: list(FILES))
     grid: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
@@ -195,11 +195,14 @@ class Run:
         return [f"data={self.data}", f"case={self.case}", f"method={self.method}", f"seed={self.seed}"]
 
 
-def _by_runs(more: Any, named: str = "") -> dict[str, dict[str, Any]]:
+def _by_runs(more: Any, named: str = "") -> dict[str, dict[str, list[str]]]:
     """`Preset.more` with the words that name runs in one: {"vae": {"seed0": scripts}} as {"vae seed0": scripts}."""
     if not isinstance(more, dict):
         raise ValueError(f"preset.more{f' of {named}' if named else ''} must be settings by script, got {more}")
     scripts = {name: words for name, words in more.items() if named and name in FILES}
+    for name, words in scripts.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"preset.more of {named}, {name} must be a list of settings, each a word, got {words}")
     inner = {name: part for name, part in more.items() if name not in scripts}
     found = {named: scripts} if named and (scripts or not inner) else {}
     for name, part in inner.items():

@@ -299,7 +299,8 @@ def labels_of(images: ImageSet, what: str = "training") -> Tensor:
     if labels is None:
         raise ValueError(
             f"the {what} images have no labels, which linear probing needs: take data that has them, such as digits, "
-            "mnist, fashion_mnist, image_folder with a subfolder for each class, or array_file with labels"
+            "mnist, fashion_mnist, image_folder with a subfolder for each class, or array_file with labels, or "
+            "train_labels and so on"
         )
     return labels.cpu()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from biglearn_vae import checkpoint, checks, config
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import OWN
+from biglearn_vae.data import NAMED_BY_ROOT
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.files import locked, read_json
 
@@ -74,7 +74,7 @@ def _refuse_shared_runs(swept: "dict[str, Override]", name: "list[Override]", da
     """The same of a sweep of trainings over these settings, of which at most one gives the name of the runs."""
     for key, override in swept.items():
         folders = [config.own_name(str(value)) for value in config.values_of(override)] if key == "data.root" else []
-        named_after = data in OWN and len(set(folders)) == len(folders) > 0
+        named_after = data in NAMED_BY_ROOT and len(set(folders)) == len(folders) > 0
         if key not in FOLDER and _is_free(key) and not named_after:
             raise ValueError(
                 f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
@@ -122,7 +122,7 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
             "Give name=NAME for another run, or delete the folder."
         )
     # Moved, or other images under the same name: what is read will tell.
-    same_place = cfg.data.name not in OWN or config.data_root(old) == config.data_root(cfg)
+    same_place = cfg.data.name not in NAMED_BY_ROOT or len({config.data_root(one.data.root) for one in (old, cfg)}) == 1
     whole = not resumable or (run / "checkpoints" / checkpoint.BEST).exists()
     if steps >= cfg.trainer.steps and same_place and whole and _measured_so(old, cfg):
         return found

@@ -1,4 +1,5 @@
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -120,22 +121,34 @@ def test_labels_with_names_and_attributes(tmp_path):
 @pytest.mark.parametrize(
     "arrays, message",
     [
+        (dict(arr_0=GREY, arr_1=CLASSES), "holds arr_0, arr_1: expected"),
+        (dict(images=COLOUR[0]), r"images has the shape \(8, 8, 3\): expected images"),
         (dict(pictures=GREY), r"holds pictures: expected images called train_images and test_images"),
         (dict(train_images=GREY), "holds train_images: expected images called"),
         (dict(), "holds nothing: expected"),
         (dict(images=GREY[0]), r"images has the shape \(8, 8\): expected images \(N, H, W\), \(N, H, W, C\)"),
         (dict(images=np.zeros((4, 8, 8, 4), np.uint8)), r"has the shape \(4, 8, 8, 4\)"),
-        (dict(images=GREY[:0]), r"has the shape \(0, 1, 8, 8\)"),
+        (dict(images=GREY[:0]), r"has the shape \(0, 8, 8\)"),
         (dict(images=GREY[:2]), "holds 2 images to train with, at least 3 are needed"),
-        (dict(images=GREY.astype(np.int32)), "images is of int32: expected bytes"),
-        (dict(images=GREY.astype(np.float32)), r"values from 0 to 255: .*Divide those in 0..255 by 255"),
+        (dict(images=GREY.astype(np.int32)), r"images is of int32: expected bytes.*images.astype\(np.uint8\)"),
+        (dict(images=GREY.astype(np.float32)), r"values from 0 to 255: .*Divide them by the largest value"),
         (dict(images=GREY / 127.5 - 1), r"values from -1 to 1: expected floats in \[0, 1\]"),
         (dict(images=np.where(GREY > 9, np.inf, 0)), "values from 0 to inf"),
         (dict(images=np.full((4, 8, 8), np.nan)), "holds nothing but NaN"),
         (dict(images=GREY, labels=CLASSES[:7]), "labels holds 7 labels, images 40 images"),
-        (dict(images=GREY, labels=CLASSES / 2), r"labels \(N,\), whole numbers or text.*got float64 \(40,\)"),
-        (dict(images=GREY, labels=np.zeros((40, 2, 2), int)), r"got int64 \(40, 2, 2\)"),
-        (dict(images=np.array([None, 1])), "cannot be read as a NumPy file of plain arrays.*np.savez"),
+        (dict(images=GREY, labels=CLASSES / 2), r"classes \(N,\), whole numbers.*got labels of float64 \(40,\)"),
+        (dict(images=GREY, labels=np.zeros((40, 2, 2), int)), r"got labels of int64 \(40, 2, 2\)"),
+        (dict(images=GREY, labels=np.int64(3)), r"got labels of int64 \(\)"),
+        (dict(images=GREY, labels=CLASSES - 1), "classes are numbered from 0 on, got -1 in labels: give a class"),
+        (dict(images=GREY, labels=CLASSES[:, None] - 1), "classes are numbered from 0 on, got -1"),
+        (dict(images=GREY, labels=np.stack([CLASSES] * 2, 1)), r"labels \(40, 2\) would be attributes.*got 0, 1, 2, 3"),
+        (dict(images=GREY, labels=np.array([["a", "b"]] * 40)), r"would be attributes.*got a, b; classes are \(N,\)"),
+        (
+            dict(train_images=GREY, test_images=OTHER, train_labels=CLASSES, test_labels=np.array(["a"] * 12)),
+            r"all of one kind.*train_labels of int64 \(40,\), test_labels of <U1 \(12,\)",
+        ),
+        (dict(images=np.array([None, 1])), r"npz: images cannot be read as a plain array \(it holds Python objects\)"),
+        (dict(images=GREY, labels=CLASSES.astype(object)), r"labels cannot be read .*labels.astype\(str\)"),
     ],
 )
 def test_refusals(tmp_path, arrays, message):
@@ -151,8 +164,13 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "cut.npz").write_bytes(content[:900])
     content[300:600] = bytes(300)
     (tmp_path / "damaged.npz").write_bytes(content)
-    for name in ("garbage.npz", "empty.npy", "cut.npz", "damaged.npz"):
-        with pytest.raises(ValueError, match=re.escape(name) + " cannot be read as a NumPy file"):
+    with zipfile.ZipFile(tmp_path / "bare.npz", "w") as file:
+        file.writestr("images", b"no array")
+    for name in ("garbage.npz", "empty.npy"):
+        with pytest.raises(ValueError, match=re.escape(name) + " is no .npz or .npy file: np.savez"):
+            array_files.read(tmp_path / name)
+    for name, what in {"cut.npz": "cannot", "damaged.npz": ": images cannot", "bare.npz": ": images cannot"}.items():
+        with pytest.raises(ValueError, match=f"{re.escape(name)}:? *{what.strip(': ')} be read as a plain array"):
             array_files.read(tmp_path / name)
     with pytest.raises(ValueError, match=r"nowhere\.npz is not there: point data.root at an \.npz or \.npy file"):
         data.load("array_file", str(tmp_path / "nowhere.npz"))
@@ -162,6 +180,40 @@ def test_files_that_are_none(tmp_path):
         data.load("array_file", str(tmp_path / "whole.npz"), crop=3)
 
 
-def test_an_array_that_is_not_asked_for_does_no_harm(tmp_path):
+def test_arrays_that_are_not_taken_are_named(tmp_path):
     notes = np.array([{"made by": "hand"}], dtype=object)
-    assert len(load(tmp_path, images=GREY, notes=notes).train) == 32
+    with pytest.warns(UserWarning, match=r"of .*file\.npz were not taken: notes, labels_train"):
+        splits = load(tmp_path, images=GREY, notes=notes, labels_train=CLASSES)
+    assert len(splits.train) == 32 and "notes" in splits.note and splits.train.labels is None
+
+
+def test_text_of_bytes_and_of_characters_are_the_same_classes(tmp_path):
+    words = np.array(["B\u00e4r", "ant"])[CLASSES % 2]
+    coded = np.char.encode(words[:12], "utf-8")
+    splits = load(tmp_path, train_images=GREY, train_labels=words, test_images=OTHER, test_labels=coded)
+    assert splits.label_names == ("B\u00e4r", "ant") and splits.test.labels.tolist() == (CLASSES[:12] % 2).tolist()
+
+
+def test_nan_in_every_patch(tmp_path):
+    images = GREY / 255
+    images[:, ::4, ::4] = np.nan
+    splits = load(tmp_path, images=images)
+    assert splits.train.recorded_patches((8, 8)).float().mean() == pytest.approx(15 / 16)
+    with pytest.raises(ValueError, match=r"none of the 2 x 2 patches of the train images was recorded as a whole"):
+        data.check_recorded(splits, (2, 2))
+    with pytest.raises(ValueError, match=r"missing=0.5 leaves nothing of 32 images"):
+        data.with_missing(splits, 0.5, (2, 2))
+    data.check_recorded(splits, (4, 4))
+    images[:, 1::2, 1::2] = np.nan
+    images[:4] = GREY[:4] / 255
+    splits = load(tmp_path, train_images=images, test_images=OTHER, valid_images=OTHER)
+    with pytest.warns(UserWarning, match=r"10.0% of the 4 x 4 patches of the train images.*though 71.9% of the pixels"):
+        data.check_recorded(splits, (4, 4))
+
+
+def test_what_was_not_recorded_tells_one_data_set_from_another(tmp_path):
+    holes, zeros = GREY / 255, GREY / 255
+    holes[:, :4], zeros[:, :4] = np.nan, 0
+    one, other = (load(tmp_path, images=images).train for images in (holes, zeros))
+    assert torch.equal(one.pixels, other.pixels) and one.fingerprint() != other.fingerprint()
+    assert data.with_missing(load(tmp_path, images=zeros), 0.3, (4, 4)).train.fingerprint() == other.fingerprint()

@@ -240,6 +240,8 @@ def test_names_of_runs_within_each_other():
     assert preset(more=nested).more == preset(more=flat).more == flat
     with pytest.raises(ValueError, match=r"preset\.more of vae must be settings by script, got 3"):
         preset(more={"vae": 3})
+    with pytest.raises(ValueError, match=r"preset\.more of vae seed0, probe must be a list of settings.*got draws=2"):
+        preset(more={"vae": {"seed0": {"probe": "draws=2"}}})
 
 
 def test_some_runs_have_more_settings():
