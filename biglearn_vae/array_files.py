@@ -54,8 +54,8 @@ def read(path: Path) -> Content:
     """The images of a file and their labels.
 
     In an .npz file the parts are called `train_images` or `x_train`, `valid_images`, `val_images`, `x_valid` or
-    `x_val`, and so on, their labels `train_labels` or `y_train`; all images at once `images` or `x`, or whatever if
-    there is nothing else, their labels `labels` or `y`. An .npy file holds images alone.
+    `x_val`, and so on, their labels `train_labels` or `y_train`; all images at once `images` or `x`, or `arr_0`
+    if there is nothing else, their labels `labels` or `y`. An .npy file holds images alone.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels: bytes, booleans, or floats in [0, 1], of
     which NaN was never recorded; floats are rounded to bytes. Labels are classes, (N,) or (N, 1), text or whole numbers

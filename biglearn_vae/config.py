@@ -493,8 +493,9 @@ def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
     share, unit = cfg.get("missing", 0.0), cfg.get("missing_unit", "patch")
     check_types({"missing": float, "missing_unit": str}, {"missing": share, "missing_unit": unit}, "")
     splits = data.load(**data_settings(cfg) | ({"root": root} if root else {}))
-    splits = data.with_missing(splits, share, patches(cfg).grid, unit)
-    data.check_recorded(splits, patches(cfg).grid)
+    grid = patches(cfg).grid
+    splits = data.with_missing(splits, share, grid, unit)
+    data.check_recorded(splits, grid)
     return splits
 
 

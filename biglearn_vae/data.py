@@ -599,7 +599,7 @@ def _all_parts(sets: dict[str, ImageSet], root: Path) -> dict[str, ImageSet]:
 
 def _own_parts(names: list[str]) -> dict[str, str]:
     """The part of each image, if the first-level subfolders are the parts of a split; nothing if they aren't."""
-    words = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+    words = {word: part for part, words in array_files.PART_WORDS.items() for word in words}
     folders = {name: name.partition("/")[0] for name in names if "/" in name}
     if len(folders) < len(names) or not {"train", "test"} <= set(folders.values()) <= words.keys():
         return {}

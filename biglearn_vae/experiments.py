@@ -195,18 +195,18 @@ class Run:
         return [f"data={self.data}", f"case={self.case}", f"method={self.method}", f"seed={self.seed}"]
 
 
-def _by_runs(more: Any, named: str = "") -> dict[str, dict[str, list[str]]]:
+def _by_runs(more: Any, named: str | None = None) -> dict[str, dict[str, list[str]]]:
     """`Preset.more` with the words that name runs in one: {"vae": {"seed0": scripts}} as {"vae seed0": scripts}."""
     if not isinstance(more, dict):
         raise ValueError(f"preset.more{f' of {named}' if named else ''} must be settings by script, got {more}")
-    scripts = {name: words for name, words in more.items() if named and name in FILES}
+    scripts = {} if named is None else {name: words for name, words in more.items() if not isinstance(words, dict)}
     for name, words in scripts.items():
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"preset.more of {named}, {name} must be a list of settings, each a word, got {words}")
     inner = {name: part for name, part in more.items() if name not in scripts}
-    found = {named: scripts} if named and (scripts or not inner) else {}
+    found = {named: scripts} if named is not None and (scripts or not inner) else {}
     for name, part in inner.items():
-        found |= _by_runs(part, f"{named} {name}".strip())
+        found |= _by_runs(part, f"{named or ''} {name}".strip())
     return found
 
 

@@ -122,7 +122,9 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
             "Give name=NAME for another run, or delete the folder."
         )
     # Moved, or other images under the same name: what is read will tell.
-    same_place = cfg.data.name not in NAMED_BY_ROOT or len({config.data_root(one.data.root) for one in (old, cfg)}) == 1
+    same_place = cfg.data.name not in NAMED_BY_ROOT or config.data_root(old.data.root) == config.data_root(
+        cfg.data.root
+    )
     whole = not resumable or (run / "checkpoints" / checkpoint.BEST).exists()
     if steps >= cfg.trainer.steps and same_place and whole and _measured_so(old, cfg):
         return found

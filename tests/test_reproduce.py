@@ -242,6 +242,9 @@ def test_names_of_runs_within_each_other():
         preset(more={"vae": 3})
     with pytest.raises(ValueError, match=r"preset\.more of vae seed0, probe must be a list of settings.*got draws=2"):
         preset(more={"vae": {"seed0": {"probe": "draws=2"}}})
+    with pytest.raises(ValueError, match="settings must be of train, evaluate, complete, probe, got porbe"):
+        preset(more={"vae": {"porbe": ["draws=2"]}})
+    assert preset(more={"": {"probe": ["draws=2"]}}).more == {"": {"probe": ["draws=2"]}}  # of all runs
 
 
 def test_some_runs_have_more_settings():
