@@ -223,7 +223,8 @@ def as_bytes(images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.gpu
 def test_a_set_becomes_resident_if_it_leaves_as_much_free(monkeypatch):
     images, gpu = data.with_missing(data.load("digits"), 0.3, (4, 4)).train, torch.device("cuda", 0)
-    for free, there in ((2 * images.pixels.numel(), True), (2 * images.pixels.numel() - 2, False)):
+    size = images.pixels.numel() + images.recorded.numel()
+    for free, there in ((2 * size, True), (2 * size - 2, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
         moved = images.resident(gpu)
         assert (moved.device == gpu) == there
