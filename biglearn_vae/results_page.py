@@ -207,11 +207,12 @@ def _plots(preset: str, runs: Runs) -> str:
     return "".join(f"![{PLOTS[name][0]}]({preset}-{name}.png)\n" for name in _plotted(runs))
 
 
-def _plotted(runs: Runs) -> list[str]:
-    """Those plots that have something to show: a single point is in the table already."""
-    shown = {"probe": any(run.get("probe") for run in runs)}
-    shown["joint_elbo"] = max(Counter(run["data"] for run in runs).values(), default=0) > 1
-    return [name for name in PLOTS if shown.get(name, True)]
+def _plotted(runs: Runs) -> dict[str, Runs]:
+    """By plot that has something to show, the runs in it: a single point is in the table already."""
+    of_data = Counter(run["data"] for run in runs)
+    shown = {"probe": [run for run in runs if run.get("probe")]}
+    shown["joint_elbo"] = [run for run in runs if of_data[run["data"]] > 1]
+    return {name: own for name in PLOTS if (own := shown.get(name, runs))}
 
 
 def _probe(runs: Runs) -> str:
@@ -534,9 +535,9 @@ def plots(found: dict[str, Runs]) -> dict[str, Callable[[Path], None]]:
     for preset, runs in found.items():
         if _of_grid(runs):
             continue
-        for name in _plotted(runs):
+        for name, own in _plotted(runs).items():
             draw = PLOTS[name][1]
-            result[f"{preset}-{name}.png"] = lambda path, draw=draw, runs=runs: _plot(path, runs, draw)
+            result[f"{preset}-{name}.png"] = lambda path, draw=draw, own=own: _plot(path, own, draw)
     return result
 
 
@@ -570,9 +571,8 @@ def _plot_joint(axes, runs: Runs) -> None:
 
 
 def _plot_probe(axes, runs: Runs) -> None:
-    probed = [run for run in runs if run.get("probe")]
-    last = _last(probed)
-    for data, case, method, own in groups(probed):
+    last = _last(runs)
+    for data, case, method, own in groups(runs):
         looks = {"codes": (f"{case} {method}", COLOURS[method]), "pixels": ("raw pixels", "0.5")}
         looks |= {"nearest": ("nearest images", "0.75"), "ceiling": (f"{case} trained with labels", "k")}
         for name, (label, colour) in looks.items():
@@ -586,10 +586,9 @@ def _plot_probe(axes, runs: Runs) -> None:
     axes.set_ylabel("accuracy in %")
 
 
-def _plot_course(axes, runs: Runs, name: str) -> None:
-    """Half of Figure 13, of the first seed."""
-    seed = min(run["seed"] for run in runs)
-    for run in (run for *_, own in groups(runs) for run in select(own, seed=seed)):
+def _plot_course(axes, runs: Sequence[dict[str, Any]], name: str) -> None:
+    """Half of Figure 13."""
+    for run in runs:
         pace = run["train"]["epochs"] / run["train"]["steps"]
         points = [(point["step"] * pace, point[name]) for point in run["course"]]
         look = dict(color=COLOURS[run["method"]], linestyle=LINES.get(run["case"], "-"))
@@ -598,14 +597,15 @@ def _plot_course(axes, runs: Runs, name: str) -> None:
 
 
 def _plot_loss(axes, runs: Runs) -> None:
-    _plot_course(axes, runs, "loss")
+    seed = min(run["seed"] for run in runs)
+    _plot_course(axes, [run for *_, own in groups(runs) for run in select(own, seed=seed)], "loss")
     axes.set_yscale("log")
     axes.set_ylabel("training loss, each method its own")
 
 
 def _plot_time(axes, runs: Runs) -> None:
-    _plot_course(axes, runs, "seconds")
-    axes.set_ylabel("seconds of training")
+    _plot_course(axes, [min(own, key=lambda run: _epoch_seconds([run])) for *_, own in groups(runs)], "seconds")
+    axes.set_ylabel("seconds of training, the fastest seed")
 
 
 PLOTS: dict[str, tuple[str, Callable]] = {  # what it shows, and what draws it
