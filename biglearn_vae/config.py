@@ -361,7 +361,7 @@ def require_all(cfg: "DictConfig", config_name: str) -> None:
 
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        explained = explanations(config_name, OmegaConf.select(cfg, "data.name"))
+        explained = explanations(config_name, cfg)
         raise ValueError("; ".join(f"{key}=... must be given: {explained.get(key)}" for key in missing))
 
 
@@ -662,7 +662,6 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
-    from omegaconf import OmegaConf
 
     cfg = compose(overrides, config_name)
     source = (folder() / f"{config_name}.yaml").read_text()
@@ -671,7 +670,7 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
         lines += ["", "Groups (GROUP=CHOICE):"]
         lines += [f"  {name:<10} {', '.join(choices)}" for name, choices in groups.items()]
     lines += ["", "Settings (NAME=VALUE):"]
-    explained = explanations(config_name, OmegaConf.select(cfg, "data.name"))
+    explained = explanations(config_name, cfg)
     for key, value in _raw_leaves(cfg):
         lines.append(f"  {f'{key}={value}':<44} {explained.get(key, '')}".rstrip())
     return "\n".join([*lines, "", "Several values with -m (a sweep): seed=0,1,2. Hydra's own flags: --hydra-help."])
@@ -692,13 +691,18 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
 
 
 @functools.cache
-def explanations(config_name: str = "train", data_set: str | None = None) -> dict[str, str]:
+def explanations(config_name: str = "train", cfg: "DictConfig | None" = None) -> dict[str, str]:
     """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program.
 
-    Of a setting that several data sets have it is that of `data_set`.
+    Of a setting that several choices of a group have, such as data sets or presets, it is that of the choice in `cfg`.
     """
+    from omegaconf import OmegaConf
+
+    def chosen(path: Path) -> bool:
+        return cfg is not None and OmegaConf.select(cfg, f"{path.parent.name}.name") == path.stem
+
     result: dict[str, str] = {}
-    groups = sorted(folder().glob("*/*.yaml"), key=lambda path: (path == folder() / "data" / f"{data_set}.yaml", path))
+    groups = sorted(folder().glob("*/*.yaml"), key=lambda path: (chosen(path), path))
     for path in [*groups, folder() / "base.yaml", folder() / f"{config_name}.yaml"]:
         text = path.read_text()
         group = [] if path.parent == folder() or "@package _global_" in text else [path.parent.name]

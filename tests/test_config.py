@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import re
 import zipfile
 
 import pytest
@@ -92,6 +93,17 @@ def test_every_setting_is_explained_in_a_line():
                 assert explained.get(key), f"{key} of {group}={choice} has no comment behind it"
 
 
+def test_a_setting_is_explained_as_its_own_choice_has_it():
+    for group, program in (("data", "train"), ("preset", "reproduce")):
+        for choice in choices(group):
+            text = config.help_text(program, [f"{group}={choice}"])
+            for line in (config.folder() / group / f"{choice}.yaml").read_text().splitlines():
+                setting, _, comment = line.strip().partition("  # ")
+                key, _, value = setting.partition(":")
+                if comment and value and key.isidentifier():
+                    assert re.search(rf"  {group}\.(\w+\.)*{key}=.* {re.escape(comment)}$", text, re.MULTILINE), line
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -132,7 +144,8 @@ def test_every_setting_that_is_explained_can_be_given(program):
 
 
 @pytest.mark.parametrize(
-    "word", ["preset.settings.train=[]", "+preset.seeds.case1=[3]", "preset.more.vae.complete=[]", "hydra.verbose=true"]
+    "word",
+    ["preset.settings.train=[]", "+preset.seeds.case1=[3]", "preset.more.vae.seed0.complete=[]", "hydra.verbose=true"],
 )
 def test_names_that_are_free_are_not_refused(word):
     config.check([word], "reproduce")
