@@ -1,8 +1,9 @@
 """Linear probing: what a linear classifier reads from the codes of incomplete images, with a floor and a ceiling.
 
 As in He et al. (2021), the encoder is frozen and a linear classifier is trained on what it gives, here the mean of
-p(z | x_S) under random masks. The floors are the same classifier on raw pixels and the votes of the training images
-that are nearest over the observed pixels, the ceiling is the same network trained with labels.
+p(z | x_S) under random masks. Beside it the training images with the nearest codes vote, which also reads what is not
+linear in them. The floors are the same classifier on raw pixels and the votes of the training images that are nearest
+over the observed pixels, the ceiling is the same network trained with labels.
 
 N images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension, F features, A attributes.
 """
@@ -10,7 +11,7 @@ N images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimens
 import math
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,6 +137,27 @@ def nearest_classes(
     near = evaluation.nearest_positions(vae, images, S, train, neighbours).cpu()
     sets = zip(near.unbind(1), S.any(-1).cpu().unbind(1), strict=True)
     return torch.stack([_majority(labels, positions, seen) for positions, seen in sets], 1)
+
+
+def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
+    """What the labels of the training images with the nearest codes say: classes (N,), or attributes (N, A).
+
+    They vote as in `nearest_classes`; if all training codes are the same, it is the most frequent class, and no
+    attribute. Distances are not scaled: p(z) is N(0, I).
+
+    Args:
+        train_x, test_x: codes (M, F) and (N, F) on the CPU.
+        train_y: classes (M,) or attributes (M, A).
+        neighbours: at least 1.
+
+    Raises:
+        ValueError: without a neighbour.
+    """
+    count = min(checks.whole_number("neighbours", neighbours, 1), len(train_x))
+    chunks = (torch.cdist(part, train_x) for part in test_x.split(CHUNK))
+    near = torch.cat([distances.topk(count, largest=False).indices for distances in chunks])
+    differ = (train_x != train_x[:1]).any()
+    return _majority(train_y, near, differ.expand(len(test_x)))
 
 
 def _majority(labels: Tensor, near: Tensor, seen: Tensor) -> Tensor:
@@ -474,14 +496,15 @@ def linear_probe(
         raw: whether the same is done with raw pixels, the floor; by default for images of up to `RAW_NUMBERS` numbers,
             of larger ones it would take hours and much memory.
         ceiling: a network trained with labels (`train_ceiling`), to be tested under the same masks.
-        neighbours: of these training images, how many vote (`nearest_classes`), another floor; 0 leaves it out, by
-            default it is there where raw pixels are.
+        neighbours: of these training images, how many vote, nearest by their codes (`nearest_by_codes`) and, another
+            floor, over the observed pixels (`nearest_classes`); 0 leaves both out, by default they are there where raw
+            pixels are.
 
     Returns:
         metric: "accuracy" or "balanced accuracy".
-        codes, and pixels, ceiling and nearest if asked for: by S-ratio the `mean` of the score over the draws, its
-            standard deviation `std` (None for a single draw), the score of each of the `draws`, how many classifiers
-            were `unconverged`, and for labels that are attributes the mean of each of the `attributes`.
+        codes, and nearest_codes, pixels, ceiling and nearest if asked for: by S-ratio the `mean` of the score over the
+            draws, its standard deviation `std` (None for a single draw), the score of each of the `draws`, how many
+            classifiers were `unconverged`, and for labels that are attributes the mean of each of the `attributes`.
 
     Raises:
         ValueError: if there are no labels or they cannot be used, and for ratios or draws outside these.
@@ -496,21 +519,38 @@ def linear_probe(
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
     plain = _without_equal_channels(train, test) if raw or neighbours else ()
     inputs = {"codes": (features, coded)} | ({"pixels": (pixels, plain)} if raw else {})
-    result: dict[str, Any] = {name: {} for name in (*inputs, *(() if ceiling is None else ("ceiling",)))}
+    result: dict[str, Any] = {}
     for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
-        scores: dict[str, list[Score]] = {name: [] for name in result}
+        drawn = []
         for seeds in (mask_seeds(seed, ratio, draw) for draw in range(draws)):
-            for name, (of, both) in inputs.items():
-                train_x, test_x = (of(vae, images, ratio, s) for images, s in zip(both, seeds, strict=True))
-                scores[name].append(fit_and_score(train_x, train_y, test_x, test_y))
+            drawn.append(_scores_of_draw(vae, inputs, (train_y, test_y), ratio, seeds, neighbours))
             if ceiling is not None:
                 predicted = _ceiling_classes(ceiling, vae, coded[1], ratio, seeds[1])
-                scores["ceiling"].append(_score(predicted, train_y, test_y))
-        for name, draws_of in scores.items():
-            result[name][ratio] = _over_draws(draws_of)
+                drawn[-1]["ceiling"] = _score(predicted, train_y, test_y)
+        for name in drawn[0]:
+            result.setdefault(name, {})[ratio] = _over_draws([scores[name] for scores in drawn])
     if neighbours:
         result["nearest"] = _nearest_scores(vae, *plain, ratios, draws, seed, neighbours)
     return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy"} | result
+
+
+def _scores_of_draw(
+    vae: BigLearnVAE,
+    inputs: dict[str, tuple[Callable[..., Tensor], Sequence[Any]]],
+    labels: tuple[Tensor, Tensor],
+    ratio: float,
+    seeds: tuple[int, int],
+    neighbours: int,
+) -> dict[str, Score]:
+    """The scores of classifiers on each of the inputs, what makes features of training and test images and these."""
+    (train_y, test_y), scores = labels, {}
+    for name, (of, both) in inputs.items():
+        train_x, test_x = (of(vae, images, ratio, seed) for images, seed in zip(both, seeds, strict=True))
+        scores[name] = fit_and_score(train_x, train_y, test_x, test_y)
+        if name == "codes" and neighbours:
+            predicted = nearest_by_codes(train_x, train_y, test_x, neighbours)
+            scores["nearest_codes"] = _score(predicted, train_y, test_y)
+    return scores
 
 
 def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: ImageSet, ratio: float, seed: int) -> Tensor:
@@ -567,6 +607,7 @@ def table(result: dict[str, Any]) -> str:
     """The numbers of a probe as lines of text, and which classifiers are not quite trained."""
     words = {
         "codes": "codes, the mean of p(z | x_S)",
+        "nearest_codes": f"the {result['settings'].get('neighbours')} nearest codes",
         "pixels": "raw pixels, zero where hidden",
         "nearest": f"the {result['settings'].get('neighbours')} nearest training images",
         "ceiling": "the same network, trained with all labels",

@@ -225,6 +225,7 @@ def _probe(runs: Runs) -> str:
     for data, case, method, of_method in groups(own):
         labels = {
             "codes": method,
+            "nearest_codes": f"{method}, nearest codes",
             "pixels": "raw pixels",
             "nearest": "nearest images",
             "ceiling": "trained with labels",
@@ -244,6 +245,8 @@ def _probe(runs: Runs) -> str:
     if voters := {run["probe"]["settings"]["neighbours"] for run in own if "nearest" in run["probe"]}:
         count = " or ".join(map(str, sorted(voters)))
         text += f"\nNearest images: what most of those {count} say that are nearest over the observed pixels, no model."
+    if any("nearest_codes" in run["probe"] for run in own):
+        text += "\nNearest codes: what as many of those say of which the mean of p(z | x_S) is nearest."
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
         text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)

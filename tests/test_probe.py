@@ -467,13 +467,33 @@ def test_nearest_attributes_are_those_that_are_more_frequent_nearby(vae):
         assert one == (len(of_near) > 0 and of_near.double().mean() > of_all.double().mean())
 
 
+@pytest.mark.parametrize("neighbours", [1, 4, 50])
+def test_nearest_codes_vote_like_nearest_images(neighbours):
+    y, train, test = torch.arange(50) % 3 + 10, noise(50, 5).float(), noise(12, 5, seed=1).float()
+    found = probe.nearest_by_codes(train, y, test, neighbours)
+    everywhere = np.ones(5, dtype=bool)
+    for x, label in zip(test.numpy(), found.tolist(), strict=True):
+        assert label == votes_by_hand(x, everywhere, train.numpy(), y.tolist(), neighbours)
+    many = probe.nearest_by_codes(train, y, test.repeat(200, 1), neighbours)  # which are compared in parts
+    assert torch.equal(many, found.repeat(200))
+    attributes = torch.stack([y == 10, y < 0], 1).long()
+    nearest = probe.nearest_by_codes(train, attributes, train, 1)
+    assert torch.equal(nearest, attributes)  # each is nearest to itself
+    same = torch.ones(50, 5)  # codes of nothing
+    rare = torch.cat([y[:20], y.new_full((30,), 12)])
+    assert (probe.nearest_by_codes(same, rare, test, neighbours) == 12).all()
+    assert not probe.nearest_by_codes(same, attributes, test, neighbours).any()
+    with pytest.raises(ValueError, match="neighbours must be at least 1"):
+        probe.nearest_by_codes(train, y, test, 0)
+
+
 # --- all together ---
 
 
 def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
     train, test = labelled(vae, 60), labelled(vae, 40, seed=1)
     result = probe.linear_probe(vae, train, test, [1.0, 0.5], draws=3, seed=4)
-    assert list(result) == ["metric", "codes", "pixels", "nearest"] and result["metric"] == "accuracy"
+    assert list(result) == ["metric", "codes", "nearest_codes", "pixels", "nearest"] and result["metric"] == "accuracy"
     for name, extract in (("codes", probe.features), ("pixels", probe.pixels)):
         for ratio, numbers in result[name].items():
             scores = []
@@ -481,6 +501,9 @@ def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
                 seeds = probe.mask_seeds(4, ratio, draw)
                 x, y = (extract(vae, part[:], ratio, seed) for part, seed in zip((train, test), seeds, strict=True))
                 scores.append(probe.fit_and_score(x, train.labels, y, test.labels).value)
+                if name == "codes":
+                    right = probe.nearest_by_codes(x, train.labels, y) == test.labels
+                    assert result["nearest_codes"][ratio]["draws"][draw] == right.double().mean()
             assert numbers["draws"] == scores and numbers["unconverged"] == 0
             assert numbers["mean"] == pytest.approx(np.mean(scores))
             assert numbers["std"] == pytest.approx(np.std(scores, ddof=1))
@@ -495,7 +518,8 @@ def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
         "codes": {0.5: result["codes"][0.5]},
     }
     alone = probe.linear_probe(vae, train, test, [0.5], draws=3, seed=4, raw=False, neighbours=10)
-    assert list(alone) == ["metric", "codes", "nearest"] and alone["nearest"][0.5] == result["nearest"][0.5]
+    assert list(alone) == ["metric", "codes", "nearest_codes", "nearest"]
+    assert all(alone[name][0.5] == result[name][0.5] for name in ("nearest_codes", "nearest"))
     assert "nearest" not in probe.linear_probe(vae, train, test, [0.5], draws=1, neighbours=0)
     with pytest.raises(ValueError, match="neighbours must be at least 0"):
         probe.linear_probe(vae, train, test, [0.5], neighbours=-1)
