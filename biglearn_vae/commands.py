@@ -613,7 +613,6 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     train = probing.some(splits.train, cfg.train_images)
     test = probing.some(getattr(splits, cfg.split), cfg.test_images)
     print(f"probing {run}: {len(train):,} training and {len(test):,} {cfg.split} images ...", flush=True)
-    raw, neighbours = probing.floors(vae, cfg.pixels, cfg.neighbours)
     ceiling = None
     if cfg.ceiling_steps:
         net, optim = config.network(settings, vae.tokenizer), config.muon(settings.model.dim)
@@ -623,9 +622,10 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         finally:
             progress.close()
     scores = probing.linear_probe(
-        vae, train, test, values["ratios"], cfg.draws, cfg.seed, raw=raw, ceiling=ceiling, neighbours=neighbours
+        vae, train, test, values["ratios"], cfg.draws, cfg.seed, cfg.pixels, ceiling, cfg.neighbours
     )
-    chosen = {"neighbours": neighbours, "logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER}
+    votes = probing.floors(vae, cfg.pixels, cfg.neighbours)[1]
+    chosen = {"neighbours": votes, "logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER}
     result = {
         "name": run.name,
         "checkpoint": checkpoint_name,

@@ -662,7 +662,6 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
-
     cfg = compose(overrides, config_name)
     source = (folder() / f"{config_name}.yaml").read_text()
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]
@@ -690,19 +689,20 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
             yield f"{prefix}{key}", typed(value)
 
 
-@functools.cache
 def explanations(config_name: str = "train", cfg: "DictConfig | None" = None) -> dict[str, str]:
     """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program.
 
-    Of a setting that several choices of a group have, such as data sets or presets, it is that of the choice in `cfg`.
+    Of a setting that several choices of a group have it is that of the choice in `cfg`, as far as that is named there:
+    data set, case, method, tokens, preset.
     """
-    from omegaconf import OmegaConf
+    named = [] if cfg is None else [(group, cfg[group].get("name")) for group in _groups(config_name) if cfg.get(group)]
+    return _explanations(config_name, frozenset(named))
 
-    def chosen(path: Path) -> bool:
-        return cfg is not None and OmegaConf.select(cfg, f"{path.parent.name}.name") == path.stem
 
+@functools.cache
+def _explanations(config_name: str, chosen: frozenset[tuple[str, str]]) -> dict[str, str]:
     result: dict[str, str] = {}
-    groups = sorted(folder().glob("*/*.yaml"), key=lambda path: (chosen(path), path))
+    groups = sorted(folder().glob("*/*.yaml"), key=lambda path: ((path.parent.name, path.stem) in chosen, path))
     for path in [*groups, folder() / "base.yaml", folder() / f"{config_name}.yaml"]:
         text = path.read_text()
         group = [] if path.parent == folder() or "@package _global_" in text else [path.parent.name]

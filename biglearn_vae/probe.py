@@ -39,6 +39,7 @@ MAX_ITER = 500  # of the solver
 MOST_KEPT = 2**29  # tokens of a set are kept for all masks if they are at most so many floats, 2 GiB
 RAW_NUMBERS = 4096  # of an image of which raw pixels are probed by default
 NEIGHBOURS = 10  # that vote by default, where raw pixels are probed
+ROUNDING = 1e-4  # by which numbers of a code may differ if it depends on which others it is computed with
 BATCH_SIZE = 128  # of the ceiling's training
 
 
@@ -142,8 +143,8 @@ def nearest_classes(
 def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """What the labels of the training images with the nearest codes say: classes (N,), or attributes (N, A).
 
-    They vote as in `nearest_classes`; if all training codes are the same, it is the most frequent class, and no
-    attribute. Distances are not scaled: p(z) is N(0, I).
+    They vote as in `nearest_classes`; if all training codes are the same but for rounding, as where nothing is
+    observed, it is the most frequent class, and no attribute. Distances are not scaled: p(z) is N(0, I).
 
     Args:
         train_x, test_x: codes (M, F) and (N, F) on the CPU.
@@ -154,9 +155,10 @@ def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbour
         ValueError: without a neighbour.
     """
     count = min(checks.whole_number("neighbours", neighbours, 1), len(train_x))
-    chunks = (torch.cdist(part, train_x) for part in test_x.split(CHUNK))
+    exact = train_x.double()  # which cdist subtracts after multiplying
+    chunks = (torch.cdist(part.double(), exact) for part in test_x.split(CHUNK))
     near = torch.cat([distances.topk(count, largest=False).indices for distances in chunks])
-    differ = (train_x != train_x[:1]).any()
+    differ = ((train_x - train_x[:1]).abs() > ROUNDING).any()
     return _majority(train_y, near, differ.expand(len(test_x)))
 
 
@@ -497,8 +499,8 @@ def linear_probe(
             of larger ones it would take hours and much memory.
         ceiling: a network trained with labels (`train_ceiling`), to be tested under the same masks.
         neighbours: of these training images, how many vote, nearest by their codes (`nearest_by_codes`) and, another
-            floor, over the observed pixels (`nearest_classes`); 0 leaves both out, by default they are there where raw
-            pixels are.
+            floor, over the observed pixels (`nearest_classes`); 0 leaves both out, by default it is `NEIGHBOURS`, over
+            pixels where raw pixels are probed.
 
     Returns:
         metric: "accuracy" or "balanced accuracy".
@@ -514,23 +516,23 @@ def linear_probe(
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
     draws = checks.whole_number("draws", draws, 1)
-    raw, neighbours = floors(vae, raw, neighbours)
+    raw, votes, votes_over_pixels = floors(vae, raw, neighbours)
     costly = isinstance(vae.tokenizer, PatchAE)  # plain patches are cut in no time, and travel to a GPU as bytes
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
-    plain = _without_equal_channels(train, test) if raw or neighbours else ()
+    plain = _without_equal_channels(train, test) if raw or votes_over_pixels else ()
     inputs = {"codes": (features, coded)} | ({"pixels": (pixels, plain)} if raw else {})
     result: dict[str, Any] = {}
     for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
         drawn = []
         for seeds in (mask_seeds(seed, ratio, draw) for draw in range(draws)):
-            drawn.append(_scores_of_draw(vae, inputs, (train_y, test_y), ratio, seeds, neighbours))
+            drawn.append(_scores_of_draw(vae, inputs, (train_y, test_y), ratio, seeds, votes))
             if ceiling is not None:
                 predicted = _ceiling_classes(ceiling, vae, coded[1], ratio, seeds[1])
                 drawn[-1]["ceiling"] = _score(predicted, train_y, test_y)
         for name in drawn[0]:
             result.setdefault(name, {})[ratio] = _over_draws([scores[name] for scores in drawn])
-    if neighbours:
-        result["nearest"] = _nearest_scores(vae, *plain, ratios, draws, seed, neighbours)
+    if votes_over_pixels:
+        result["nearest"] = _nearest_scores(vae, *plain, ratios, draws, seed, votes_over_pixels)
     return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy"} | result
 
 
@@ -540,15 +542,21 @@ def _scores_of_draw(
     labels: tuple[Tensor, Tensor],
     ratio: float,
     seeds: tuple[int, int],
-    neighbours: int,
+    votes: int,
 ) -> dict[str, Score]:
-    """The scores of classifiers on each of the inputs, what makes features of training and test images and these."""
-    (train_y, test_y), scores = labels, {}
+    """The scores of linear classifiers on all inputs, and of that many nearest codes, under the masks of a draw.
+
+    Args:
+        inputs: by name, what makes features of images, and the training and test images.
+        labels: those of the training and of the test images.
+    """
+    train_y, test_y = labels
+    scores = {}
     for name, (of, both) in inputs.items():
         train_x, test_x = (of(vae, images, ratio, seed) for images, seed in zip(both, seeds, strict=True))
         scores[name] = fit_and_score(train_x, train_y, test_x, test_y)
-        if name == "codes" and neighbours:
-            predicted = nearest_by_codes(train_x, train_y, test_x, neighbours)
+        if name == "codes" and votes:
+            predicted = nearest_by_codes(train_x, train_y, test_x, votes)
             scores["nearest_codes"] = _score(predicted, train_y, test_y)
     return scores
 
@@ -558,12 +566,14 @@ def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: ImageSet, r
     return torch.cat([ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, images, ratio, seed)])
 
 
-def floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None) -> tuple[bool, int]:
-    """Whether raw pixels are probed, and how many neighbours vote, where None is the default of `linear_probe`."""
+def floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None) -> tuple[bool, int, int]:
+    """What `linear_probe` does: whether it probes raw pixels, how many neighbours vote by codes, how many over pixels.
+
+    Codes are compared in no time, images over the pixels of each mask are not.
+    """
     raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw
-    if neighbours is None:
-        neighbours = NEIGHBOURS if raw else 0
-    return raw, checks.whole_number("neighbours", neighbours, 0)
+    votes = NEIGHBOURS if neighbours is None else checks.whole_number("neighbours", neighbours, 0)
+    return raw, votes, votes if raw or neighbours is not None else 0
 
 
 def _nearest_scores(

@@ -246,7 +246,7 @@ def _probe(runs: Runs) -> str:
         count = " or ".join(map(str, sorted(voters)))
         text += f"\nNearest images: what most of those {count} say that are nearest over the observed pixels, no model."
     if any("nearest_codes" in run["probe"] for run in own):
-        text += "\nNearest codes: what as many of those say of which the mean of p(z | x_S) is nearest."
+        text += "\nNearest codes: what as many say whose codes are nearest."
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
         text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
@@ -607,7 +607,7 @@ def _plot_loss(axes, runs: Runs) -> None:
 
 
 def _plot_time(axes, runs: Runs) -> None:
-    _plot_course(axes, [min(own, key=lambda run: _epoch_seconds([run])) for *_, own in groups(runs)], "seconds")
+    _plot_course(axes, [min(own, key=lambda run: run["train"]["seconds"]) for *_, own in groups(runs)], "seconds")
     axes.set_ylabel("seconds of training, the fastest seed")
 
 

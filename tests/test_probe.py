@@ -479,7 +479,7 @@ def test_nearest_codes_vote_like_nearest_images(neighbours):
     attributes = torch.stack([y == 10, y < 0], 1).long()
     nearest = probe.nearest_by_codes(train, attributes, train, 1)
     assert torch.equal(nearest, attributes)  # each is nearest to itself
-    same = torch.ones(50, 5)  # codes of nothing
+    same = 1 + 1e-6 * noise(50, 5, seed=2).float()  # codes of nothing
     rare = torch.cat([y[:20], y.new_full((30,), 12)])
     assert (probe.nearest_by_codes(same, rare, test, neighbours) == 12).all()
     assert not probe.nearest_by_codes(same, attributes, test, neighbours).any()
@@ -516,11 +516,12 @@ def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
     assert probe.linear_probe(vae, train, test, [0.5], draws=3, seed=4, raw=False) == {
         "metric": "accuracy",
         "codes": {0.5: result["codes"][0.5]},
+        "nearest_codes": {0.5: result["nearest_codes"][0.5]},
     }
     alone = probe.linear_probe(vae, train, test, [0.5], draws=3, seed=4, raw=False, neighbours=10)
     assert list(alone) == ["metric", "codes", "nearest_codes", "nearest"]
     assert all(alone[name][0.5] == result[name][0.5] for name in ("nearest_codes", "nearest"))
-    assert "nearest" not in probe.linear_probe(vae, train, test, [0.5], draws=1, neighbours=0)
+    assert list(probe.linear_probe(vae, train, test, [0.5], draws=1, raw=False, neighbours=0)) == ["metric", "codes"]
     with pytest.raises(ValueError, match="neighbours must be at least 0"):
         probe.linear_probe(vae, train, test, [0.5], neighbours=-1)
     monkeypatch.setattr(probe, "RAW_NUMBERS", math.prod(vae.image_shape) - 1)
