@@ -38,7 +38,7 @@ LOGIT_VARIANCE = 32.0
 MAX_ITER = 500  # of the solver
 MOST_KEPT = 2**29  # tokens of a set are kept for all masks if they are at most so many floats, 2 GiB
 RAW_NUMBERS = 4096  # of an image of which raw pixels are probed by default
-NEIGHBOURS = 10  # that vote by default, where raw pixels are probed
+NEIGHBOURS = 10  # that vote by default
 ROUNDING = 1e-4  # by which numbers of a code may differ if it depends on which others it is computed with
 BATCH_SIZE = 128  # of the ceiling's training
 
