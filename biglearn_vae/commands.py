@@ -297,11 +297,14 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": importlib.metadata.version("torchvision"),  # its import would take a second
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(chosen)
-        if chosen.type == "cuda"
-        else f"{chosen.type}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{chosen.type}, {_threads()}",
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
     }
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 @functools.cache
@@ -380,15 +383,9 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     """Measure a trained run on one of its splits, print it and write evaluation.json into its folder."""
     config.check_evaluation(cfg)
     checks.check_choice("split", cfg.split, PARTS)
-    run, settings, vae, splits, checkpoint_name, step = _trained(cfg)
-    result = {
-        "name": run.name,
-        "checkpoint": checkpoint_name,
-        "split": cfg.split,
-        "step": step,
-        "parameters": count_parameters(vae.net),
-        "settings": _measured_with(cfg),
-    }
+    trained = _trained(cfg)
+    run, settings, vae, splits = trained[:4]
+    result = trained.described(cfg) | {"split": cfg.split, "parameters": count_parameters(vae.net)}
     print(f"measuring {run}: {len(getattr(splits, cfg.split)):,} {cfg.split} images ...", flush=True)
     result |= measure(vae, config.objective(settings, drawing=False), splits, cfg, cfg.split, cfg.seed)
     if cfg.likelihood_images:
@@ -401,11 +398,6 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     write_json(run / file, result)
     print(report(result, run, cfg.split, file))
     return result
-
-
-def _measured_with(cfg: "DictConfig") -> dict[str, Any]:
-    """The settings of a script that its numbers of a run depend on."""
-    return {name: value for name, value in config.leaves(cfg) if name not in (*config.PLACE, "checkpoint")}
 
 
 def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -425,14 +417,10 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     if plan.regressor_steps:
         for task, psnr in _regressor(trained, images, plan, cfg.seed).items():
             tasks[str(task)]["regressor"] = {"psnr": psnr, "steps": plan.regressor_steps}
-    result = {
-        "name": trained.run.name,
-        "checkpoint": trained.checkpoint,
+    result = trained.described(cfg) | {
         "split": cfg.split,
-        "step": trained.step,
         "images": len(images),
         "draws": plan.draws,
-        "settings": _measured_with(cfg),
         "seconds": round(time.perf_counter() - start, 1),
         "tasks": tasks,
     }
@@ -470,6 +458,12 @@ class _Trained(NamedTuple):
     splits: Splits
     checkpoint: str
     step: int
+
+    def described(self, cfg: "DictConfig", **settings: Any) -> dict[str, Any]:
+        """What a script measured: of which network, with which settings that its numbers depend on, and where."""
+        own = {name: value for name, value in config.leaves(cfg) if name not in (*config.PLACE, "checkpoint")}
+        network = {"name": self.run.name, "checkpoint": self.checkpoint, "step": self.step}
+        return network | {"settings": own | settings, "environment": environment(cfg.device)}
 
 
 def _trained(cfg: "DictConfig") -> _Trained:
@@ -609,7 +603,8 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Linear probing of a trained run's codes, printed and written as probe.json into the run's folder."""
     values = _probe_settings(cfg)
     started = time.perf_counter()
-    run, settings, vae, splits, checkpoint_name, step = _trained(cfg)
+    trained = _trained(cfg)
+    run, settings, vae, splits = trained[:4]
     train = probing.some(splits.train, cfg.train_images)
     test = probing.some(getattr(splits, cfg.split), cfg.test_images)
     print(f"probing {run}: {len(train):,} training and {len(test):,} {cfg.split} images ...", flush=True)
@@ -626,19 +621,19 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     )
     votes = probing.floors(vae, cfg.pixels, cfg.neighbours)[1]
     chosen = {"neighbours": votes, "logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER}
-    result = {
-        "name": run.name,
-        "checkpoint": checkpoint_name,
-        "step": step,
-        "parameters": count_parameters(vae.net),
-        "settings": _measured_with(cfg) | chosen,
-        "train_images": len(train),
-        "test_images": len(test),
-        "attributes": list(splits.label_names) if test.labels.ndim > 1 else [],  # labels may be classes
-    } | {
-        name: value if name == "metric" else {str(ratio): numbers for ratio, numbers in value.items()}
-        for name, value in scores.items()
-    }
+    result = (
+        trained.described(cfg, **chosen)
+        | {
+            "parameters": count_parameters(vae.net),
+            "train_images": len(train),
+            "test_images": len(test),
+            "attributes": list(splits.label_names) if test.labels.ndim > 1 else [],  # labels may be classes
+        }
+        | {
+            name: value if name == "metric" else {str(ratio): numbers for ratio, numbers in value.items()}
+            for name, value in scores.items()
+        }
+    )
     path = run / runs.FILES["probe"]
     write_json(path, result)
     print(probing.table(result))

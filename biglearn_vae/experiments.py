@@ -387,12 +387,13 @@ class Campaign:
             )
         if script == "train":  # what is there was measured of another network
             known = {key: value for key, value in known.items() if key not in (*FILES, "settings", "config")}
-        known[script] = made
+        machine = made.get("environment") or read_json(folder / "environment.json")  # the latter of the training
+        machine = {name: machine[name] for name in ("commit", "date", "device", "torch")}
+        known[script] = made if script == "train" else made | {"environment": machine}
         known["settings"] = known.get("settings", {}) | {script: self.preset.words(run, script)}
         known["config"] = known.get("config", {}) | {script: asked}
         if script == "train":
-            machine = read_json(folder / "environment.json")
-            known["environment"] = {k: machine[k] for k in ("commit", "date", "device", "torch")}
+            known["environment"] = machine
             known["course"] = list(_course(folder / "metrics.jsonl"))
         self.path(run).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path(run), known)

@@ -5,12 +5,13 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from biglearn_vae import gibbs
 from biglearn_vae.experiments import select
+from biglearn_vae.runs import FILES
 
 Runs = list[dict[str, Any]]
 METHODS = ("vae", "biglearn_t", "biglearn_u")
@@ -25,7 +26,7 @@ PAPER = {  # Tables 3 and 4: parameters over 2^20, as printed
 }
 BOUNDS = {"joint_nats": "whole", "marginal_nats": "half", "conditional_nats": "other half given it"}
 SIGNIFICANT = 0.05  # how seldom chance alone may give a difference that is called better or worse
-DRAWS = ("a draw", "mean", "diversity", "seconds")
+DRAWS = ("a draw", "mean", "diversity", "seconds", "on")
 DRAWS_TEXT = "PSNR in dB; diversity is the standard deviation between draws, seconds are of all images and draws."
 HEAD = """# Results
 
@@ -58,6 +59,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def timed_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose last column is the device on which seconds were measured, left out if none is known."""
+    known = any(row[-1] for row in rows)
+    return table(head, rows) if known else table(head[:-1], [row[:-1] for row in rows])
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -174,16 +181,24 @@ def _parameters(parameters: dict[str, int]) -> str:
 
 
 def _runs(runs: Runs) -> str:
-    machines = sorted({f"{run['environment']['device']}, torch {run['environment']['torch']}" for run in runs})
-    commits = sorted({str(run["environment"]["commit"])[:7] for run in runs})
+    where = _where([run["environment"] for run in runs])
+    measured = [run[script]["environment"] for run in runs for script in FILES if "environment" in run.get(script, {})]
+    if measured and _where(measured) != where:
+        where += f"; measured on {_where(measured)}"
     words = sorted({" ".join(run["settings"]["train"]) for run in runs})
     if _of_grid(runs):  # what is compared is said there
         words = [_common(runs, "train")]
     settings = f"settings `{'`, `'.join(words)}`" if any(words) else "the settings of the default"
-    if _of_grid(runs) and (measured := _common(runs, "evaluate")):
-        settings += f", measured with `{measured}`"
+    if _of_grid(runs) and (evaluated := _common(runs, "evaluate")):
+        settings += f", measured with `{evaluated}`"
     count = f"{len(runs)} runs" if len(runs) > 1 else "One run"
-    return f"{count} on {'; '.join(machines)}, at {', '.join(commits)}; {settings}.\n"
+    return f"{count} on {where}; {settings}.\n"
+
+
+def _where(environments: Runs) -> str:
+    """Devices, versions and commits."""
+    machines = sorted({f"{one['device']}, torch {one['torch']}" for one in environments})
+    return f"{'; '.join(machines)}, at {', '.join(sorted({str(one['commit'])[:7] for one in environments}))}"
 
 
 def _common(runs: Runs, script: str) -> str:
@@ -317,12 +332,12 @@ def _chains(runs: Runs) -> str:
     for data, case, method, own in groups(matched):
         for task in asked if method in ("vae", last[data, case]) else []:
             for name in ("one pass", "pseudo-Gibbs", "Metropolis-within-Gibbs"):
-                found = [_entries(_tasks(run).get(task, {}), name) for run in own]
+                found = [_entries(run, task, name) for run in own]
                 for count, same in _by_count(found, "iterations").items():
                     rows.append([data, case, method, task, name, count, *_draw_cells(same)])
     head = ["data", "case", "model", "observed", "sampler", "iterations", *DRAWS]
     text = f"{DRAWS_TEXT}\nMetropolis-within-Gibbs starts with {gibbs.PSEUDO} iterations of pseudo-Gibbs.\n"
-    return f"### One pass against chains of the joint VAE\n\n{text}\n" + table(head, rows) if rows else ""
+    return f"### One pass against chains of the joint VAE\n\n{text}\n" + timed_table(head, rows) if rows else ""
 
 
 def _passes(runs: Runs) -> str:
@@ -330,7 +345,7 @@ def _passes(runs: Runs) -> str:
     own, rows = _having(runs, "several passes"), []
     for data, case, method, of in groups(own):
         for task in _all_tasks(of):
-            found = [_entries(_tasks(run).get(task, {}), name) for name in ("one pass", "several passes") for run in of]
+            found = [_entries(run, task, name) for name in ("one pass", "several passes") for run in of]
             for count, same in _by_count(found, "passes").items():
                 rows.append([data, case, method, task, count or "1", *_draw_cells(same)])
     head = ["data", "case", "method", "observed", "passes", *DRAWS]
@@ -338,7 +353,7 @@ def _passes(runs: Runs) -> str:
         "Of several passes each completes an equal share of what is missing, in random order, given what those before\n"
         f"it completed. {DRAWS_TEXT}\n"
     )
-    return f"### Completions in several passes\n\n{text}\n" + table(head, rows) if rows else ""
+    return f"### Completions in several passes\n\n{text}\n" + timed_table(head, rows) if rows else ""
 
 
 def _samples(runs: Runs) -> str:
@@ -350,27 +365,42 @@ def _samples(runs: Runs) -> str:
         for count in sorted(set().union(*found), key=int):
             scores = [of_run[count] for of_run in found if count in of_run]
             values = ([score[name] for score in scores if name in score] for name in digits)
-            rows.append([data, case, method, count, *map(spread, values, digits.values())])
+            devices = _devices(
+                _device(run, "evaluate") for run, scores in zip(of, found, strict=True) if count in scores
+            )
+            rows.append([data, case, method, count, *map(spread, values, digits.values()), devices])
     text = (
         "Precision is the share of samples that lie nearer to a test image than its third nearest test image does,\n"
         "recall the share of test images that lie nearer to a sample than its third nearest sample does; as many\n"
         "samples as images, distances between pixels. log p(x) is a bound in nats an image, in as many passes, with\n"
         "the variance under which it is largest on training images.\n"
     )
-    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "variance", "seconds"]
-    return f"### Samples in several passes\n\n{text}\n" + table(head, rows) if rows else ""
+    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "variance", "seconds", "on"]
+    return f"### Samples in several passes\n\n{text}\n" + timed_table(head, rows) if rows else ""
 
 
 def _draw_cells(seeds: Sequence[dict[str, Any]]) -> list[str]:
     """The scores of completions, in the order of `DRAWS`."""
     digits = {"psnr_draw": 2, "psnr_mean": 2, "diversity": 3, "seconds": 2}
-    return [spread([entry[key] for entry in seeds], number) for key, number in digits.items()]
+    cells = [spread([entry[key] for entry in seeds], number) for key, number in digits.items()]
+    return [*cells, _devices(entry["on"] for entry in seeds)]
 
 
-def _entries(found: dict[str, Any], sampler: str) -> Runs:
-    """What a sampler gave of a task, none, one or several entries."""
-    entries = found.get(sampler, [])
-    return entries if isinstance(entries, list) else [entries]
+def _entries(run: dict[str, Any], task: str, sampler: str) -> Runs:
+    """What a sampler gave of a task, none, one or several entries, each with the device."""
+    entries = _tasks(run).get(task, {}).get(sampler, [])
+    found = entries if isinstance(entries, list) else [entries]
+    return [entry | {"on": _device(run, "complete")} for entry in found]
+
+
+def _device(run: dict[str, Any], script: str) -> str:
+    """What a run was trained or measured on; "" if that was not recorded."""
+    return run[script].get("environment", {}).get("device", "") if script != "train" else run["environment"]["device"]
+
+
+def _devices(of: Iterable[str]) -> str:
+    """The content of a cell."""
+    return "; ".join(sorted(set(of) - {""}))
 
 
 def _by_count(seeds: Sequence[Runs], name: str) -> dict[str, Runs]:
@@ -426,13 +456,23 @@ def _consistency(runs: Runs) -> str:
 def _costs(runs: Runs) -> str:
     """Figure 13."""
     rows = []
-    for data, case, method, own in groups(runs):
-        epochs = [run["train"]["epochs"] for run in own]
-        cells = [spread([run["train"]["images_per_second"] for run in own], 0), spread(_epoch_seconds(own), 2)]
-        rows.append([data, case, method, *cells, spread(epochs, 1), f"{own[0]['course'][-1]['loss']:.3f}"])
-    head = ["data", "case", "method", "images/s", "seconds an epoch", "epochs", "loss at the end, first seed"]
-    text = "Other work beside a run makes it slower: claim (v) compares the fastest of each method.\n"
+    for data, case, method, all_devices in groups(runs):
+        for device, own in _by_device(all_devices).items():
+            epochs = [run["train"]["epochs"] for run in own]
+            cells = [spread([run["train"]["images_per_second"] for run in own], 0), spread(_epoch_seconds(own), 2)]
+            loss = f"{own[0]['course'][-1]['loss']:.3f}"
+            rows.append([data, case, method, device, *cells, spread(epochs, 1), loss])
+    head = ["data", "case", "method", "on", "images/s", "seconds an epoch", "epochs", "loss at the end, first seed"]
+    text = "Other work beside a run makes it slower: claim (v) compares the fastest of each method on one device.\n"
     return f"### Cost of training (Figure 13)\n\n{text}\n" + table(head, rows)
+
+
+def _by_device(runs: Runs) -> dict[str, Runs]:
+    """By the device on which they were trained."""
+    result: dict[str, Runs] = {}
+    for run in runs:
+        result.setdefault(_device(run, "train"), []).append(run)
+    return dict(sorted(result.items()))
 
 
 def _epoch_seconds(runs: Runs) -> list[float]:
@@ -502,10 +542,17 @@ def _verdicts(of: dict[str, Runs]) -> dict[str, str]:
     if values := [100 * codes["0.1"]["mean"] for codes in probes if "0.1" in codes]:
         word = "yes" if statistics.fmean(values) >= 60 else "no"
         result["(iv) 60 % or more by a probe at S = 0.1"] = f"{word}, {spread(values, 1)} %"
+    return result | _cost_verdicts(of)
+
+
+def _cost_verdicts(of: dict[str, Runs]) -> dict[str, str]:
+    """Claim (v), on each device on which both were trained."""
+    result, theirs = {}, _by_device(of["vae"])
     for method in METHODS[1:]:
-        if of[method] and of["vae"]:
-            ratio = _fastest_epoch(of[method]) / _fastest_epoch(of["vae"])
-            result[f"(v) an epoch of `{method}` against one of `vae`"] = f"{ratio:.2f} times as long"
+        for device, ours in _by_device(of[method]).items():
+            if device in theirs:
+                ratio = _fastest_epoch(ours) / _fastest_epoch(theirs[device])
+                result[f"(v) an epoch of `{method}` against one of `vae` on {device}"] = f"{ratio:.2f} times as long"
     return result
 
 
@@ -607,8 +654,9 @@ def _plot_loss(axes, runs: Runs) -> None:
 
 
 def _plot_time(axes, runs: Runs) -> None:
-    _plot_course(axes, [min(own, key=lambda run: run["train"]["seconds"]) for *_, own in groups(runs)], "seconds")
-    axes.set_ylabel("seconds of training, the fastest seed")
+    device, alike = max(_by_device(runs).items(), key=lambda pair: len(pair[1]))
+    _plot_course(axes, [min(own, key=lambda run: run["train"]["seconds"]) for *_, own in groups(alike)], "seconds")
+    axes.set_ylabel(f"seconds of training on {device},\nthe fastest seed")
 
 
 PLOTS: dict[str, tuple[str, Callable]] = {  # what it shows, and what draws it

@@ -69,10 +69,10 @@ def test_a_page_holds_its_numbers():
     assert "(iv) 60 % or more by a probe at S = 0.1, digits tiny: yes, 65.0 ± 0.0 %" in text
     assert "(i) JointELBO of `biglearn_u` against `vae`, digits tiny: +4.000, one seed: no verdict" in text
     assert "| digits | tiny | biglearn_u, one pass, a draw | 12.00 ± 0.00 |" in text
-    assert "| digits | tiny | biglearn_u | 100 ± 0 | 2.00 ± 0.00 | 4.5 ± 0.0 | 2.500 |" in text
+    assert "| digits | tiny | biglearn_u | cpu | 100 ± 0 | 2.00 ± 0.00 | 4.5 ± 0.0 | 2.500 |" in text
     assert "| digits | tiny | vae | 20.0 | 0.5 |" in text
     assert "trained on 5,000 images" in text and "the same network, 200 steps on all training images" in text
-    assert "(v) an epoch of `biglearn_u` against one of `vae`, digits tiny: 1.00 times as long" in text
+    assert "(v) an epoch of `biglearn_u` against one of `vae` on cpu, digits tiny: 1.00 times as long" in text
 
 
 def test_chains_are_averaged_over_seeds_that_ran_as_long():
@@ -93,7 +93,30 @@ def test_an_epoch_is_that_of_the_run_that_was_slowed_down_least():
     for run, seconds in zip(runs, (90.0, 60.0, 20.0, 100.0), strict=True):
         run["train"]["seconds"] = seconds
     text = results_page.page({"p": runs}, {})
-    assert "(v) an epoch of `biglearn_u` against one of `vae`, digits tiny: 3.00 times as long" in text
+    assert "(v) an epoch of `biglearn_u` against one of `vae` on cpu, digits tiny: 3.00 times as long" in text
+
+
+def test_seconds_are_compared_on_one_device_and_say_on_which():
+    runs = [run_numbers(method, seed) for method in ("biglearn_u", "vae") for seed in (0, 1)]
+    scores = {"psnr_draw": 10.0, "psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}
+    for run, seconds, device in zip(runs, (90.0, 8.0, 45.0, 45.0), ("cpu", "gpu", "cpu", "cpu"), strict=True):
+        run["train"]["seconds"], run["environment"] = seconds, run["environment"] | {"device": device}
+        run["complete"]["tasks"]["0.5"]["pseudo-Gibbs"] = [{"iterations": 5} | scores]
+    text = results_page.page({"p": runs}, {})
+    assert "4 runs on cpu, torch 2; gpu, torch 2, at abcdefg; settings" in text
+    assert "| digits | tiny | biglearn_u | cpu | 100 | 20.00 | 4.5 | 2.500 |" in text
+    assert "| digits | tiny | biglearn_u | gpu | 100 | 1.78 | 4.5 | 2.500 |" in text
+    assert "(v) an epoch of `biglearn_u` against one of `vae` on cpu, digits tiny: 2.00 times as long" in text
+    assert text.count("(v) an") == 1 and "| seconds |\n" in text  # where it was completed is not known
+    for run, device in zip(runs[2:], ("gpu", "tpu"), strict=True):
+        run["complete"]["environment"] = {"commit": "bcd", "date": "now", "device": device, "torch": "2"}
+    text = results_page.page({"p": runs}, {})
+    assert "4 runs on cpu, torch 2; gpu, torch 2, at abcdefg; measured on gpu, torch 2; tpu, torch 2, at bcd;" in text
+    assert (
+        "| vae | 0.5 | pseudo-Gibbs | 5 | 10.00 ± 0.00 | 13.00 ± 0.00 | 0.100 ± 0.000 | 0.50 ± 0.00 | gpu; tpu |"
+        in text
+    )
+    assert "| biglearn_u | 0.5 | one pass |  | 12.00 ± 0.00 | 13.00 ± 0.00 | 0.100 ± 0.000 | 0.50 ± 0.00 |  |" in text
 
 
 @pytest.mark.parametrize("ours", ["biglearn_u", "biglearn_t"])
@@ -111,7 +134,7 @@ def test_chains_are_compared_with_one_pass_of_the_same_seeds(ours):
 def test_a_training_too_short_for_its_epochs_has_a_page():
     run = run_numbers()
     run["train"]["epochs"] = 0.0
-    assert "| digits | tiny | biglearn_u | 100 | nan | 0.0 | 2.500 |" in results_page.page({"p": [run]}, {})
+    assert "| digits | tiny | biglearn_u | cpu | 100 | nan | 0.0 | 2.500 |" in results_page.page({"p": [run]}, {})
     assert "| 100 ± 0 | nan ± nan | 0.0 ± 0.0 |" in results_page.page({"p": [run, run | {"seed": 1}]}, {})
 
 
@@ -484,6 +507,7 @@ def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypat
     assert "0 runs are there, 1 to be made" in out and "train digits-tiny-biglearn_u-seed0" in out
     numbers = json.loads((tmp_path / "results/runs/smoke/digits-tiny-biglearn_u-seed0.json").read_text())
     assert numbers["train"]["steps"] == 2 and len(numbers["course"]) == 2
+    assert numbers["environment"]["device"].startswith("cpu, ")
     page = (tmp_path / "results/README.md").read_text()
     assert f"{numbers['train']['test_joint_elbo']:.3f}" in page and (tmp_path / "results/smoke-loss.png").exists()
     assert run_here(monkeypatch, *words, script="reproduce") == 0
