@@ -619,21 +619,16 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     scores = probing.linear_probe(
         vae, train, test, values["ratios"], cfg.draws, cfg.seed, cfg.pixels, ceiling, cfg.neighbours
     )
-    votes = probing.floors(vae, cfg.pixels, cfg.neighbours)[1]
+    metric, votes = scores.pop("metric"), scores.pop("neighbours")
     chosen = {"neighbours": votes, "logit_variance": probing.LOGIT_VARIANCE, "max_iter": probing.MAX_ITER}
-    result = (
-        trained.described(cfg, **chosen)
-        | {
-            "parameters": count_parameters(vae.net),
-            "train_images": len(train),
-            "test_images": len(test),
-            "attributes": list(splits.label_names) if test.labels.ndim > 1 else [],  # labels may be classes
-        }
-        | {
-            name: value if name == "metric" else {str(ratio): numbers for ratio, numbers in value.items()}
-            for name, value in scores.items()
-        }
-    )
+    result = trained.described(cfg, **chosen) | {
+        "parameters": count_parameters(vae.net),
+        "train_images": len(train),
+        "test_images": len(test),
+        "attributes": list(splits.label_names) if test.labels.ndim > 1 else [],  # labels may be classes
+        "metric": metric,
+    }
+    result |= {name: {str(ratio): score for ratio, score in of.items()} for name, of in scores.items()}
     path = run / runs.FILES["probe"]
     write_json(path, result)
     print(probing.table(result))

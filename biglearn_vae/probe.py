@@ -504,6 +504,7 @@ def linear_probe(
 
     Returns:
         metric: "accuracy" or "balanced accuracy".
+        neighbours: how many vote.
         codes, and nearest_codes, pixels, ceiling and nearest if asked for: by S-ratio the `mean` of the score over the
             draws, its standard deviation `std` (None for a single draw), the score of each of the `draws`, how many
             classifiers were `unconverged`, and for labels that are attributes the mean of each of the `attributes`.
@@ -516,7 +517,7 @@ def linear_probe(
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
     draws = checks.whole_number("draws", draws, 1)
-    raw, votes, votes_over_pixels = floors(vae, raw, neighbours)
+    raw, votes, votes_over_pixels = _floors(vae, raw, neighbours)
     costly = isinstance(vae.tokenizer, PatchAE)  # plain patches are cut in no time, and travel to a GPU as bytes
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
     plain = _without_equal_channels(train, test) if raw or votes_over_pixels else ()
@@ -533,7 +534,7 @@ def linear_probe(
             result.setdefault(name, {})[ratio] = _over_draws([scores[name] for scores in drawn])
     if votes_over_pixels:
         result["nearest"] = _nearest_scores(vae, *plain, ratios, draws, seed, votes_over_pixels)
-    return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy"} | result
+    return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy", "neighbours": votes} | result
 
 
 def _scores_of_draw(
@@ -566,8 +567,8 @@ def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: ImageSet, r
     return torch.cat([ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, images, ratio, seed)])
 
 
-def floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None) -> tuple[bool, int, int]:
-    """What `linear_probe` does: whether it probes raw pixels, how many neighbours vote by codes, how many over pixels.
+def _floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None) -> tuple[bool, int, int]:
+    """Whether raw pixels are probed, how many neighbours vote by codes, and how many over pixels.
 
     Codes are compared in no time, images over the pixels of each mask are not.
     """

@@ -623,15 +623,20 @@ def _plot_joint(axes, runs: Runs) -> None:
 def _plot_probe(axes, runs: Runs) -> None:
     last = _last(runs)
     for data, case, method, own in groups(runs):
-        looks = {"codes": (f"{case} {method}", COLOURS[method]), "pixels": ("raw pixels", "0.5")}
-        looks |= {"nearest": ("nearest images", "0.75"), "ceiling": (f"{case} trained with labels", "k")}
-        for name, (label, colour) in looks.items():
+        looks = {  # label, colour, marker
+            "codes": (f"{case} {method}", COLOURS[method], "o"),
+            "nearest_codes": (f"{case} {method}, nearest codes", COLOURS[method], "x"),
+            "pixels": ("raw pixels", "0.5", None),
+            "nearest": ("nearest images", "0.75", None),
+            "ceiling": (f"{case} trained with labels", "k", None),
+        }
+        for name, (label, colour, marker) in looks.items():
             scores = [run["probe"][name] for run in own if name in run["probe"]]
             drawn = axes.get_legend_handles_labels()[1]  # pixels are the same for all cases
-            if scores and label not in drawn and (name == "codes" or method == last[data, case]):
+            if scores and label not in drawn and (marker or method == last[data, case]):
                 mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
-                shares, marker = [float(ratio) for ratio in scores[0]], "o" if name == "codes" else None
-                axes.plot(shares, mean, LINES.get(case, "-"), marker=marker, color=colour, label=label)
+                shares = [float(ratio) for ratio in scores[0]]
+                axes.plot(shares, mean, LINES.get(case, "-"), marker=marker, color=colour, label=label, linewidth=1.2)
     axes.set_xlabel("share of patches observed")
     axes.set_ylabel("accuracy in %")
 

@@ -493,7 +493,8 @@ def test_nearest_codes_vote_like_nearest_images(neighbours):
 def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
     train, test = labelled(vae, 60), labelled(vae, 40, seed=1)
     result = probe.linear_probe(vae, train, test, [1.0, 0.5], draws=3, seed=4)
-    assert list(result) == ["metric", "codes", "nearest_codes", "pixels", "nearest"] and result["metric"] == "accuracy"
+    assert list(result) == ["metric", "neighbours", "codes", "nearest_codes", "pixels", "nearest"]
+    assert result["metric"] == "accuracy" and result["neighbours"] == probe.NEIGHBOURS
     for name, extract in (("codes", probe.features), ("pixels", probe.pixels)):
         for ratio, numbers in result[name].items():
             scores = []
@@ -515,13 +516,15 @@ def test_the_probe_is_its_parts_draw_by_draw(vae, monkeypatch):
     assert len(set(result["codes"][0.5]["draws"])) > 1
     assert probe.linear_probe(vae, train, test, [0.5], draws=3, seed=4, raw=False) == {
         "metric": "accuracy",
+        "neighbours": 10,
         "codes": {0.5: result["codes"][0.5]},
         "nearest_codes": {0.5: result["nearest_codes"][0.5]},
     }
     alone = probe.linear_probe(vae, train, test, [0.5], draws=3, seed=4, raw=False, neighbours=10)
-    assert list(alone) == ["metric", "codes", "nearest_codes", "nearest"]
+    assert list(alone) == ["metric", "neighbours", "codes", "nearest_codes", "nearest"]
     assert all(alone[name][0.5] == result[name][0.5] for name in ("nearest_codes", "nearest"))
-    assert list(probe.linear_probe(vae, train, test, [0.5], draws=1, raw=False, neighbours=0)) == ["metric", "codes"]
+    none = probe.linear_probe(vae, train, test, [0.5], draws=1, raw=False, neighbours=0)
+    assert list(none) == ["metric", "neighbours", "codes"] and none["neighbours"] == 0
     with pytest.raises(ValueError, match="neighbours must be at least 0"):
         probe.linear_probe(vae, train, test, [0.5], neighbours=-1)
     monkeypatch.setattr(probe, "RAW_NUMBERS", math.prod(vae.image_shape) - 1)
