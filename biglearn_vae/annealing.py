@@ -30,7 +30,7 @@ def log_weights(
 
     So the logarithm of their mean is, in expectation, below that of the integral, the nearer the more steps and draws.
     With one step they are plain importance weights with the base as proposal. Step sizes are found by a run of a
-    quarter of the draws before, for adapting them to the chains whose weights count would bias these.
+    quarter of the draws before, at least 4, for adapting them to the chains whose weights count would bias these.
 
     Args:
         target: log gamma, (k, N), of z (k, N, Z) in float64, differentiable, each number a function of its own z.

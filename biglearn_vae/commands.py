@@ -362,8 +362,9 @@ def measure_likelihood(
     }
     agreement = {}
     if vae.num_tokens > 1:
-        variance = fitted if vae.variance == 0 else None
-        agreement = evaluation.consistency(vae, images, variance=variance, seed=seed, **counts)
+        variance = vae.variance or fitted
+        found = evaluation.consistency(vae, images, variance=variance, seed=seed, **counts)
+        agreement = {"variance": variance} | found
     return {"likelihood": {"images": len(images)} | counts | bounds, "consistency": agreement}
 
 

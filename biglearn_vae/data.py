@@ -561,7 +561,8 @@ def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
 
     The largest square in the middle is resized to `image_size`, but for images with NaN, which have to be of that size.
     The parts are those of the file, a tenth of the training images being validation images if it has none; images
-    without parts are split by their order alone: 80 % train, 10 % validation, 10 % test.
+    without parts are split by their order alone: 80 % train, 10 % validation, 10 % test. Within a part they are
+    shuffled, always alike, as the first so many stand for all in what is measured, and a file may be sorted by class.
 
     Raises:
         ValueError: if the file is missing, cannot be read, or holds no such images, too few of them, or some with NaN
@@ -584,17 +585,18 @@ def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
 
 
 def _all_parts(sets: dict[str, ImageSet], root: Path) -> dict[str, ImageSet]:
-    """The three parts of a file: of each that it lacks, a tenth of its training images, or of all."""
+    """The three parts of a file, shuffled: of each that it lacks, a tenth of its training images, or of all."""
     lacking = ["test", "valid"] if "images" in sets else ["valid"] if "valid" not in sets else []
-    if not lacking:
-        return sets
-    whole = sets["images"] if "images" in sets else sets["train"]
-    if len(whole) <= len(lacking):
-        raise ValueError(f"{root} holds {len(whole)} images to train with, at least {len(lacking) + 1} are needed")
-    sizes = [max(1, len(whole) // 10)] * len(lacking)
-    index = shuffled(len(whole), derive_seed("split", SPLIT_SEED)).split([*sizes, len(whole) - sum(sizes)])
-    cut = {part: whole.select(rows) for part, rows in zip([*lacking, "train"], index, strict=True)}
-    return {part: (sets | cut)[part] for part in PARTS}
+    cut = {}
+    for part, images in sets.items():
+        taken = lacking if part in ("images", "train") else []
+        if len(images) <= len(taken):
+            raise ValueError(f"{root} holds {len(images)} images to train with, at least {len(taken) + 1} are needed")
+        sizes = [max(1, len(images) // 10)] * len(taken)
+        index = shuffled(len(images), derive_seed("split", SPLIT_SEED)).split([*sizes, len(images) - sum(sizes)])
+        names = [*taken, "train" if part == "images" else part]
+        cut |= {name: images.select(rows) for name, rows in zip(names, index, strict=True)}
+    return {part: cut[part] for part in PARTS}
 
 
 def _own_parts(names: list[str]) -> dict[str, str]:

@@ -153,7 +153,8 @@ def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10
     """The mean of the training tokens (M, L, D) that are nearest to x (N, L, D) over the patches S (N, L).
 
     Where training tokens were not recorded (NaN), the distance is the mean over the numbers that both have, and the
-    completion the mean of the neighbours that have them, or else of all training images, as where S is empty.
+    completion the mean of the neighbours that have them, or else of all training images, as where S is empty; of a
+    number that none of them has, the mean of all numbers.
     """
     nearest, everyone = _nearest(x, S.unsqueeze(1), train, neighbours)
     rows = rows_of(neighbours * train[0].numel())
@@ -171,14 +172,15 @@ def _mean_of(train: _Tokens, positions: Tensor, S: Tensor, everyone: Tensor) -> 
 def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Tensor, Tensor]:
     """Positions (N, R, neighbours) of the training images nearest to x over each of R sets of patches S (N, R, L).
 
-    The second result is the mean of all training tokens, (L, D). Training images are read once, a part at a time.
+    The second result is the mean of all training tokens, (L, D), of a number that none of them has the mean of all
+    numbers. Training images are read once, a part at a time.
     """
     length, dim = x[:1].shape[1:]
     many = rows_of(length * dim, chunks=8)  # training images
     few = min(many, rows_of(max(length, S.shape[1]) * min(many, len(train))))  # others: L or R x few x many distances
     empty = torch.empty(*S.shape[:2], 0, device=S.device)
     found = [(part, part.long()) for part in empty.split(few)]
-    total, count = 0, 0
+    total, count = torch.zeros(2, length, dim, dtype=torch.float64, device=S.device)
     for start in range(0, len(train), many):
         y, has = train[start : start + many], None
         column = y.sum(0)  # a NaN anywhere shows here
@@ -190,7 +192,8 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
         for k, seen in enumerate(S.split(few)):
             distance = _distances(x[k * few : (k + 1) * few], seen, y, has)
             found[k] = _best(*found[k], distance, start, neighbours)
-    return torch.cat([positions for _, positions in found]), (total / count).to(y.dtype)
+    everyone = torch.where(count > 0, total / count, total.sum() / count.sum())
+    return torch.cat([positions for _, positions in found]), everyone.to(y.dtype)
 
 
 def _distances(x: Tensor, S: Tensor, y: Tensor, has: Tensor | None) -> Tensor:
@@ -437,14 +440,16 @@ def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, floa
 
     Args:
         tokenizer: with `encode`, `decode` and `patch_size`, such as a `PatchAE`.
-        images: (N, C, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1]; patches with NaN in them, never recorded as a whole, do not count.
     """
     device = next(tokenizer.parameters(), images[:1]).device
     error, numbers = 0.0, 0
     seams = {"seam_ratio": 0, "seam_ratio_of_images": 0}
     for x in parts(images, device):
         y = tokenizer.decode(tokenizer.encode(x))
-        error, numbers = error + (y - x).double().square().sum().item(), numbers + x.numel()
+        x = torch.where(y.isnan(), y, x)  # of a patch with NaN in it there is no code
+        squares = (y - x).double().square()
+        error, numbers = error + squares.nansum().item(), numbers + (~squares.isnan()).sum().item()
         for name, pixels in (("seam_ratio", y), ("seam_ratio_of_images", x)):
             seams[name] = seams[name] + _differences(pixels, tokenizer.patch_size)
     means = {name: sums[:, 0] / sums[:, 1] for name, sums in seams.items() if sums[:, 1].all()}
@@ -454,14 +459,17 @@ def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, floa
 
 
 def _differences(images: Tensor, patch_size: int) -> Tensor:
-    """Sum and number of absolute differences of neighbouring pixels: across borders of patches, and inside (2, 2)."""
+    """Sum and number of absolute differences of neighbouring pixels: across borders of patches, and inside (2, 2).
+
+    Those with NaN do not count.
+    """
     result = torch.zeros(2, 2, dtype=torch.float64)
     for axis in (2, 3):
-        steps = images.diff(dim=axis).abs().double().sum(dim=[k for k in range(4) if k != axis]).cpu()
-        border = torch.arange(1, len(steps) + 1) % patch_size == 0
-        each = images.numel() // images.shape[axis]
+        steps, others = images.diff(dim=axis).abs().double(), [k for k in range(4) if k != axis]
+        sums, counts = steps.nansum(dim=others).cpu(), (~steps.isnan()).sum(dim=others).cpu()
+        border = torch.arange(1, len(sums) + 1) % patch_size == 0
         for row, where in enumerate((border, ~border)):
-            result[row] += torch.stack([steps[where].sum(), each * where.sum().double()])
+            result[row] += torch.stack([sums[where].sum(), counts[where].sum().double()])
     return result
 
 
@@ -616,7 +624,8 @@ def annealed_log_prob(
         given: S, what is conditioned on; by default nothing.
         samples: K, chains of each image.
         variance: of the observations, by default that of `vae`.
-        steps: of the annealing, 3.75 decodings with gradients each for every sample (none with steps=1).
+        steps: of the annealing, each 3.75 decodings with gradients for every sample, and more for each of fewer than 16
+            (none with steps=1).
 
     Raises:
         ValueError: if the variance is not positive, or T and given are not such masks.

@@ -607,7 +607,7 @@ def see(vae: BigLearnVAE, x: Tensor, S: Tensor) -> np.ndarray:
 
 def signed(change: Tensor, limit: float | None = None) -> tuple[np.ndarray, float]:
     """Differences (..., C, H, W) as colours (..., H, W, 3), in full colour at `limit`, by default the largest."""
-    change = change.mean(-3).cpu()  # over the channels
+    change = change.mean(-3).nan_to_num(0).cpu()  # over the channels; NaN was never recorded
     limit = limit or change.abs().max().item() or 1.0
     share = (change / limit).clamp(-1, 1).unsqueeze(-1).numpy()
     same, less, more = (np.float32(colour) for colour in (SAME, LESS, MORE))

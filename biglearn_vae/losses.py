@@ -315,7 +315,8 @@ class PatchAELoss:
 
         Args:
             net: takes patches (N, C, P, P) and returns as many, as `patch_ae.PatchAE` does; wrapped or not.
-            patches: all patches of the images of a batch, (B, L, C, P, P).
+            patches: all patches of the images of a batch, (B, L, C, P, P). Those with NaN in them, never recorded as a
+                whole, are chosen last and do not count.
             random: where the choice of patches is drawn from.
             step: not used.
 
@@ -331,11 +332,15 @@ class PatchAELoss:
         order = random.rows(
             batch, lambda rows, generator: torch.rand(rows, count, generator=generator, device=generator.device)
         )
+        order = order.masked_fill(patches.isnan().flatten(2).any(-1), 1)  # others are less
         chosen = order.argsort(-1)[:, : math.ceil(self.share * count)]  # (B, n)
         rows = torch.arange(batch, device=chosen.device).unsqueeze(-1)
         x = patches[rows, chosen].flatten(0, 1)  # (B n, C, P, P)
-        error = (net(x) - x).float().square()
-        return PatchError((error * self._weights(error)).mean(), error.mean())
+        known = ~x.isnan().flatten(1).any(-1)[:, None, None, None]
+        x = torch.where(known, x, 0)  # NaN has no gradient that 0 would cancel
+        error = torch.where(known, (net(x) - x).float().square(), 0)
+        share = known.float().mean().clamp(min=1 / len(known))
+        return PatchError((error * self._weights(error)).mean() / share, error.mean() / share)
 
     def _weights(self, error: Tensor) -> Tensor:
         """Weights of pixels (P, P), of mean 1."""

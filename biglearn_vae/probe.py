@@ -144,7 +144,8 @@ def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbour
     """What the labels of the training images with the nearest codes say: classes (N,), or attributes (N, A).
 
     They vote as in `nearest_classes`; if all training codes are the same but for rounding, as where nothing is
-    observed, it is the most frequent class, and no attribute. Distances are not scaled: p(z) is N(0, I).
+    observed, it is the most frequent class, and no attribute. Distances are of the codes as they are, not in
+    units of the learned p(z).
 
     Args:
         train_x, test_x: codes (M, F) and (N, F) on the CPU.
@@ -339,7 +340,7 @@ class LabelledViT(nn.Module):
 
     def __init__(self, net: nn.Module, labels: Tensor):
         super().__init__()
-        self.net, self.hidden = net, net.hidden  # whose shapes change from step to step with "drop"
+        self.net, self.fixed_shapes = net, getattr(net, "fixed_shapes", True)  # what a Trainer asks
         self.register_buffer("classes", labels.unique() if labels.ndim == 1 else None)
         self.head = nn.Linear(net.z_dim, labels.shape[1] if self.classes is None else len(self.classes))
         nn.init.zeros_(self.head.weight)  # it depends on no random numbers then
@@ -390,6 +391,7 @@ class LabelLoss:
         recorded = masks.recorded(x)
         ratio, order = random.rows(len(x), lambda rows, generator: _draw(rows, x.shape[1], generator))
         logits = net(x, _uniform_masks(ratio, order, recorded))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # in bfloat16 weights would be rounded
         if self.weight is None:
             return LabelLossParts(F.cross_entropy(logits, y))
         known = (y >= 0).to(logits.dtype)

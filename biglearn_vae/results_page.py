@@ -254,8 +254,8 @@ def _probe(runs: Runs) -> str:
             rows.append([data, case, label, *cells])
     images = max(run["probe"]["train_images"] for run in own)
     text = (
-        f"Accuracy in % of a linear classifier on the mean of p(z | x_S), trained on {images:,} images, by share of\n"
-        "patches observed."
+        f"{_metric(own).capitalize()} of a linear classifier on the mean of p(z | x_S), trained on {images:,} images, "
+        "by share of\npatches observed."
     )
     if voters := {run["probe"]["settings"]["neighbours"] for run in own if "nearest" in run["probe"]}:
         count = " or ".join(map(str, sorted(voters)))
@@ -265,6 +265,11 @@ def _probe(runs: Runs) -> str:
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
         text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
+
+
+def _metric(runs: Runs) -> str:
+    """What was probed: accuracy of classes, balanced accuracy of attributes."""
+    return " or ".join(sorted({run["probe"]["metric"] for run in runs})) + " in %"
 
 
 def _tasks(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -313,11 +318,11 @@ def _nats(runs: Runs) -> str:
         errors = [nats["error"] for of_task in found for nats in of_task if nats]
         rows.append([data, case, method, *cells, f"{max(errors):.1f}"])
     text = (
-        "log p(hidden | observed) in nats an image under N(mu, variance I), the variance fitted on training images,\n"
-        "by annealed importance sampling: for a BigLearn-VAE in expectation a lower bound, for `vae` the difference\n"
-        "of two estimates, which may be too high. The error is the standard error of one image's estimate: the root\n"
-        "mean square over images, at its largest. It cannot exceed 1 (root 2 for a difference): near that, one sample\n"
-        "outweighs all others and the estimate is as far off as may be.\n"
+        "log p(hidden | observed) in nats an image under N(mu, variance I), the variance fitted on whole training\n"
+        "images, by annealed importance sampling: for a BigLearn-VAE in expectation a lower bound, for `vae` the\n"
+        "difference of two estimates, which may be too high. The error is the standard error of one image's estimate:\n"
+        "the root mean square over images, at its largest. It cannot exceed 1 (root 2 for a difference): near that,\n"
+        "one sample outweighs all others and the estimate is as far off as may be.\n"
     )
     return f"### Likelihood of the hidden part\n\n{text}\n" + table(["data", "case", "method", *tasks, "error"], rows)
 
@@ -448,7 +453,8 @@ def _consistency(runs: Runs) -> str:
     text = (
         "How far log p(x_A) + log p(x_B given x_A) is from log p(x_B) + log p(x_A given x_B), how much of that is the\n"
         "noise of estimation (its bias is not seen), and how far p(z given x_S) is from Bayes' posterior; over random\n"
-        "A, B and S. The last is a lower bound, and beyond a few nats one far below the truth, which ranks nothing.\n"
+        "A, B and S, under N(mu, beta I), whose variance is not that of the bounds above. The last is a lower bound,\n"
+        "and beyond a few nats one far below the truth, which ranks nothing.\n"
     )
     return f"### Consistency, in nats\n\n{text}\n" + table(head, rows) if rows else ""
 
@@ -638,7 +644,7 @@ def _plot_probe(axes, runs: Runs) -> None:
                 shares = [float(ratio) for ratio in scores[0]]
                 axes.plot(shares, mean, LINES.get(case, "-"), marker=marker, color=colour, label=label, linewidth=1.2)
     axes.set_xlabel("share of patches observed")
-    axes.set_ylabel("accuracy in %")
+    axes.set_ylabel(_metric(runs))
 
 
 def _plot_course(axes, runs: Sequence[dict[str, Any]], name: str) -> None:

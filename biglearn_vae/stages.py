@@ -303,8 +303,9 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
                 lines.append(f"  {head:<45}" + cells)
     if agreement:
         lines += [
-            "consistency: log p(a) + log p(b | a) and log p(b) + log p(a | b) differ by "
-            f"{agreement['order_gap']:.2f} nats, {agreement['order_noise']:.2f} of it by the noise of estimation;",
+            f"consistency, variance {agreement['variance']:.4g}: log p(a) + log p(b | a) and log p(b) + log p(a | b)",
+            f"  differ by {agreement['order_gap']:.2f} nats, {agreement['order_noise']:.2f} of it by the noise of "
+            "estimation;",
             f"  p(z | x_S) is at least {agreement['posterior_gap']:.2f} nats from the posterior of Bayes' rule "
             f"({agreement['effective_samples']:.0%} effective samples)",
         ]

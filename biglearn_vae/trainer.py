@@ -304,8 +304,8 @@ class Trainer:
             self._reported = tuple(state["reported"])
             self.precision = state.get("precision", "float32")
             self._forget_graph()  # which knows the moments that these took the place of
-        mean_step = self.world.mean(torch.tensor(float(self.step), device=self.world.device)).item()
-        if self.world.any(mean_step != self.step):
+        step = torch.tensor(self.step, dtype=torch.float64, device=self.world.device)  # whose sum is exact
+        if self.world.any(self.world.mean(step).item() != self.step):
             raise ValueError(f"the processes would go on from different steps: all must see the same {self.folder}")
         return self.step
 

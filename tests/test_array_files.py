@@ -30,10 +30,15 @@ def numbers(images: data.ImageSet, of: np.ndarray = GREY) -> list[int]:
     return [known[image.numpy().tobytes()] for image in images.pixels[:, 0]]
 
 
+def order(count: int) -> list[int]:
+    """In which the images of a part come."""
+    return data.shuffled(count, data.derive_seed("split", data.SPLIT_SEED)).tolist()
+
+
 def test_images_alone_are_split_by_their_order(tmp_path):
     splits = load(tmp_path, images=GREY, labels=CLASSES)
-    order = data.shuffled(40, data.derive_seed("split", data.SPLIT_SEED)).tolist()
-    expected = {"test": order[:4], "valid": order[4:8], "train": order[8:]}
+    order_of_all = order(40)
+    expected = {"test": order_of_all[:4], "valid": order_of_all[4:8], "train": order_of_all[8:]}
     for part, rows in expected.items():
         images = getattr(splits, part)
         assert numbers(images) == rows and images.labels.tolist() == CLASSES[rows].tolist()
@@ -47,10 +52,11 @@ def test_the_names_and_shapes_that_files_have(tmp_path):
     labels = dict(train_labels=CLASSES[:, None], val_labels=CLASSES[:12, None], test_labels=CLASSES[:5, None])
     splits = load(tmp_path, **parts, **labels)
     assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [40, 12, 5]
-    assert numbers(splits.train) == list(range(40)) and splits.train.labels.tolist() == CLASSES.tolist()
+    assert numbers(splits.train) == order(40) and splits.train.labels.tolist() == CLASSES[order(40)].tolist()
+    assert numbers(splits.test) == order(5) and splits.test.labels.tolist() == CLASSES[order(5)].tolist()
 
     splits = load(tmp_path, x_train=GREY[..., None], y_train=CLASSES, x_test=OTHER[:, None], y_test=CLASSES[:12])
-    assert numbers(splits.test) == list(range(12)) and len(splits.valid) == 4
+    assert numbers(splits.test) == order(12) and numbers(splits.valid) == order(40)[:4]
     assert sorted(numbers(splits.train) + numbers(splits.valid)) == list(range(40))
 
     np.save(tmp_path / "file.npy", GREY)
@@ -63,7 +69,7 @@ def test_the_names_and_shapes_that_files_have(tmp_path):
 
 
 def test_channels_and_sizes(tmp_path):
-    first = torch.from_numpy(COLOUR).permute(0, 3, 1, 2)
+    first = torch.from_numpy(COLOUR).permute(0, 3, 1, 2)[order(40)]
     parts = dict(train_images=COLOUR, test_images=COLOUR, valid_images=COLOUR)
     assert torch.equal(load(tmp_path, channels=3, **parts).train.pixels, first)
     moved = {name: np.moveaxis(array, -1, 1) for name, array in parts.items()}
@@ -93,8 +99,9 @@ def test_nan_was_never_recorded(tmp_path):
     lost = RANDOM.random((40, 8, 8)) < 0.2
     images[lost, RANDOM.integers(0, 3, lost.sum())] = np.nan  # in one channel
     splits = load(tmp_path, channels=3, train_images=images, valid_images=images[:9], test_images=COLOUR)
+    lost, pixels = lost[order(40)], COLOUR[order(40)]
     assert torch.equal(splits.train.recorded, torch.from_numpy(~lost)) and splits.test.recorded is None
-    found, expected = splits.train[:], torch.from_numpy(COLOUR).permute(0, 3, 1, 2).float() / 255
+    found, expected = splits.train[:], torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     assert torch.equal(found.isnan(), torch.from_numpy(lost)[:, None].expand_as(found))
     assert torch.equal(found.nan_to_num(0), expected.masked_fill(found.isnan(), 0))
     more = data.with_missing(splits, 0.5, (4, 4)).train.recorded
@@ -109,13 +116,13 @@ def test_labels_with_names_and_attributes(tmp_path):
     words = np.array(["dog", "ant", "cat", "cow"])[CLASSES]
     splits = load(tmp_path, train_images=GREY, train_labels=words, test_images=OTHER, test_labels=words[:12])
     assert splits.label_names == ("ant", "cat", "cow", "dog")
-    assert [splits.label_names[k] for k in splits.test.labels] == words[:12].tolist()
+    assert [splits.label_names[k] for k in splits.test.labels] == words[order(12)].tolist()
     assert load(tmp_path, images=GREY, labels=words.astype("S")).label_names == splits.label_names
     splits = load(tmp_path, images=GREY, labels=10 * CLASSES)
     assert splits.label_names == ("0", "10", "20", "30") and set(splits.train.labels.tolist()) == {0, 1, 2, 3}
     attributes = RANDOM.integers(-1, 2, (40, 5))
     splits = load(tmp_path, train_images=GREY, train_labels=attributes, test_images=OTHER, test_labels=attributes[:12])
-    assert splits.test.labels.tolist() == attributes[:12].tolist() and len(splits.label_names) == 5
+    assert splits.test.labels.tolist() == attributes[order(12)].tolist() and len(splits.label_names) == 5
 
 
 @pytest.mark.parametrize(
@@ -191,7 +198,7 @@ def test_text_of_bytes_and_of_characters_are_the_same_classes(tmp_path):
     words = np.array(["B\u00e4r", "ant"])[CLASSES % 2]
     coded = np.char.encode(words[:12], "utf-8")
     splits = load(tmp_path, train_images=GREY, train_labels=words, test_images=OTHER, test_labels=coded)
-    assert splits.label_names == ("B\u00e4r", "ant") and splits.test.labels.tolist() == (CLASSES[:12] % 2).tolist()
+    assert splits.label_names == ("B\u00e4r", "ant") and splits.test.labels.tolist() == (CLASSES[order(12)] % 2).tolist()
 
 
 def test_nan_in_every_patch(tmp_path):

@@ -487,6 +487,17 @@ def test_nearest_completion_of_incomplete_training_images():
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
+def test_what_no_training_image_has_is_completed_by_the_mean_of_all_numbers():
+    x, train, S = tokens(7, 0), tokens(12, 1), masks.random(7, 6, 0.5, seed=2)
+    train[:, 2] = math.nan
+    result, rest = evaluation.nearest_completion(x, S, train, 3), [0, 1, 3, 4, 5]
+    torch.testing.assert_close(result[:, 2], train.nanmean().expand_as(result[:, 2]))
+    others = S & (torch.arange(6) != 2)
+    expected = evaluation.nearest_completion(x[:, rest], others[:, rest], train[:, rest], 3)
+    seen = others.any(-1)
+    torch.testing.assert_close(result[seen][:, rest], expected[seen])
+
+
 def test_fitted_variance_is_the_mean_squared_error_of_what_was_recorded(vae):
     x, recorded = pictures(vae), masks.random(N, vae.num_tokens, 0.6, seed=9)
     value = evaluation.fit_variance(vae, spoil(vae, x, recorded), seed=4)

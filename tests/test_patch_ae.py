@@ -129,6 +129,23 @@ def test_the_loss_is_the_error_of_some_patches_of_each_image(net, share):
     torch.testing.assert_close(loss.scalars()["psnr"], -10 * expected.log10())
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_loss_leaves_out_patches_that_were_never_recorded(net, share):
+    x, lost = images(), torch.rand(5, 16, generator=torch.Generator().manual_seed(1)) < 0.6
+    lost[0] = True  # an image of which nothing was recorded
+    patches = Patchify(16, 4).cut(x)
+    spoiled = patches.masked_fill(lost[..., None, None, None] & (torch.arange(4) == 2), torch.nan)
+    loss = PatchAELoss(share)(net, spoiled, random=StepRandom.at(0, 0, World()))
+    order = torch.rand(5, 16, generator=torch.Generator().manual_seed(derive_seed("step", 0, 0))).argsort(-1)
+    chosen = [[k for k in order[row].tolist() if not lost[row, k]][: round(share * 16)] for row in range(5)]
+    known = torch.cat([patches[row, own] for row, own in enumerate(chosen)])
+    torch.testing.assert_close(loss.loss, (net(known) - known).square().mean())
+    loss.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    nothing = PatchAELoss(share)(net, torch.full_like(patches, torch.nan), random=StepRandom.at(0, 0, World()))
+    assert nothing.loss == 0
+
+
 def test_pixels_at_the_border_weigh_more(net):
     patches = Patchify(16, 4).cut(images())
     loss = PatchAELoss(1.0, border_weight=3.0)(net, patches, random=StepRandom.at(0, 0, World()))
@@ -205,6 +222,20 @@ def test_reconstruction_scores_against_a_loop(net):
             into += (pixels[:, :, :, i + 1] - pixels[:, :, :, i]).abs().flatten().tolist()
         expected = (sum(across) / len(across)) / (sum(inside) / len(inside))
         assert scores[name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_reconstruction_scores_leave_out_patches_that_were_never_recorded(net):
+    x = images(3)
+    whole = evaluation.reconstruction(net, x)
+    beside = torch.cat([x, torch.full_like(x, torch.nan)])  # of images of which nothing was recorded
+    assert evaluation.reconstruction(net, beside) == pytest.approx(whole, rel=1e-6)
+    x[:, :, 4:8, 8:12] = torch.nan
+    y = net.decode(net.encode(x))
+    known = ~x.isnan()
+    error = (y - x)[known].double().square().mean()
+    assert evaluation.reconstruction(net, x)["psnr"] == pytest.approx(-10 * error.log10().item())
+    x[:, :, 5, 9] = 0.5  # of a patch that has no code as a whole
+    assert evaluation.reconstruction(net, x)["psnr"] == pytest.approx(-10 * error.log10().item())
 
 
 # --- The program ---

@@ -393,6 +393,12 @@ def test_the_ceiling_learns_what_the_labels_say(single):
         assert result["ceiling"][0.5]["draws"][draw] == accuracy_score(test.labels, predicted)
 
 
+@pytest.mark.parametrize("hidden", ["mask", "drop"])
+def test_a_trainer_learns_from_the_ceiling_whether_its_shapes_change(hidden):
+    net = UniversalViT(grid=(2, 3), token_dim=12, dim=16, depth=2, z_dim=Z, heads=2, hidden=hidden)
+    assert probe.LabelledViT(net, torch.arange(3)).fixed_shapes == net.fixed_shapes == (hidden == "mask")
+
+
 def test_the_ceiling_repeats_for_a_seed(single):
     train = labelled(single, 200)
     weights = [

@@ -41,7 +41,7 @@ def run_numbers(method="biglearn_u", seed=0, elbo=-1.0, case="tiny") -> dict:
         },
         "probe": {
             "codes": {"1.0": {"mean": 0.9}, "0.1": {"mean": 0.65}},
-            **{"train_images": 5000, "settings": {"ceiling_steps": 200, "neighbours": 10}},
+            **{"metric": "accuracy", "train_images": 5000, "settings": {"ceiling_steps": 200, "neighbours": 10}},
         },
         "complete": {"tasks": tasks},
         "course": [{"step": 3, "seconds": 1.0, "loss": 2.5}],
@@ -71,6 +71,7 @@ def test_a_page_holds_its_numbers():
     assert "| digits | tiny | biglearn_u, one pass, a draw | 12.00 ± 0.00 |" in text
     assert "| digits | tiny | biglearn_u | cpu | 100 ± 0 | 2.00 ± 0.00 | 4.5 ± 0.0 | 2.500 |" in text
     assert "| digits | tiny | vae | 20.0 | 0.5 |" in text
+    assert "Accuracy in % of a linear classifier" in text
     assert "trained on 5,000 images" in text and "the same network, 200 steps on all training images" in text
     assert "(v) an epoch of `biglearn_u` against one of `vae` on cpu, digits tiny: 1.00 times as long" in text
 
