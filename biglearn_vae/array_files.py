@@ -152,6 +152,11 @@ def _pixels(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
     if array.dtype == np.bool_:
         return torch.from_numpy(array * np.uint8(255)), None
     if array.dtype == np.uint8:
+        if array.max() == 1:
+            raise ValueError(
+                f"{what} has no byte but 0 and 1, which would be black and all but black: images.astype(bool) makes "
+                "images of 0 and 1, 255 * images bytes of them"
+            )
         return torch.from_numpy(np.ascontiguousarray(array)), None
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(

@@ -190,8 +190,8 @@ class BigLearnVAE:
         return self.tokenizer.image_shape
 
     def pixel_mask(self, S: Tensor) -> Tensor:
-        """Patch masks (B, L) -> the same of pixels, (B, 1, H, W), on the model's device."""
-        return masks.to_pixels(S, self.grid, self.image_shape[1:]).unsqueeze(1).to(self.device)
+        """Patch masks (B, L) or (L,) -> the same of pixels, (B, 1, H, W) or (1, H, W), on the model's device."""
+        return masks.to_pixels(S, self.grid, self.image_shape[1:]).unsqueeze(-3).to(self.device)
 
     def observe(self, x: Tensor, S: Tensor | None = None) -> Observed:
         """What is observed of data, S being everything by default, as all other methods take it."""
@@ -321,7 +321,7 @@ class BigLearnVAE:
     def interpolate(self, x_a: Tensor, x_b: Tensor, steps: int = 9, S: Tensor | None = None) -> Tensor:
         """Images on the straight line from the code of x_a to that of x_b, the means of p(z | x).
 
-        Both are encoded whole, with S or without.
+        Both are encoded whole, with S or without; with S, what was never recorded of them (NaN) is left out.
 
         Args:
             steps: number of images, both ends among them; at least 2.
@@ -331,7 +331,8 @@ class BigLearnVAE:
             (steps, B, C, H, W), or (steps, C, H, W) for two single images.
         """
         steps = checks.whole_number("steps", steps, 2)
-        start, end = self.encode(x_a).mean, self.encode(x_b).mean
+        seen = (None if S is None else masks.recorded(self._tokens(x)[0]) for x in (x_a, x_b))
+        start, end = (self.encode(x, own).mean for x, own in zip((x_a, x_b), seen, strict=True))
         if start.shape != end.shape:
             raise ValueError(f"expected as many images at both ends, got {tuple(x_a.shape)} and {tuple(x_b.shape)}")
         weights = torch.linspace(0, 1, steps, device=start.device).to(start)

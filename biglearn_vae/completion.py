@@ -228,6 +228,13 @@ def table(result: dict[str, Any]) -> str:
     for label, values in rows.items():
         cells = (f"{values[task]:.2f}" if task in values else "" for task in tasks)
         lines.append(f"  {label:<46}" + "".join(f"{cell:>9}" for cell in cells))
+    nats = {task: found["nats"] for task, found in tasks.items() if "nats" in found}
+    if nats:
+        some = next(iter(nats.values()))
+        label = f"log p(hidden | observed) in nats, {some['images']} images"
+        cells = "".join(f"{nats[task]['mean']:.1f}".rjust(9) if task in nats else " " * 9 for task in tasks)
+        lines.append(f"  {label:<46}{cells}")
+        lines.append(f"  under N(mu, {some['variance']:.4g} I), the variance fitted on training images")
     return "\n".join(lines)
 
 

@@ -58,8 +58,10 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     """The settings that these command-line overrides give: compose(["case=case1", "data=mnist"]).
 
     Raises:
-        ValueError: see `check`.
+        ValueError: see `check`, and for a text in place of a list of words.
     """
+    if isinstance(overrides, str):
+        raise ValueError(f"expected a list of settings, such as {overrides.split()}, got the text {overrides!r}")
     check(overrides, config_name)
     return _compose(overrides, config_name)
 
@@ -582,8 +584,9 @@ def saved(run: str | Path) -> "DictConfig":
                 f"{run} is a file, and the folder of a run is needed: a saved model has neither settings nor data, and "
                 "blv.load takes it in Python"
             ) from None
-        near = list(dict.fromkeys(str(p.parent) for at in where for p in sorted(at.glob(f"*/{CONFIG_FILE}"))))[:5]
-        hint = f" There are {', '.join(near)}." if near else " Train one with scripts/train.py."
+        near = list(dict.fromkeys(str(p.parent) for at in where for p in sorted(at.glob(f"*/{CONFIG_FILE}"))))
+        more = f" and {len(near) - 5} more" if len(near) > 5 else ""
+        hint = f" There are {', '.join(near[:5])}{more}." if near else " Train one with scripts/train.py."
         raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}") from None
     except Exception as error:  # of YAML, of OmegaConf
         kept = any((path.parent / "checkpoints").glob("*.pt"))

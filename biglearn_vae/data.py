@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class ImageSet:
         recorded: boolean (N, rows, columns), which cells of a grid on each image were ever recorded, or None for all.
 
     Raises:
-        ValueError: for pixels of another type or number of axes, and labels or `recorded` of other images.
+        ValueError: for pixels of another type or number of axes, labels that are no whole numbers, and labels or
+            `recorded` of other images.
     """
 
     pixels: Tensor
@@ -49,6 +50,11 @@ class ImageSet:
         for name, part in (("labels", self.labels), ("recorded", self.recorded)):
             if part is not None and (not isinstance(part, Tensor) or len(part) != len(self.pixels)):
                 raise ValueError(f"expected {name} of the {len(self.pixels)} images, got {checks.described(part)}")
+        if self.labels is not None and (self.labels.is_floating_point() or self.labels.ndim not in (1, 2)):
+            raise ValueError(
+                "expected labels as whole numbers, classes (N,) or attributes (N, A), got "
+                f"{checks.described(self.labels)}: labels.long() makes whole numbers"
+            )
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -70,11 +76,14 @@ class ImageSet:
         """Where the pixels are."""
         return self.pixels.device
 
-    def select(self, index: Tensor | slice) -> "ImageSet":
-        """The set of these images alone: a view of it for a slice, a copy for a tensor of positions, (B,).
+    def select(self, index: Tensor | slice | Sequence[int]) -> "ImageSet":
+        """The set of these images alone: a view of it for a slice, a copy for positions, (B,), or for a mask (N,).
 
         Positions may repeat. Still bytes, so `images.select(index).to(device)[:]` makes floats on the device.
         """
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index)
+            index = index.nonzero().flatten() if index.dtype == torch.bool else index
         parts = (self.pixels, self.labels, self.recorded)
         return ImageSet(*(None if part is None else _rows(part, index) for part in parts))
 
@@ -198,6 +207,8 @@ class Batches:
         world: World | None = None,
         transform: Callable | None = None,
     ):
+        if not isinstance(images, ImageSet):
+            raise ValueError(f"expected an ImageSet to make batches of, got {checks.described(images)}")
         world = world or World(device=images.device)
         if not len(images):
             raise ValueError("expected at least one image to make batches of, got none")
@@ -529,16 +540,21 @@ def image_folder(
     laid on white. If every image lies in a subfolder, the first-level subfolders, in the order of their names, are the
     classes. The split depends on the sorted relative paths alone. If the first-level subfolders are `train`, `test` and
     perhaps `valid` (or `val`), they are the split, a tenth of `train` being validation images if there are none, and
-    those in them the classes. Files that cannot be read are named in a warning, skipped and counted.
+    those in them the classes; images beside them are not taken. These and files that cannot be read are named in a
+    warning, skipped and counted; hidden files and folders (.NAME) are left alone.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
     """
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: point data.root at a folder of images")
-    sizes = {name: size for name, size in image_files.scan(root, deep=True).items() if image_files.is_image(name)}
+    scanned = image_files.scan(root, deep=True).items()
+    sizes = {name: size for name, size in scanned if image_files.is_image(name) and "/." not in f"/{name}"}
     names = sorted(sizes, key=lambda name: name.split("/"))
-    order, own = shuffled(len(names), derive_seed("split", SPLIT_SEED)), _own_parts(names)
+    own = _own_parts(names)
+    note = _doubts(names, own, root)
+    names = [name for name in names if name in own] if own else names
+    order = shuffled(len(names), derive_seed("split", SPLIT_SEED))
     ordered = sorted((names[i] for i in order), key=lambda name: PARTS[::-1].index(own.get(name, "train")))
     files = image_files.Files(root, {name: sizes[name] for name in ordered})
     decoded = image_files.read(files, image_files.Recipe(image_size, channels, crop), cache, "image_folder")
@@ -553,7 +569,28 @@ def image_folder(
     if min(counts.values()) < 1:
         raise ValueError(f"{root} holds {counts} readable images by part: at least one of each is needed")
     labels, classes = _classes([name.partition("/")[2] if own else name for name in decoded.names])
-    return Splits(**_cut(decoded.pixels, labels, counts), note=decoded.note, label_names=classes)
+    note = "; ".join(filter(None, (note, decoded.note)))
+    return Splits(**_cut(decoded.pixels, labels, counts), note=note, label_names=classes)
+
+
+def _doubts(names: list[str], own: dict[str, str], root: Path) -> str:
+    """What speaks against the split or the classes that a folder seems to have, also as a warning; else nothing."""
+    inside = [name.partition("/")[2] for name in own] if own else names
+    loose = [name for name in inside if "/" not in name]
+    first = {name.partition("/")[0] for name in names if "/" in name}
+    notes = []
+    if apart := [name for name in names if own and name not in own]:
+        notes += [f"{len(apart)} images of {root} are in none of its parts and not taken, such as {apart[0]}"]
+    if not own and {"train", "test"} <= (lower := {folder.lower() for folder in first}):
+        other = min(lower - set(_PART_OF))
+        notes += [f"train and test in {root} are taken as classes and not as a split, as there is {other} beside them"]
+    if 0 < len(loose) < len(inside):
+        notes += [
+            f"{len(loose)} images of {root} are in no folder of a class, such as {loose[0]}: there are no classes"
+        ]
+    for note in notes:
+        checks.warn(note)
+    return "; ".join(notes)
 
 
 def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
@@ -578,6 +615,9 @@ def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
                 f"{root}: images with NaN, never recorded, cannot be resized from {height} x {width} pixels: {hint}"
                 f"make them {image_size} x {image_size} pixels"
             )
+        height, width = arrays.pixels.shape[-2:]
+        if height != width:
+            checks.warn(f"{root}: of images of {height} x {width} pixels the square in the middle is taken")
         sets[part] = ImageSet(_sized(arrays.pixels, image_size, channels), arrays.labels, arrays.recorded)
     if content.note:
         checks.warn(content.note)
@@ -599,13 +639,14 @@ def _all_parts(sets: dict[str, ImageSet], root: Path) -> dict[str, ImageSet]:
     return {part: cut[part] for part in PARTS}
 
 
+_PART_OF = {word: part for part, words in array_files.PART_WORDS.items() for word in words}  # of names of folders
+
+
 def _own_parts(names: list[str]) -> dict[str, str]:
-    """The part of each image, if the first-level subfolders are the parts of a split; nothing if they aren't."""
-    words = {word: part for part, words in array_files.PART_WORDS.items() for word in words}
-    folders = {name: name.partition("/")[0] for name in names if "/" in name}
-    if len(folders) < len(names) or not {"train", "test"} <= set(folders.values()) <= words.keys():
-        return {}
-    return {name: words[folder] for name, folder in folders.items()}
+    """The part of each image in a folder, if the first-level ones are the parts of a split; nothing if they aren't."""
+    own = {name: _PART_OF.get(name.partition("/")[0].lower(), "") for name in names if "/" in name}
+    found = set(own.values())
+    return own if {"train", "test"} <= found and "" not in found else {}
 
 
 def _classes(names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:

@@ -44,7 +44,7 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
     Returns:
         elbo, reconstruction and kl per image, without the constant of N(mu, I), the KL not weighted by beta; and
-        elbo_nats, with the constant.
+        elbo_nats, with the constant. Images of which nothing was recorded do not count.
     """
     random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
     loss, found = copy.copy(loss), []
@@ -58,7 +58,9 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
 
 def _mean(parts: Sequence[ELBO], name: str) -> float:
-    return torch.cat([getattr(part, name) for part in parts]).double().mean().item()
+    """Over the images of which something was asked for."""
+    values, counts = (torch.cat([getattr(part, of) for part in parts]) for of in (name, "num_targets"))
+    return values[counts > 0].double().mean().item()
 
 
 def inpainting_psnr(

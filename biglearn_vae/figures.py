@@ -234,7 +234,9 @@ def combination(
 def _combined(vae: BigLearnVAE, first, second, names: Sequence[str], seed: int) -> Columns:
     """Columns: two observations (x, S) and both together, each with a completion."""
     columns = []
-    for name, (x, S) in zip(names, (first, second, vae.combine(first, second)), strict=True):
+    x, S = vae.combine(first, second)
+    both = torch.where(first[0].isnan() & second[0].isnan(), torch.nan, x), S
+    for name, (x, S) in zip(names, (first, second, both), strict=True):
         columns += [(name, see(vae, x, S)), ("completed", rgb(vae.inpaint(x, S, seed=seed)))]
     return columns
 

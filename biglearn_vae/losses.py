@@ -230,7 +230,11 @@ def _drawn(sampler: Masks, x: Tensor, recorded: Tensor, random: StepRandom) -> t
     if type(sampler).__call__ is MaskSampler.__call__:
         ratios = random.rows(len(x), lambda rows, generator: sampler.draw(rows, x.shape[1], generator))
         return sampler.assign(*ratios, recorded)
-    S, T = random.rows(len(x), lambda rows, generator: sampler(rows, x.shape[1], generator))
+    drawn = random.rows(len(x), lambda rows, generator: sampler(rows, x.shape[1], generator))
+    if not isinstance(drawn, tuple | list) or len(drawn) != 2:
+        what = f"{len(drawn)} things" if isinstance(drawn, tuple | list) else checks.described(drawn)
+        raise ValueError(f"expected masks to draw two, (S, T), got {what}")
+    S, T = drawn
     _check_masks(S, T, torch.ones_like(recorded), values=not x.is_cuda and not torch.compiler.is_compiling())
     return S, T
 

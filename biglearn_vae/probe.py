@@ -519,7 +519,7 @@ def linear_probe(
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
     draws = checks.whole_number("draws", draws, 1)
-    raw, votes, votes_over_pixels = _floors(vae, raw, neighbours)
+    raw, votes, votes_over_pixels = _floors(vae, raw, neighbours, len(train))
     costly = isinstance(vae.tokenizer, PatchAE)  # plain patches are cut in no time, and travel to a GPU as bytes
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
     plain = _without_equal_channels(train, test) if raw or votes_over_pixels else ()
@@ -569,13 +569,13 @@ def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: ImageSet, r
     return torch.cat([ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, images, ratio, seed)])
 
 
-def _floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None) -> tuple[bool, int, int]:
+def _floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None, images: int) -> tuple[bool, int, int]:
     """Whether raw pixels are probed, how many neighbours vote by codes, and how many over pixels.
 
     Codes are compared in no time, images over the pixels of each mask are not.
     """
     raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw
-    votes = NEIGHBOURS if neighbours is None else checks.whole_number("neighbours", neighbours, 0)
+    votes = min(NEIGHBOURS if neighbours is None else checks.whole_number("neighbours", neighbours, 0), images)
     return raw, votes, votes if raw or neighbours is not None else 0
 
 

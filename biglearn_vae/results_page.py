@@ -30,8 +30,8 @@ DRAWS = ("a draw", "mean", "diversity", "seconds", "on")
 DRAWS_TEXT = "PSNR in dB; diversity is the standard deviation between draws, seconds are of all images and draws."
 HEAD = """# Results
 
-Made by `python scripts/reproduce.py` from the files in `runs/`; the test suite fails if they disagree. How the settings
-were chosen is in `choices.md`.
+Made by `python scripts/reproduce.py` from the files in `runs/`. How the settings of the library's presets were chosen,
+and what their numbers say, is in `results/choices.md` of its repository.
 """
 
 
@@ -436,7 +436,7 @@ def _bounds(runs: Runs) -> str:
         "bounds (annealed, where there are steps of it), samples drawn from p(z | all that is given or asked\n"
         "for): of whole images, of a random half of the patches, and of the other half given that one, which the\n"
         "network of `vae` was never trained for. How far a bound is below the likelihood differs between methods\n"
-        '(`choices.md`, "One pass or several").\n'
+        '(`results/choices.md` of the library, "One pass or several").\n'
     )
     head = ["data", "case", "method", "images", "samples", "annealing steps", "variance", *BOUNDS.values()]
     return f"### Bounds on log-likelihoods\n\n{text}\n" + table(head, rows) if rows else ""

@@ -36,12 +36,19 @@ def name_of(cfg: "DictConfig", overrides: Sequence[str]) -> str:
         if not name.strip(". /") or ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(f"name must be that of a folder in output_dir, got {name!r}: output_dir= says where")
         return name
-    extra = [o for o in overrides if not _is_free(key := o.lstrip("+~").split("=")[0]) and key not in IN_NAME]
+    words = (_canonical(override) for override in config.parsed(overrides))
+    extra = [word for word in words if not _is_free(key := word.lstrip("+~").split("=")[0]) and key not in IN_NAME]
     tag, case = "-".join(sorted(extra)), cfg.case.name if "case" in cfg else None
     if len(tag) > 120:  # file systems take names of 255 characters at most
         tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
     name = "-".join(filter(None, (config.data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)))
     return re.sub(r"[^\w.-]+", "-", name).strip("-")  # what a shell and Hydra take without quotes
+
+
+def _canonical(override: "Override") -> str:
+    """A setting as a sweep writes it, whose jobs have 0.001 for 1e-3."""
+    name, given, _ = (override.input_line or "").partition("=")
+    return f"{name}={override.get_value_element_as_str()}" if given else name
 
 
 def _is_free(key: str) -> bool:

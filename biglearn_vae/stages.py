@@ -14,7 +14,7 @@ from biglearn_vae import checkpoint, config, evaluation, runs, samples
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Splits, parts
-from biglearn_vae.files import write_text
+from biglearn_vae.files import read_json, write_text
 from biglearn_vae.loggers import Pictures
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.patch_ae import PatchAE
@@ -101,6 +101,9 @@ class VAEStage:
     def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
         vae, state, _ = runs.load_with_state(run, str(self.device), "best")
         measured = measure(vae, self.loss, splits, self.cfg.evaluation)
+        if read_json(run / runs.FILES["train"]).get("best_step") != state["step"]:  # others are of an older network
+            for path in (run / FIGURES_PAGE).parent.glob("*.png"):
+                path.unlink()
         draw(vae, splits, run, FIRST_FIGURES)
         return state["step"], measured
 
@@ -231,6 +234,7 @@ def draw(
         delta: of the decoding sensitivity.
     """
     some = splits.test.select(slice(1000))
+    some = some.select(some.recorded_patches(vae.grid).any(-1).nonzero().flatten())
     shown, labels = some[:], some.labels
     if labels is not None and labels.ndim > 1:  # attributes, not classes
         labels = None
@@ -261,6 +265,8 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
         "metrics.jsonl": "the course of training",
         "checkpoints/best.pt": "the model",
     }
+    after = ("evaluate", "figures") if file == "summary.json" else ("complete", "probe", "figures")
+    scripts = [f"python scripts/{name}.py {shlex.quote(f'run={run}')}" for name in after]
     return "\n".join(
         [
             *_head(result),
@@ -275,8 +281,8 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
             *samples.table(result.get("passes", {}).get("scores", {})),
             *_files(files, run),
             "",
-            f"next: python scripts/evaluate.py {shlex.quote(f'run={run}')}",
-            f"      python scripts/figures.py {shlex.quote(f'run={run}')}",
+            f"next: {scripts[0]}",
+            *(f"      {script}" for script in scripts[1:]),
             f"      tensorboard --logdir {shlex.quote(str(run.parent))}",
             f'      in Python: import biglearn_vae as blv; vae = blv.load("{run}")',
         ]

@@ -131,6 +131,12 @@ class Interruption:
             signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
 
 
+def _checked_folder(folder: str | Path | None) -> Path | None:
+    if folder is not None and Path(folder).is_file():
+        raise ValueError(f"folder must be one for checkpoints, {folder} is a file")
+    return None if folder is None else Path(folder)
+
+
 def _check(net: nn.Module, optim: Any, batches: Any, counts: dict[str, int]) -> None:
     """Raise a ValueError for what a trainer cannot be made of."""
     if not any(parameter.requires_grad for parameter in net.parameters()):
@@ -218,7 +224,7 @@ class Trainer:
         _check(net, optim, batches, dict(steps=steps, accumulate=accumulate, **intervals))
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
         self.steps, self.seed, self.monitor = steps, seed, monitor
-        self.folder = None if folder is None else Path(folder)
+        self.folder = _checked_folder(folder)
         self.world, self.metadata = world or World(), metadata or {}
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
@@ -521,6 +527,11 @@ class Trainer:
             if self.monitor not in numbers:
                 raise ValueError(f"monitor must be one of {', '.join(numbers)}, got {self.monitor!r}")
             value = numbers[self.monitor]
+            if math.isnan(value) and all(part.isfinite().all() for part in self._pending):  # else the loss says why
+                raise TrainingError(
+                    f"{self.monitor}, which says what checkpoint is the best, is NaN at step {self.step}: what "
+                    f"evaluate gave is {numbers}"
+                )
             if value > self.best and self.folder is not None:
                 self.best = value
                 state = {

@@ -79,7 +79,8 @@ def test_channels_and_sizes(tmp_path):
     grey = load(tmp_path, channels=3, images=GREY).train.pixels
     assert grey.shape == (32, 3, 8, 8) and (grey == grey[:, :1]).all()
     wide = np.pad(GREY, ((0, 0), (0, 0), (3, 4)))  # whose middle they are
-    assert torch.equal(load(tmp_path, images=wide).train.pixels, load(tmp_path, images=GREY).train.pixels)
+    with pytest.warns(UserWarning, match="of images of 8 x 15 pixels the square in the middle is taken"):
+        assert torch.equal(load(tmp_path, images=wide).train.pixels, load(tmp_path, images=GREY).train.pixels)
     flat = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None], (40, 12, 12))
     smaller = load(tmp_path, size=4, images=flat).train.pixels
     assert smaller.shape == (32, 1, 4, 4) and (smaller == smaller[..., :1, :1]).all()
@@ -134,6 +135,7 @@ def test_labels_with_names_and_attributes(tmp_path):
         (dict(train_images=GREY), "holds train_images: expected images called"),
         (dict(), "holds nothing: expected"),
         (dict(images=GREY[0]), r"images has the shape \(8, 8\): expected images \(N, H, W\), \(N, H, W, C\)"),
+        (dict(images=(GREY > 99).astype(np.uint8)), "has no byte but 0 and 1.*images.astype\\(bool\\)"),
         (dict(images=np.zeros((4, 8, 8, 4), np.uint8)), r"has the shape \(4, 8, 8, 4\)"),
         (dict(images=GREY[:0]), r"has the shape \(0, 8, 8\)"),
         (dict(images=GREY[:2]), "holds 2 images to train with, at least 3 are needed"),
@@ -198,7 +200,9 @@ def test_text_of_bytes_and_of_characters_are_the_same_classes(tmp_path):
     words = np.array(["B\u00e4r", "ant"])[CLASSES % 2]
     coded = np.char.encode(words[:12], "utf-8")
     splits = load(tmp_path, train_images=GREY, train_labels=words, test_images=OTHER, test_labels=coded)
-    assert splits.label_names == ("B\u00e4r", "ant") and splits.test.labels.tolist() == (CLASSES[order(12)] % 2).tolist()
+    assert (
+        splits.label_names == ("B\u00e4r", "ant") and splits.test.labels.tolist() == (CLASSES[order(12)] % 2).tolist()
+    )
 
 
 def test_nan_in_every_patch(tmp_path):

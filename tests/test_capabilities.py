@@ -349,6 +349,21 @@ def test_interpolate_by_its_formula(vae, steps):
     close(vae.interpolate(b, a, steps), free.flip(0))
 
 
+def test_interpolation_from_parts_leaves_out_what_was_never_recorded(vae):
+    a, b, S = pictures(vae), pictures(vae, seed=1), some(vae)
+    other = S.roll(1, -1)
+    lost = [torch.where(vae.pixel_mask(mask), x, torch.nan) for x, mask in ((a, S), (b, other))]
+    start, end = vae.encode(a, S).mean, vae.encode(b, other).mean
+    path = torch.lerp(start, end, torch.tensor([0.0, 0.5, 1.0]).view(-1, 1, 1))
+    close(vae.interpolate(*lost, 3, S), vae.decode(path, a, S))
+
+
+def test_the_pixel_mask_of_one_image(vae):
+    S = some(vae)
+    one = vae.pixel_mask(S[1])
+    assert one.shape == (1, *vae.image_shape[1:]) and one.equal(vae.pixel_mask(S)[1])
+
+
 @pytest.mark.parametrize("delta", [5.0, -2, [1.5, -3.0, 0.5], torch.tensor([1.5, -3.0, 0.5])])
 @pytest.mark.parametrize("dims", [[2, 0, 2], torch.tensor([2, 0, 1])])
 def test_decoding_sensitivity_by_its_formula(vae, dims, delta):

@@ -78,6 +78,9 @@ def test_log_likelihoods_are_annealed_ones(prior):
         rows, nats = slice(3 * k, 3 * k + 3), found[str(task)]["nats"]
         assert nats["images"] == 3 and nats["mean"] == pytest.approx(expected.nats[rows].mean().item())
         assert nats["error"] == pytest.approx(expected.error[rows].square().mean().sqrt().item())
+    text = completion.table({"name": "run", "images": N, "split": "test", "tasks": found})
+    cells = "".join(f"{found[str(task)]['nats']['mean']:.1f}".rjust(9) for task in observed)
+    assert "log p(hidden | observed) in nats, 3 images".ljust(46) + cells in text
 
 
 @pytest.mark.parametrize("prior", ["learned", "standard"])

@@ -285,3 +285,8 @@ def test_a_launcher_is_there_or_has_an_extra(launcher, extra):
     with pytest.raises(ValueError) as caught:
         config.check(words, sweep=True)
     assert f"got '{launcher}': pip install -e '.[{extra}]' adds it" in str(caught.value)
+
+
+def test_settings_in_one_text_are_refused():
+    with pytest.raises(ValueError, match=r"expected a list of settings, such as \['case=case1'\], got the text"):
+        config.compose("case=case1")

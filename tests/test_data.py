@@ -611,8 +611,15 @@ def test_subfolders_are_classes(tmp_path):
 def test_no_classes_if_an_image_lies_at_the_top(tmp_path):
     write_greys(tmp_path / "cat", 5)
     write_greys(tmp_path, 1, first=9)
-    splits = data.load("image_folder", str(tmp_path), image_size=4)
-    assert all(part.labels is None for part in parts(splits)) and splits.label_names == ()
+    with pytest.warns(
+        UserWarning, match=r"1 images of .* in no folder of a class, such as 009.png: there are no classes"
+    ):
+        splits = data.load("image_folder", str(tmp_path), image_size=4)
+    assert (
+        "no folder of a class" in splits.note
+        and all(part.labels is None for part in parts(splits))
+        and splits.label_names == ()
+    )
     assert len(all_pixels(splits)) == 6
 
 
@@ -635,6 +642,23 @@ def test_subfolders_that_are_a_split_are_that_split(tmp_path, valid):
     assert splits.label_names == ("cat", "dog")
 
 
+def test_a_split_is_not_given_up_for_what_lies_beside_it(tmp_path):
+    for folder, first in (
+        ("Train/dog", 0),
+        ("Train/cat", 50),
+        ("TEST/dog", 100),
+        (".thumbs", 200),
+        ("Train/.old", 210),
+    ):
+        write_greys(tmp_path / folder, 10, first)
+    write_greys(tmp_path, 1, first=250)
+    with pytest.warns(UserWarning, match=r"1 images of .* in none of its parts and not taken, such as 250.png"):
+        splits = data.load("image_folder", str(tmp_path), image_size=4)
+    assert set(levels(splits.test)) == {*range(100, 110)} and splits.label_names == ("cat", "dog")
+    assert {*levels(splits.train), *levels(splits.valid)} == {*range(10), *range(50, 60)}
+    assert "250.png" in splits.note
+
+
 def test_a_split_of_which_a_part_cannot_be_read_is_refused(tmp_path):
     write_greys(tmp_path / "train", 30)
     (tmp_path / "test").mkdir()
@@ -646,7 +670,8 @@ def test_a_split_of_which_a_part_cannot_be_read_is_refused(tmp_path):
 def test_other_subfolders_beside_those_of_a_split_are_classes(tmp_path):
     for folder in ("train", "test", "bus"):
         write_greys(tmp_path / folder, 10)
-    splits = data.load("image_folder", str(tmp_path), image_size=4)
+    with pytest.warns(UserWarning, match=r"train and test in .* are taken as classes .* there is bus beside them"):
+        splits = data.load("image_folder", str(tmp_path), image_size=4)
     assert [len(part) for part in parts(splits)] == [24, 3, 3] and set(splits.train.labels.tolist()) == {0, 1, 2}
 
 
@@ -820,3 +845,13 @@ def test_real_mnist_splits_are_the_official_images(real_data):
     splits = data.load(name, image_size=28, channels=1)
     assert ours(splits.train, splits.valid) == official("train")
     assert ours(splits.test) == official("t10k")
+
+
+def test_positions_may_be_a_list_or_a_mask_and_labels_are_whole_numbers():
+    images = ImageSet(torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1), labels=torch.arange(5))
+    for index in ([3, 0], torch.tensor([3, 0]), torch.arange(5) % 3 == 0):
+        assert sorted(images.select(index).labels.tolist()) == [0, 3]
+    with pytest.raises(ValueError, match=r"expected labels as whole numbers.*torch\.float32"):
+        ImageSet(images.pixels, labels=torch.rand(5))
+    with pytest.raises(ValueError, match="expected an ImageSet to make batches of, got"):
+        Batches(images[:], 2)

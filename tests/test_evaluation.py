@@ -18,7 +18,7 @@ from biglearn_vae import (
     evaluation,
     masks,
 )
-from biglearn_vae.distributed import derive_seed
+from biglearn_vae.distributed import StepRandom, derive_seed
 
 N, Z = 6, 3
 
@@ -465,6 +465,19 @@ def test_elbo_of_incomplete_images_is_that_of_what_was_recorded(vae):
     nothing = torch.zeros_like(recorded)
     expected = direct_elbo(vae, vae.tokenizer.encode(x), nothing, recorded, noise, 0.3, "learned")
     assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_of_which_nothing_was_recorded_are_no_perfect_ones(vae):
+    x = pictures(vae)
+    x[1::2] = torch.nan
+    for joint in (True, False):
+        found = evaluation.elbo(vae, x, BigLearnELBO(0.3), joint, seed=2)
+        random = StepRandom(torch.Generator().manual_seed(2))
+        tokens, S = vae.tokenizer.encode(x), torch.zeros(N, vae.num_tokens, dtype=torch.bool)
+        masks_given = (S, ~S) if joint else (None, None)
+        each = BigLearnELBO(0.3)(vae.net, tokens, *masks_given, random=random)
+        assert found["elbo"] == pytest.approx(each.elbo[::2].double().mean().item())
+        assert found["elbo_nats"] == pytest.approx(each.elbo_nats[::2].double().mean().item())
 
 
 def slow_nearest_of_incomplete(x: Tensor, S: Tensor, train: Tensor, neighbours: int) -> Tensor:

@@ -288,6 +288,16 @@ def test_combination_takes_the_union(draw):
     assert not seen[0][:, 4:].any() and not seen[1][:, :4].any()
 
 
+def test_combination_shows_what_was_never_recorded(draw):
+    vae = make()
+    x = pictures(vae, 2)
+    x[:, :, 2:6, 2:6] = torch.nan
+    drawn = draw(figures.combination, vae, x, rows=1, seed=5)
+    for block, name in ((0, "both parts"), (1, "both")):
+        lost = is_colour(drawn.column(name, block), figures.MISSING)
+        assert lost[:, 2:6, 2:6].all() and lost.sum() == 16
+
+
 def test_decoding_sensitivity(draw):
     vae = make(z_dim=5)
     x, ratios = pictures(vae), (0.1, 0.5)

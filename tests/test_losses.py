@@ -227,6 +227,15 @@ class Stripes(MaskSampler):
         return S, ~S
 
 
+def test_masks_that_are_not_two(tiny_net):
+    for masks, got in (
+        (lambda rows, count, generator: torch.ones(rows, count) > 0, "torch.bool"),
+        (lambda *_: (), "0"),
+    ):
+        with pytest.raises(ValueError, match=rf"expected masks to draw two, \(S, T\), got {got}"):
+            BigLearnELBO(BETA, masks)(tiny_net, data()[0], random=StepRandom.at(0, 3, World()))
+
+
 @pytest.mark.parametrize("objective", [lambda masks: BigLearnELBO(BETA, masks), InpaintingRegression])
 @pytest.mark.parametrize("masks", [Stripes(), Stripes().__call__], ids=["subclass", "function"])
 def test_masks_may_be_drawn_by_any_function(tiny_net, objective, masks):

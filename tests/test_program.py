@@ -76,7 +76,9 @@ def test_other_data_under_the_same_name_is_refused(here, monkeypatch, capsys):
 
 def test_more_steps_continue_and_other_settings_are_refused(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "name=run") == 0
-    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
+    (older := here / "outputs/run/figures/interpolation.png").write_bytes(b"of the network of 24 steps")
+    assert run_here(monkeypatch, *SMALL, "name=run", "evaluation.draws=3") == 0 and older.exists()
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0 and not older.exists()
     assert "going on with outputs/run" in capsys.readouterr().out
     summary = json.loads((here / "outputs/run/summary.json").read_text())
     assert summary["steps"] == 30 and summary["epochs"] == 30 * 16 / 1200

@@ -17,7 +17,8 @@ def test_run_names():
 
     assert name() == "digits-tiny-biglearn_u-seed0"
     assert name("case=case4", "data=mnist", "data.root=/somewhere", "trainer.steps=9") == "mnist-case4-biglearn_u-seed0"
-    assert name("method=vae", "seed=3", "optim.lr=1e-4") == "digits-tiny-vae-seed3-optim.lr-1e-4"
+    assert name("method=vae", "seed=3", "optim.lr=1e-3") == "digits-tiny-vae-seed3-optim.lr-0.001"
+    assert name("method=vae", "seed=3", "optim.lr=0.0010") == "digits-tiny-vae-seed3-optim.lr-0.001"  # as in a sweep
     assert name("trainer.cuda_graph=false", "trainer.compile=true", "device=cpu") == "digits-tiny-biglearn_u-seed0"
     assert name("name=mine", "optim.lr=1e-4") == "mine"
     assert name("data=image_folder", "data.root=/pictures/cats") == "cats-tiny-biglearn_u-seed0"

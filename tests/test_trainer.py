@@ -530,3 +530,13 @@ def test_a_compiled_network_trains_the_same_and_is_compiled_once(monkeypatch):
     assert first == [0, 1]  # all passes and the ELBO are one graph
     assert graphs == [0, 0]  # and nothing is compiled after the first step
     assert steps[True] == pytest.approx(steps[False], rel=1e-4) and len(steps[True]) == 5
+
+
+def test_a_number_that_cannot_choose_a_checkpoint_ends_the_training(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.evaluate = lambda net: ({"valid/elbo": math.nan}, {})
+    with pytest.raises(TrainingError, match="valid/elbo, which says what checkpoint is the best, is NaN at step 0"):
+        trainer.fit()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"folder must be one for checkpoints, .*file is a file"):
+        make_trainer(tmp_path / "file")
