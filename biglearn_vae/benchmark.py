@@ -209,8 +209,8 @@ def load_images(settings: dict[str, Any], batch_size: int, stand_ins: bool = Tru
     except ValueError:
         if name not in STAND_INS or not stand_ins:
             raise
-    count, size = max(STAND_INS[name], batch_size), settings["image_size"]
-    noise = torch.randint(256, (count, 1, size, size), dtype=torch.uint8)
+    count, size = max(STAND_INS[name], batch_size), checks.height_and_width("data.image_size", settings["image_size"])
+    noise = torch.randint(256, (count, 1, *size), dtype=torch.uint8)
     images = ImageSet(noise.expand(-1, settings["channels"], -1, -1))
     sources = images.pixels
     if name in SOURCES:

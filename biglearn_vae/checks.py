@@ -31,6 +31,15 @@ def whole_numbers(values: Any, least: int) -> list[int]:
         return []
 
 
+def height_and_width(name: str, size: Any) -> tuple[int, int]:
+    """Height and width of one whole number for both, or of two; a ValueError if it is neither."""
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be one whole number or two, height and width, got {size!r}")
+    height, width = (whole_number(name, side) for side in sides)
+    return height, width
+
+
 def real_number(name: str, value: Any, interval: str, hint: str = "") -> float:
     """A number of any type as a float; a ValueError unless it is one in an interval, such as "[0, 1)" or "(0, inf)"."""
     if not _is_within(value, interval):

@@ -428,13 +428,16 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
 
 def patches(cfg: "DictConfig") -> Patchify:
     """How these settings cut images into patches."""
-    hints = {"image_size": int, "patch_size": int, "channels": int, "name": str, "root": str | None}
+    from omegaconf import OmegaConf
+
+    hints = {"image_size": int | list[int], "patch_size": int, "channels": int, "name": str, "root": str | None}
     hints |= {"crop": int | None, "cache": str | None}
-    check_types(hints, dict(cfg.data), "data")
+    values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)
+    check_types(hints, values, "data")
     if cfg.data.channels not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {cfg.data.channels}")
     try:
-        return Patchify(cfg.data.image_size, cfg.data.patch_size, cfg.data.channels)
+        return Patchify(values["image_size"], values["patch_size"], values["channels"])
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
 
@@ -454,7 +457,7 @@ def tokenizer(cfg: "DictConfig", state: dict[str, Any] | None = None) -> Patchif
         return cut
     if settings["name"] != PATCH_AE:
         raise ValueError(f"tokens.name must be patchify or {PATCH_AE}, got {settings['name']!r}")
-    return _patch_ae(cfg, cut) if state is None else PatchAE.from_state(state, cfg.data.image_size)
+    return _patch_ae(cfg, cut) if state is None else PatchAE.from_state(state, cut.image_shape[1:])
 
 
 def patch_ae_run(cfg: "DictConfig") -> Path:
@@ -472,7 +475,7 @@ def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
             f"there is no PatchAE in {run}{_what_is_there(run)}: train one with `{command}`, "
             "or name the run of another by tokens.run=FOLDER"
         )
-    net = PatchAE.from_state(checkpoint.load(run / PATCH_AE_FILE), cfg.data.image_size)
+    net = PatchAE.from_state(checkpoint.load(run / PATCH_AE_FILE), cut.image_shape[1:])
     if (net.patch_size, net.image_shape[0]) != (cut.patch_size, cut.image_shape[0]):
         raise ValueError(
             f"the PatchAE of {run} is for patches of {net.patch_size} x {net.patch_size} with {net.image_shape[0]} "
@@ -540,7 +543,7 @@ def patch_ae(cfg: "DictConfig") -> PatchAE:
 def patch_ae_sizes(cfg: "DictConfig") -> dict[str, int]:
     """What a PatchAE must know of the data."""
     cut = patches(cfg)
-    return dict(image_size=cfg.data.image_size, patch_size=cut.patch_size, channels=cut.image_shape[0])
+    return dict(image_size=cut.image_shape[1:], patch_size=cut.patch_size, channels=cut.image_shape[0])
 
 
 @contextmanager

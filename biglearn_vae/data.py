@@ -116,6 +116,7 @@ class ImageSet:
         return masks.from_pixels(self.recorded, grid)
 
 
+Size = int | Sequence[int]  # side in pixels, or height and width
 Images = Tensor | ImageSet  # float images (N, C, H, W) in [0, 1], or a set of which only parts are ever made that
 CHUNK = 1024  # images at a time, at most
 NUMBERS = 2**26  # floats at a time, about, whatever the size of an image
@@ -243,7 +244,7 @@ class Batches:
 def load(
     name: str,
     root: str | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     channels: int | None = None,
     **options: int | str | None,
 ) -> Splits:
@@ -253,7 +254,8 @@ def load(
         name: one of `SOURCES`: digits, mnist, fashion_mnist, celeba, image_folder, array_file.
         root: where its files are or are downloaded to; by default the environment variable BIGLEARN_DATA, else data/.
             Of image_folder and array_file the folder or the file itself.
-        image_size: side in pixels that images are resized to; each source has its default.
+        image_size: side in pixels that images are resized to, or height and width; each source has its default. What
+            is resized is the middle, as much as has these proportions.
         channels: 1 (grey) or 3; each source has its default.
         options: of celeba and image_folder alone. `crop`, the side in pixels of the square in the middle that is taken
             before resizing, None for the largest that there is (which is also taken of an image smaller than the
@@ -268,7 +270,9 @@ def load(
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     if image_size is not None:
-        image_size = checks.whole_number("image_size", image_size, 1)
+        height, width = checks.height_and_width("image_size", image_size)
+        checks.whole_number("image_size", min(height, width), 1)
+        image_size = height if height == width else (height, width)
     _check_options(name, options)
     sizes = {k: v for k, v in dict(image_size=image_size, channels=channels).items() if v is not None}
     return SOURCES[name](Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser(), **sizes, **options)
@@ -345,7 +349,7 @@ def images(
     name: str,
     split: str = "test",
     root: str | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     channels: int | None = None,
     **options: int | str | None,
 ) -> Tensor:
@@ -357,7 +361,7 @@ def images(
     return getattr(load(name, root, image_size, channels, **options), split)[:]
 
 
-def digits(root: Path | None = None, image_size: int = 8, channels: int = 1) -> Splits:
+def digits(root: Path | None = None, image_size: Size = 8, channels: int = 1) -> Splits:
     """The 1,797 handwritten 8 x 8 digits that come with scikit-learn: 1,200 to train, 300 to validate, 297 to test."""
     from sklearn.datasets import load_digits
 
@@ -369,17 +373,17 @@ def digits(root: Path | None = None, image_size: int = 8, channels: int = 1) -> 
     return Splits(**{k: ImageSet(_sized(pixels[i], image_size, channels), labels[i]) for k, i in parts.items()})
 
 
-def mnist(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
+def mnist(root: Path, image_size: Size = 32, channels: int = 3) -> Splits:
     """MNIST: 55,000 to train, 5,000 of the training images to validate, the official 10,000 to test."""
     return _torchvision("MNIST", root, image_size, channels)
 
 
-def fashion_mnist(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
+def fashion_mnist(root: Path, image_size: Size = 32, channels: int = 3) -> Splits:
     """FashionMNIST, split like MNIST."""
     return _torchvision("FashionMNIST", root, image_size, channels)
 
 
-def _torchvision(name: str, root: Path, image_size: int, channels: int, num_valid: int = 5000) -> Splits:
+def _torchvision(name: str, root: Path, image_size: Size, channels: int, num_valid: int = 5000) -> Splits:
     from torchvision import datasets
 
     source = getattr(datasets, name)
@@ -409,7 +413,7 @@ def _torchvision(name: str, root: Path, image_size: int, channels: int, num_vali
 
 
 def celeba(
-    root: Path, image_size: int = 128, channels: int = 3, crop: int | None = 148, cache: str | Path | None = None
+    root: Path, image_size: Size = 128, channels: int = 3, crop: int | None = 148, cache: str | Path | None = None
 ) -> Splits:
     """CelebA, the aligned faces of 178 x 218 pixels, or any of them, with the official partition.
 
@@ -532,16 +536,16 @@ def _celeba_lacks(part: str, partition: dict[str, str], files: image_files.Files
 
 
 def image_folder(
-    root: Path, image_size: int = 32, channels: int = 3, crop: int | None = None, cache: str | Path | None = None
+    root: Path, image_size: Size = 32, channels: int = 3, crop: int | None = None, cache: str | Path | None = None
 ) -> Splits:
     """Any folder of images, of any sizes and modes, in subfolders or not: 80 % train, 10 % validation, 10 % test.
 
-    The square of `crop` pixels in the middle, or the largest there is, is resized to `image_size`. Transparency is
-    laid on white. If every image lies in a subfolder, the first-level subfolders, in the order of their names, are the
-    classes. The split depends on the sorted relative paths alone. If the first-level subfolders are `train`, `test` and
-    perhaps `valid` (or `val`), they are the split, a tenth of `train` being validation images if there are none, and
-    those in them the classes; images beside them are not taken. These and files that cannot be read are named in a
-    warning, skipped and counted; hidden files and folders (.NAME) are left alone.
+    The square of `crop` pixels in the middle, or all, is cut to the proportions of `image_size` and resized.
+    Transparency is laid on white. If every image lies in a subfolder, the first-level subfolders, in the order of their
+    names, are the classes. The split depends on the sorted relative paths alone. If the first-level subfolders are
+    `train`, `test` and perhaps `valid` (or `val`), they are the split, a tenth of `train` being validation images if
+    there are none, and those in them the classes; images beside them are not taken. These and files that cannot be read
+    are named in a warning, skipped and counted; hidden files and folders (.NAME) are left alone.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
@@ -593,10 +597,11 @@ def _doubts(names: list[str], own: dict[str, str], root: Path) -> str:
     return "; ".join(notes)
 
 
-def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
+def array_file(root: Path, image_size: Size = 32, channels: int = 3) -> Splits:
     """The images of an .npz or .npy file, as `array_files.read` finds them: NaN in floats was never recorded.
 
-    The largest square in the middle is resized to `image_size`, but for images with NaN, which have to be of that size.
+    The middle, as much as has the proportions of `image_size`, is resized to it, but for images with NaN, which have to
+    be of that size.
     The parts are those of the file, a tenth of the training images being validation images if it has none; images
     without parts are split by their order alone: 80 % train, 10 % validation, 10 % test. Within a part they are
     shuffled, always alike, as the first so many stand for all in what is measured, and a file may be sorted by class.
@@ -608,16 +613,19 @@ def array_file(root: Path, image_size: int = 32, channels: int = 3) -> Splits:
     content = array_files.read(root)
     sets = {}
     for part, arrays in content.parts.items():
-        if arrays.recorded is not None and arrays.pixels.shape[-2:] != (image_size, image_size):
-            height, width = arrays.pixels.shape[-2:]
-            hint = f"give data.image_size={height}, or " if height == width else ""
-            raise ValueError(
-                f"{root}: images with NaN, never recorded, cannot be resized from {height} x {width} pixels: {hint}"
-                f"make them {image_size} x {image_size} pixels"
-            )
         height, width = arrays.pixels.shape[-2:]
-        if height != width:
-            checks.warn(f"{root}: of images of {height} x {width} pixels the square in the middle is taken")
+        rows, columns = checks.height_and_width("image_size", image_size)
+        whole = f"data.image_size={height if height == width else f'[{height},{width}]'}"
+        if arrays.recorded is not None and (height, width) != (rows, columns):
+            raise ValueError(
+                f"{root}: images with NaN, never recorded, cannot be resized from {height} x {width} pixels: give "
+                f"{whole}, or make them {rows} x {columns} pixels"
+            )
+        if height * columns != width * rows:
+            checks.warn(
+                f"{root}: of images of {height} x {width} pixels the middle is taken, in the proportions of {rows} x "
+                f"{columns}; {whole} takes them whole"
+            )
         sets[part] = ImageSet(_sized(arrays.pixels, image_size, channels), arrays.labels, arrays.recorded)
     if content.note:
         checks.warn(content.note)
@@ -658,16 +666,19 @@ def _classes(names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:
     return torch.tensor([numbers[folder] for folder in folders]), tuple(numbers)
 
 
-def _sized(pixels: Tensor, image_size: int, channels: int) -> Tensor:
-    """uint8 (N, 1 or 3, H, W) -> (N, channels, image_size, image_size): the square in the middle, resized.
+def _sized(pixels: Tensor, image_size: Size, channels: int) -> Tensor:
+    """uint8 (N, 1 or 3, H, W) -> (N, channels, *image_size): the middle of the same proportions, resized.
 
     Equal channels are a view of one.
     """
     height, width = pixels.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    pixels = pixels[..., top : top + side, left : left + side]
-    to_grey, to_size = pixels.shape[1] > channels, side != image_size
+    size = checks.height_and_width("image_size", image_size)
+    tall = height * size[1] > width * size[0]
+    rows, columns = (round(width * size[0] / size[1]), width) if tall else (height, round(height * size[1] / size[0]))
+    rows, columns = max(rows, 1), max(columns, 1)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    pixels = pixels[..., top : top + rows, left : left + columns]
+    to_grey, to_size = pixels.shape[1] > channels, (rows, columns) != size
     if to_grey or to_size:
         # Imported only here: it takes seconds.
         from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
@@ -675,7 +686,7 @@ def _sized(pixels: Tensor, image_size: int, channels: int) -> Tensor:
         def sized(part: Tensor) -> Tensor:
             if to_grey:  # of bytes, it would cut off what is behind the point
                 part = rgb_to_grayscale(part.float()).round().to(torch.uint8)
-            return resize(part, [image_size, image_size], antialias=True) if to_size else part
+            return resize(part, list(size), antialias=True) if to_size else part
 
         pixels = torch.cat([sized(part) for part in pixels.split(4096)])
     return pixels.expand(-1, channels, -1, -1)

@@ -1,8 +1,8 @@
 """Image files decoded by several threads, into memory or into a cache folder that is mapped into memory.
 
-N files, C channels, S x S pixels. A cache folder holds
+N files, C channels, H x W pixels. A cache folder holds
 
-    pixels.u8      the images, uint8 (n, C, S, S), those that can be read, one after the other
+    pixels.u8      the images, uint8 (n, C, H, W), those that can be read, one after the other
     index.json     what they were made of; written last, so that without it they count as half-made
     progress.json  the same while they are being made: how far that is
     lock           who is making them
@@ -10,6 +10,7 @@ N files, C channels, S x S pixels. A cache folder holds
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from biglearn_vae import checks
 from biglearn_vae.files import locked, to_disk, write_json
 
 if TYPE_CHECKING:
@@ -61,28 +63,33 @@ class Files:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a file becomes: the square in its middle, resized.
+    """What a file becomes: the middle of it, as much as has the proportions asked for, resized.
 
     Attributes:
-        size: S, side in pixels after resizing.
+        size: side in pixels after resizing, or height and width.
         channels: C, 1 (grey) or 3.
         crop: side in pixels of the square that is taken before resizing. None is the largest that there is, which
             is also taken of an image smaller than the crop.
     """
 
-    size: int
+    size: int | tuple[int, int]
     channels: int
     crop: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, S, S)"""
-        return self.channels, self.size, self.size
+        """(C, H, W)"""
+        return self.channels, *checks.height_and_width("size", self.size)
+
+    @property
+    def words(self) -> str:
+        """Height and width."""
+        return f"{self.shape[1]} x {self.shape[2]}"
 
     @property
     def bytes(self) -> int:
         """Of one image."""
-        return self.channels * self.size**2
+        return math.prod(self.shape)
 
     @property
     def chunk(self) -> int:
@@ -95,7 +102,7 @@ class Decoded:
     """Images of those files that could be read, in the order of the files.
 
     Attributes:
-        pixels: uint8 (n, C, S, S).
+        pixels: uint8 (n, C, H, W).
         names: of the files, n of them.
         note: how many and which could not be read and why, empty if all could.
     """
@@ -183,7 +190,7 @@ def _into_memory(files: Files, recipe: Recipe) -> tuple[Tensor, dict[str, str]]:
     except RuntimeError:
         size = _size_text(len(files) * recipe.bytes)
         raise ValueError(
-            f"{len(files):,} images of {recipe.size} x {recipe.size} pixels need {size} of memory, which cannot be "
+            f"{len(files):,} images of {recipe.words} pixels need {size} of memory, which cannot be "
             "had: give data.cache=FOLDER to keep them in files there, or a smaller data.image_size"
         ) from None
     broken: dict[str, str] = {}
@@ -218,7 +225,7 @@ def _decoded(files: Files, recipe: Recipe, start: int = 0) -> Iterator[dict[str,
 
 
 def decode(path: Path, recipe: Recipe) -> Tensor | str:
-    """A file as uint8 (C, S, S), or in words why it cannot be read. Transparency is laid on white."""
+    """A file as uint8 (C, H, W), or in words why it cannot be read. Transparency is laid on white."""
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -233,7 +240,7 @@ def decode(path: Path, recipe: Recipe) -> Tensor | str:
         if recipe.crop is not None and recipe.crop <= min(image.size):
             left, top = ((side - recipe.crop) // 2 for side in image.size)
             image = image.crop((left, top, left + recipe.crop, top + recipe.crop))
-        return pil_to_tensor(ImageOps.fit(image, (recipe.size, recipe.size), Image.Resampling.BICUBIC))
+        return pil_to_tensor(ImageOps.fit(image, recipe.shape[:0:-1], Image.Resampling.BICUBIC))
     except Exception as error:  # on a damaged file each decoder raises what it likes
         return first_line(error)
 
@@ -312,9 +319,12 @@ def _from_cache(files: Files, recipe: Recipe, cache: Path, kind: str) -> tuple[T
     """The mapped pixels, why each of the others cannot be read, and the folder."""
     source = str(files.root.resolve())
     settings = {"format": FORMAT, "kind": kind, "source": source} | asdict(recipe)
+    if not isinstance(recipe.size, int):
+        settings["size"] = list(recipe.size)  # as JSON gives it back
     crop = "" if recipe.crop is None else f"-crop{recipe.crop}"
     digest = hashlib.blake2b(os.fsencode(repr(settings)), digest_size=5).hexdigest()
-    folder = cache / f"{kind}-{recipe.size}{crop}-{digest}"
+    size = recipe.size if isinstance(recipe.size, int) else recipe.words.replace(" ", "")
+    folder = cache / f"{kind}-{size}{crop}-{digest}"
     wanted = _State(settings, files.digest(), len(files))
     state = _index(folder, wanted, recipe)
     if state is None or state.digest != wanted.digest:

@@ -3,8 +3,6 @@
 B batch, C channels, H x W pixels, P patch size, L = (H/P)(W/P) tokens, D = P P C numbers per token.
 """
 
-from collections.abc import Sequence
-
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -30,10 +28,7 @@ class Patchify(nn.Module):
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, channels: int = 3):
         super().__init__()
-        sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
-        if len(sides) != 2:
-            raise ValueError(f"image_size must be one whole number or two, height and width, got {image_size!r}")
-        height, width = (checks.whole_number("image_size", side) for side in sides)
+        height, width = checks.height_and_width("image_size", image_size)
         patch_size = checks.whole_number("patch_size", patch_size)
         channels = checks.whole_number("channels", channels, 1)
         if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:

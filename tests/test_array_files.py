@@ -20,7 +20,7 @@ def saved(path: Path, **arrays: np.ndarray) -> str:
     return str(path / "file.npz")
 
 
-def load(path: Path, size: int = 8, channels: int = 1, **arrays: np.ndarray) -> data.Splits:
+def load(path: Path, size: data.Size = 8, channels: int = 1, **arrays: np.ndarray) -> data.Splits:
     return data.load("array_file", saved(path, **arrays), image_size=size, channels=channels)
 
 
@@ -79,7 +79,7 @@ def test_channels_and_sizes(tmp_path):
     grey = load(tmp_path, channels=3, images=GREY).train.pixels
     assert grey.shape == (32, 3, 8, 8) and (grey == grey[:, :1]).all()
     wide = np.pad(GREY, ((0, 0), (0, 0), (3, 4)))  # whose middle they are
-    with pytest.warns(UserWarning, match="of images of 8 x 15 pixels the square in the middle is taken"):
+    with pytest.warns(UserWarning, match="of images of 8 x 15 pixels the middle is taken, in the proportions of 8 x 8"):
         assert torch.equal(load(tmp_path, images=wide).train.pixels, load(tmp_path, images=GREY).train.pixels)
     flat = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None], (40, 12, 12))
     smaller = load(tmp_path, size=4, images=flat).train.pixels
@@ -111,6 +111,10 @@ def test_nan_was_never_recorded(tmp_path):
     assert more.float().mean() == pytest.approx(0.8 * 0.5, abs=0.05)
     with pytest.raises(ValueError, match=r"from 8 x 8 pixels: give data.image_size=8, or make them 4"):
         load(tmp_path, size=4, images=images)
+    with pytest.raises(ValueError, match=r"from 8 x 6 pixels: give data.image_size=\[8,6\], or make them 8 x 8"):
+        load(tmp_path, images=images[:, :, 1:7])
+    part = load(tmp_path, size=(8, 6), channels=3, images=images[:, :, 1:7]).train
+    assert torch.equal(part.recorded, load(tmp_path, channels=3, images=images).train.recorded[..., 1:7])
 
 
 def test_labels_with_names_and_attributes(tmp_path):

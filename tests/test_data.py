@@ -756,7 +756,7 @@ def test_errors_name_what_was_expected_and_what_came(tmp_path):
         ),
         (dict(name="digits", channels=2), "1 or 3, got 2"),
         (dict(name="digits", image_size=0), "at least 1, got 0"),
-        (dict(name="digits", image_size="8"), "image_size must be a whole number, got '8'"),
+        (dict(name="digits", image_size="8"), "image_size must be one whole number or two, height and width, got '8'"),
         (dict(name="image_folder", root=str(tmp_path), channels=2), "1 or 3, got 2"),
         (dict(name="image_folder", root=str(tmp_path), image_size=0), "at least 1, got 0"),
         (dict(name="image_folder", root=str(tmp_path / "absent")), re.escape(str(tmp_path / "absent"))),
@@ -855,3 +855,41 @@ def test_positions_may_be_a_list_or_a_mask_and_labels_are_whole_numbers():
         ImageSet(images.pixels, labels=torch.rand(5))
     with pytest.raises(ValueError, match="expected an ImageSet to make batches of, got"):
         Batches(images[:], 2)
+
+
+# --- sizes that are no squares ---
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 16), (12, 4), (6, 6), (4, 8), (8, 6)])
+def test_the_middle_of_the_proportions_asked_for(tmp_path, height, width):
+    for k in range(3):
+        write(tmp_path / f"{k}.png", Image.fromarray(COLOUR))
+    rows, columns = COLOUR.shape[:2]
+    factor = min(rows / height, columns / width)
+    cut = round(factor * height), round(factor * width)
+    top, left = ((side - part) // 2 for side, part in zip((rows, columns), cut, strict=True))
+    middle = chw(COLOUR[top : top + cut[0], left : left + cut[1]])
+    folder = data.load("image_folder", str(tmp_path), image_size=[height, width]).train.pixels
+    arrays = data._sized(chw(COLOUR).unsqueeze(0), (height, width), 3)
+    assert folder.shape[1:] == arrays.shape[1:] == (3, height, width)
+    if cut == (height, width):
+        assert torch.equal(folder[0], middle) and torch.equal(arrays[0], middle)
+    whole = data._sized(chw(COLOUR).unsqueeze(0), cut, 3)
+    assert torch.equal(whole[0], middle)
+
+
+def test_a_cache_of_images_that_are_no_squares(tmp_path):
+    for k in range(5):
+        write(tmp_path / "images" / f"{k}.png", Image.fromarray(COLOUR))
+    settings = dict(name="image_folder", root=str(tmp_path / "images"), image_size=(4, 6))
+    expected = data.load(**settings).train.pixels
+    for _ in range(2):
+        assert torch.equal(data.load(**settings, cache=str(tmp_path / "cache")).train.pixels, expected)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert folder.name.startswith("image_folder-4x6-")
+
+
+@pytest.mark.parametrize(("size", "message"), [([8], "one whole number or two"), ([8, 0], "must be at least 1, got 0")])
+def test_sizes_that_are_none(size, message):
+    with pytest.raises(ValueError, match=message):
+        data.load("digits", image_size=size)

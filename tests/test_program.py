@@ -112,6 +112,44 @@ def test_a_sweep_skips_what_is_done_and_goes_on_with_what_is_not(here, monkeypat
     assert capsys.readouterr().out.count("is finished: 24 steps") == 4
 
 
+STAGE_1 = [
+    "data=digits",
+    "data.image_size=[8,12]",
+    "data.patch_size=4",
+    "model.width=8",
+    "trainer.steps=2",
+    "device=cpu",
+]
+
+
+def test_images_that_are_no_squares(here, monkeypatch, capsys):
+    words = [*SMALL, "data.image_size=[6,10]", "trainer.steps=2", "name=run"]
+    assert run_here(monkeypatch, *words) == 0
+    assert run_here(monkeypatch, *words) == 0 and "is finished: 2 steps" in capsys.readouterr().out
+    vae = blv.load("outputs/run", device="cpu")
+    assert vae.image_shape == (1, 6, 10) and vae.grid == (3, 5)
+    for script in ("evaluate", "figures"):
+        options = ["images=4", "draws=2", "likelihood_images=0"] if script == "evaluate" else ["figures=[inpainting]"]
+        assert run_here(monkeypatch, "run=outputs/run", *options, script=script) == 0
+    assert run_here(monkeypatch, "--config-name=patch_ae", *STAGE_1, "name=codes") == 0
+    words_of_codes = [
+        "data.image_size=[8,12]",
+        "tokens=patch_ae",
+        "data.patch_size=4",
+        "tokens.run=outputs/codes",
+        "trainer.steps=2",
+    ]
+    assert run_here(monkeypatch, *SMALL, *words_of_codes, "name=ae") == 0
+    assert blv.load("outputs/ae", device="cpu").image_shape == (1, 8, 12)
+    capsys.readouterr()
+    for size, message in {
+        "[6,9]": "a 6 x 9 image cannot be cut into patches of 2",
+        "[6]": "one whole number or two",
+    }.items():
+        assert run_here(monkeypatch, *words[:-1], f"data.image_size={size}") == 2
+        assert message in capsys.readouterr().err
+
+
 def test_jobs_of_a_sweep_that_fail_are_named(here, monkeypatch, capsys):
     same = ["trainer.steps=1", "trainer.compile=false", "evaluation.ratios=[0.5, 0.7]", "seed=1"]
     assert run_here(monkeypatch, "-m", *SMALL, *same, "masks.joint=3,0.5,-1") == 2
