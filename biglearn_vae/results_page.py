@@ -606,8 +606,10 @@ def _plot(path: Path, runs: Runs, draw: Callable) -> None:
         axes.set_title(data)
         draw(axes, select(runs, data=data))
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+        if labels := axes.get_legend_handles_labels()[1]:
+            beside = len(labels) > 7  # there it would hide what is drawn
+            axes.legend(fontsize=8, **(dict(loc="upper left", bbox_to_anchor=(1, 1)) if beside else {}))
+            figure.set_figwidth(max(figure.get_figwidth(), 7.2 * len(keys) * beside))
     figure.savefig(path, metadata={"Software": None})
 
 
