@@ -316,7 +316,7 @@ def whole(images: ImageSet, grid: tuple[int, int]) -> ImageSet:
     if not len(images):
         return images
     recorded = [masks.recorded_patches(part, grid).all(-1) for part in parts(images, images.device)]
-    return images.select(torch.cat(recorded).nonzero()[:, 0])
+    return images.select(torch.cat(recorded))
 
 
 def likelihood(

@@ -399,8 +399,8 @@ def _entries(run: dict[str, Any], task: str, sampler: str) -> Runs:
 
 
 def _device(run: dict[str, Any], script: str) -> str:
-    """What a run was trained or measured on; "" if that was not recorded."""
-    return run[script].get("environment", {}).get("device", "") if script != "train" else run["environment"]["device"]
+    """What a run was measured on; "" if that was not recorded."""
+    return run[script].get("environment", {}).get("device", "")
 
 
 def _devices(of: Iterable[str]) -> str:
@@ -477,7 +477,7 @@ def _by_device(runs: Runs) -> dict[str, Runs]:
     """By the device on which they were trained."""
     result: dict[str, Runs] = {}
     for run in runs:
-        result.setdefault(_device(run, "train"), []).append(run)
+        result.setdefault(run["environment"]["device"], []).append(run)
     return dict(sorted(result.items()))
 
 

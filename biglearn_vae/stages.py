@@ -234,7 +234,7 @@ def draw(
         delta: of the decoding sensitivity.
     """
     some = splits.test.select(slice(1000))
-    some = some.select(some.recorded_patches(vae.grid).any(-1).nonzero().flatten())
+    some = some.select(some.recorded_patches(vae.grid).any(-1))
     shown, labels = some[:], some.labels
     if labels is not None and labels.ndim > 1:  # attributes, not classes
         labels = None
