@@ -469,7 +469,10 @@ def _costs(runs: Runs) -> str:
             loss = f"{own[0]['course'][-1]['loss']:.3f}"
             rows.append([data, case, method, device, *cells, spread(epochs, 1), loss])
     head = ["data", "case", "method", "on", "images/s", "seconds an epoch", "epochs", "loss at the end, first seed"]
-    text = "Other work beside a run makes it slower: claim (v) compares the fastest of each method on one device.\n"
+    text = (
+        "Other work beside a run makes it slower: claim (v) compares the fastest of each method on one device and at one\n"
+        "commit, since runs that were made at another time had other neighbours.\n"
+    )
     return f"### Cost of training (Figure 13)\n\n{text}\n" + table(head, rows)
 
 
@@ -552,14 +555,20 @@ def _verdicts(of: dict[str, Runs]) -> dict[str, str]:
 
 
 def _cost_verdicts(of: dict[str, Runs]) -> dict[str, str]:
-    """Claim (v), on each device on which both were trained."""
+    """Claim (v), on each device on which both were trained, of what was made there at the same commits."""
     result, theirs = {}, _by_device(of["vae"])
     for method in METHODS[1:]:
         for device, ours in _by_device(of[method]).items():
-            if device in theirs:
-                ratio = _fastest_epoch(ours) / _fastest_epoch(theirs[device])
+            both = _commits(ours) & _commits(theirs.get(device, []))
+            if both:
+                one, two = ([run for run in runs if _commits([run]) <= both] for runs in (ours, theirs[device]))
+                ratio = _fastest_epoch(one) / _fastest_epoch(two)
                 result[f"(v) an epoch of `{method}` against one of `vae` on {device}"] = f"{ratio:.2f} times as long"
     return result
+
+
+def _commits(runs: Runs) -> set[str]:
+    return {run["environment"]["commit"] for run in runs}
 
 
 def _elbo_by_seed(runs: Runs) -> dict[int, float]:

@@ -97,6 +97,15 @@ def test_an_epoch_is_that_of_the_run_that_was_slowed_down_least():
     assert "(v) an epoch of `biglearn_u` against one of `vae` on cpu, digits tiny: 3.00 times as long" in text
 
 
+def test_an_epoch_is_compared_with_those_of_the_same_commit():
+    runs = [run_numbers(seed=seed) for seed in (0, 1)] + [run_numbers("vae", seed) for seed in (0, 1)]
+    for run, seconds, commit in zip(runs, (90.0, 10.0, 45.0, 9.0), ("a", "b", "a", "c"), strict=True):
+        run["train"]["seconds"], run["environment"] = seconds, run["environment"] | {"commit": commit}
+    of_one = "(v) an epoch of `biglearn_u` against one of `vae` on cpu, digits tiny: 2.00 times as long"
+    assert of_one in results_page.page({"p": runs}, {})
+    assert "(v)" not in results_page.page({"p": runs[1:]}, {}).split("### What the paper claims")[1]
+
+
 def test_seconds_are_compared_on_one_device_and_say_on_which():
     runs = [run_numbers(method, seed) for method in ("biglearn_u", "vae") for seed in (0, 1)]
     scores = {"psnr_draw": 10.0, "psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}
