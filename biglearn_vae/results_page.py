@@ -6,6 +6,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -470,8 +471,8 @@ def _costs(runs: Runs) -> str:
             rows.append([data, case, method, device, *cells, spread(epochs, 1), loss])
     head = ["data", "case", "method", "on", "images/s", "seconds an epoch", "epochs", "loss at the end, first seed"]
     text = (
-        "Other work beside a run makes it slower: claim (v) compares the fastest of each method on one device and at one\n"
-        "commit, since runs that were made at another time had other neighbours.\n"
+        "Other work beside a run makes it slower: claim (v) compares the fastest of each method on one device and at\n"
+        "one commit, since runs that were made at another time had other neighbours.\n"
     )
     return f"### Cost of training (Figure 13)\n\n{text}\n" + table(head, rows)
 
@@ -601,25 +602,42 @@ def plots(found: dict[str, Runs]) -> dict[str, Callable[[Path], None]]:
         if _of_grid(runs):
             continue
         for name, own in _plotted(runs).items():
-            draw = PLOTS[name][1]
-            result[f"{preset}-{name}.png"] = lambda path, draw=draw, own=own: _plot(path, own, draw)
+            panels, draw = PLOTS[name][1:]
+            result[f"{preset}-{name}.png"] = partial(_plot, runs=own, panels=panels, draw=draw)
     return result
 
 
-def _plot(path: Path, runs: Runs, draw: Callable) -> None:
+def _plot(path: Path, runs: Runs, panels: Callable, draw: Callable) -> None:
     from matplotlib.figure import Figure
 
-    keys = sorted({run["data"] for run in runs})
-    figure = Figure(figsize=(5 * len(keys), 3.6), dpi=100, layout="constrained")
-    for data, axes in zip(keys, figure.subplots(1, len(keys), squeeze=False)[0], strict=True):
-        axes.set_title(data)
-        draw(axes, select(runs, data=data))
+    grid = panels(runs)
+    wide = len(grid[0]) > 2  # drawn smaller, so that a page that is not as wide can still be read
+    size = (3.4 if wide else 5) * len(grid[0]) + 1.8, (3.0 if wide else 3.6) * len(grid)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    alike = panels is _by_case  # of one data set, so that cases are compared by one scale
+    every = figure.subplots(len(grid), len(grid[0]), squeeze=False, sharey="row" if alike else "none")
+    looks: dict[str, Any] = {}
+    for axes, title in zip(every.flat, itertools.chain(*grid), strict=True):
+        draw(axes, select(runs, data=title[0]), *title[1:])
+        axes.set_title(" ".join(title))
         axes.grid(alpha=0.3)
-        if labels := axes.get_legend_handles_labels()[1]:
-            beside = len(labels) > 7  # there it would hide what is drawn
-            axes.legend(fontsize=8, **(dict(loc="upper left", bbox_to_anchor=(1, 1)) if beside else {}))
-            figure.set_figwidth(max(figure.get_figwidth(), 7.2 * len(keys) * beside))
+        axes.set_visible(axes.has_data())
+        if alike:
+            axes.label_outer()
+        looks |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(looks.values(), looks, fontsize=8, loc="outside right upper")
     figure.savefig(path, metadata={"Software": None})
+
+
+def _by_data(runs: Runs) -> list[list[tuple[str, ...]]]:
+    """The panels of a plot: one of each data set, side by side."""
+    return [[(data,) for data in sorted({run["data"] for run in runs})]]
+
+
+def _by_case(runs: Runs) -> list[list[tuple[str, ...]]]:
+    """The panels of a plot: a row of cases of each data set."""
+    cases = sorted({run["case"] for run in runs})
+    return [[(data, case) for case in cases] for (data,) in _by_data(runs)[0]]
 
 
 def _plot_joint(axes, runs: Runs) -> None:
@@ -637,23 +655,22 @@ def _plot_joint(axes, runs: Runs) -> None:
     axes.set_ylabel("test JointELBO, a point a seed")
 
 
-def _plot_probe(axes, runs: Runs) -> None:
-    last = _last(runs)
-    for data, case, method, own in groups(runs):
-        looks = {  # label, colour, marker
-            "codes": (f"{case} {method}", COLOURS[method], "o"),
-            "nearest_codes": (f"{case} {method}, nearest codes", COLOURS[method], "x"),
-            "pixels": ("raw pixels", "0.5", None),
-            "nearest": ("nearest images", "0.75", None),
-            "ceiling": (f"{case} trained with labels", "k", None),
-        }
-        for name, (label, colour, marker) in looks.items():
-            scores = [run["probe"][name] for run in own if name in run["probe"]]
-            drawn = axes.get_legend_handles_labels()[1]  # pixels are the same for all cases
-            if scores and label not in drawn and (marker or method == last[data, case]):
-                mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
-                shares = [float(ratio) for ratio in scores[0]]
-                axes.plot(shares, mean, LINES.get(case, "-"), marker=marker, color=colour, label=label, linewidth=1.2)
+def _plot_probe(axes, runs: Runs, case: str) -> None:
+    own = select(runs, case=case)
+    lines = [
+        (label, name, select(own, method=method), dict(color=COLOURS[method], marker=marker))
+        for method in METHODS
+        for label, name, marker in ((method, "codes", "o"), (f"{method}, nearest codes", "nearest_codes", "x"))
+    ]
+    lines += [  # the first two are the same for all cases
+        ("raw pixels", "pixels", runs, dict(color="0.5")),
+        ("nearest images", "nearest", runs, dict(color="0.75")),
+        ("trained with labels", "ceiling", own, dict(color="k")),
+    ]
+    for label, name, of, look in lines:
+        if own and (scores := [run["probe"][name] for run in of if name in run["probe"]]):
+            mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
+            axes.plot([float(ratio) for ratio in scores[0]], mean, **look, label=label, linewidth=1.2, markersize=5)
     axes.set_xlabel("share of patches observed")
     axes.set_ylabel(_metric(runs))
 
@@ -681,9 +698,9 @@ def _plot_time(axes, runs: Runs) -> None:
     axes.set_ylabel(f"seconds of training on {device},\nthe fastest seed")
 
 
-PLOTS: dict[str, tuple[str, Callable]] = {  # what it shows, and what draws it
-    "joint_elbo": ("JointELBO by method", _plot_joint),
-    "probe": ("Probe by share observed", _plot_probe),
-    "loss": ("Loss by epoch", _plot_loss),
-    "time": ("Seconds of training by epoch", _plot_time),
+PLOTS: dict[str, tuple[str, Callable, Callable]] = {  # what it shows, its panels, and what draws one
+    "joint_elbo": ("JointELBO by method", _by_data, _plot_joint),
+    "probe": ("Probe by share observed", _by_case, _plot_probe),
+    "loss": ("Loss by epoch", _by_data, _plot_loss),
+    "time": ("Seconds of training by epoch", _by_data, _plot_time),
 }

@@ -160,6 +160,16 @@ def test_a_plot_of_what_nobody_measured_is_not_made():
     assert set(results_page.plots({"p": one})) == {"p-loss.png", "p-time.png"}
 
 
+@pytest.mark.parametrize(("cases", "size"), [(["case1"], (680, 360)), (["tiny", "case1", "case3"], (1200, 300))])
+def test_each_case_is_probed_in_a_panel_of_its_own(tmp_path, cases, size):
+    from PIL import Image
+
+    runs = [run_numbers(method, case=case) for case in cases for method in ("vae", "biglearn_t", "biglearn_u")]
+    results_page.plots({"p": runs})["p-probe.png"](tmp_path / "probe.png")
+    with Image.open(tmp_path / "probe.png") as image:
+        assert image.size == size
+
+
 def test_several_passes_are_averaged_over_seeds():
     runs = [run_numbers(seed=seed) for seed in (0, 1)]
     for run in runs:
