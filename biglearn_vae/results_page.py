@@ -16,6 +16,11 @@ from biglearn_vae.runs import FILES
 
 Runs = list[dict[str, Any]]
 METHODS = ("vae", "biglearn_t", "biglearn_u")
+COMPARED = (  # claims, and whose JointELBO they compare with whose
+    ("(i)", "biglearn_t", "vae"),
+    ("(i)", "biglearn_u", "vae"),
+    ("(ii)", "biglearn_u", "biglearn_t"),
+)
 COLOURS = dict(zip(METHODS, ("C0", "C1", "C2"), strict=True))  # the same in all plots; cases differ by their lines
 LINES = {"tiny": "-", "case1": "-", "case2": "--", "case3": "-.", "case4": ":"}
 PAPER = {  # Tables 3 and 4: parameters over 2^20, as printed
@@ -43,7 +48,7 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
         found: what `experiments.load` gives.
         parameters: number of parameters by case.
     """
-    parts = [HEAD, _parameters(parameters)]
+    parts = [HEAD, _glance(found), _parameters(parameters)]
     for preset, runs in found.items():
         if runs:
             parts += [f"## `preset={preset}`\n", _runs(runs)]
@@ -68,9 +73,9 @@ def timed_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return table(head, rows) if known else table(head[:-1], [row[:-1] for row in rows])
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of several, standard deviation over seeds; NaN of none."""
-    text = f"{statistics.fmean(values or [math.nan]):.{digits}f}"
+def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean, with "+" as sign also that of a positive one, and, of several, standard deviation; NaN of none."""
+    text = f"{statistics.fmean(values or [math.nan]):{sign}.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {_deviation(values):.{digits}f}"
 
 
@@ -95,6 +100,38 @@ def groups(runs: Runs) -> list[tuple[str, str, str, Runs]]:
     keys = sorted({(run["data"], run["case"]) for run in runs})
     found = [(d, c, m, select(runs, data=d, case=c, method=m)) for d, c in keys for m in METHODS]
     return [group for group in found if group[3]]
+
+
+# --- What there is ---
+
+
+def _glance(found: dict[str, Runs]) -> str:
+    """The way to each preset, with what it says of the claims that are a number each."""
+    rows = []
+    for preset, runs in found.items():
+        for data, case in [] if _of_grid(runs) else sorted({(run["data"], run["case"]) for run in runs}):
+            of = {method: select(runs, data=data, case=case, method=method) for method in METHODS}
+            gains = [_gains(of[ours], of[other]) for _, ours, other in COMPARED]
+            cells = [spread(list(gain.values()), 3, "+") if gain else "" for gain in gains]
+            probed = _at_a_tenth(of["biglearn_u"])
+            epochs = spread(sorted({round(run["train"]["epochs"], 1) for own in of.values() for run in own}), 1)
+            rows.append([_link(preset), data, case, epochs, *cells, spread(probed, 1) if probed else ""])
+    grids = [_link(preset) for preset, runs in found.items() if _of_grid(runs)]
+    head = ["preset", "data", "case", "epochs", *(f"`{ours}` over `{other}`" for _, ours, other in COMPARED)]
+    text = (
+        "By what one method's test JointELBO is above another's, seed by seed (claims (i), (i) and (ii); mean and\n"
+        "standard deviation), and the accuracy in % of a linear probe of what `biglearn_u` infers from a tenth of the\n"
+        "patches (claim (iv)). Whether chance would give as much is said at the end of each preset.\n"
+    )
+    shown = f"## At a glance\n\n{text}\n{table([*head, 'probe at S = 0.1'], rows)}" if rows else ""
+    return "\n".join(
+        part for part in (shown, f"Settings are compared in {', '.join(grids)}.\n" if grids else "") if part
+    )
+
+
+def _link(preset: str) -> str:
+    """To a preset's heading, by the anchor that GitHub gives it."""
+    return f"[{preset}](#{re.sub(r'[^a-z0-9_-]', '', f'preset={preset}'.lower())})"
 
 
 # --- A grid of settings ---
@@ -508,7 +545,7 @@ def verdict(ours: Mapping[int, float], other: Mapping[int, float]) -> str:
             Student's t for pairs, without which few seeds would call better or worse what is neither: of two, every
             other difference that is only chance is larger than its standard error.
     """
-    differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
+    differences = list(_differences(ours, other).values())
     if not differences:
         return "no seed in common: no verdict"
     difference = statistics.fmean(differences)
@@ -521,6 +558,16 @@ def verdict(ours: Mapping[int, float], other: Mapping[int, float]) -> str:
     word = "better" if difference > 0 else "worse"
     word = "comparable" if abs(difference) <= error else word if chance < SIGNIFICANT else f"not significantly {word}"
     return f"{word} ({difference:+.3f}, standard error {error:.3f} over {len(differences)} seeds, p = {chance:.2g})"
+
+
+def _differences(ours: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
+    """By seed that both have."""
+    return {seed: ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())}
+
+
+def _gains(ours: Runs, other: Runs) -> dict[int, float]:
+    """In test JointELBO, by seed."""
+    return _differences(_elbo_by_seed(ours), _elbo_by_seed(other))
 
 
 def _chance(difference: float, error: float, count: int) -> float:
@@ -544,12 +591,10 @@ def _verdicts(of: dict[str, Runs]) -> dict[str, str]:
     """Claims and what the numbers say, of the runs of each method."""
     elbo = {method: _elbo_by_seed(own) for method, own in of.items()}
     result = {}
-    for claim, ours, other in (("(i)", 1, 0), ("(i)", 2, 0), ("(ii)", 2, 1)):
-        one, two = METHODS[ours], METHODS[other]
-        if elbo[one] and elbo[two]:
-            result[f"{claim} JointELBO of `{one}` against `{two}`"] = verdict(elbo[one], elbo[two])
-    probes = [run["probe"]["codes"] for run in of["biglearn_u"] if run.get("probe")]
-    if values := [100 * codes["0.1"]["mean"] for codes in probes if "0.1" in codes]:
+    for claim, ours, other in COMPARED:
+        if elbo[ours] and elbo[other]:
+            result[f"{claim} JointELBO of `{ours}` against `{other}`"] = verdict(elbo[ours], elbo[other])
+    if values := _at_a_tenth(of["biglearn_u"]):
         word = "yes" if statistics.fmean(values) >= 60 else "no"
         result["(iv) 60 % or more by a probe at S = 0.1"] = f"{word}, {spread(values, 1)} %"
     return result | _cost_verdicts(of)
@@ -572,6 +617,12 @@ def _commits(runs: Runs) -> set[str]:
     return {run["environment"]["commit"] for run in runs}
 
 
+def _at_a_tenth(runs: Runs) -> list[float]:
+    """Accuracies in % by codes of a tenth of the patches, claim (iv)."""
+    probes = [run["probe"]["codes"] for run in runs if run.get("probe")]
+    return [100 * codes["0.1"]["mean"] for codes in probes if "0.1" in codes]
+
+
 def _elbo_by_seed(runs: Runs) -> dict[int, float]:
     return {run["seed"]: run["train"]["test_joint_elbo"] for run in runs}
 
@@ -583,8 +634,7 @@ def _growth(runs: Runs) -> list[str]:
     for data, method in itertools.product(sorted({run["data"] for run in runs}), METHODS[1:]):
         gains = {}
         for case in sorted({run["case"] for run in runs}, key=parameters.__getitem__):
-            ours, other = (_elbo_by_seed(select(runs, data=data, case=case, method=m)) for m in (method, "vae"))
-            gains[case] = {seed: ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())}
+            gains[case] = _gains(*(select(runs, data=data, case=case, method=m) for m in (method, "vae")))
         cases = [case for case, of_case in gains.items() if of_case]
         if len(cases) > 1:
             what = f"(iii) gain of `{method}` over `vae` at {cases[-1]} beside that at {cases[0]}, {data}"

@@ -76,6 +76,19 @@ def test_a_page_holds_its_numbers():
     assert "(v) an epoch of `biglearn_u` against one of `vae` on cpu, digits tiny: 1.00 times as long" in text
 
 
+def test_the_page_begins_with_what_the_methods_gain_and_where_to_find_it():
+    runs = [run_numbers(seed=seed, elbo=elbo) for seed, elbo in enumerate((-1.0, -3.0))]
+    runs += [run_numbers("vae", seed=seed, elbo=elbo) for seed, elbo in enumerate((-2.0, -2.5))] + [
+        run_numbers("biglearn_t", seed=5)
+    ]
+    grid = [run_numbers() | {"levels": {"lr": "low"}}]
+    grid[0]["train"]["inpainting_psnr"] = {"0.5": 14.25}
+    text = results_page.page({"my_p": runs, "swept.1": grid}, {})
+    assert "| [my_p](#presetmy_p) | digits | tiny | 4.5 |  | +0.250 ± 1.061 |  | 65.0 ± 0.0 |" in text
+    assert "Settings are compared in [swept.1](#presetswept1).\n\n## Parameters" in text
+    assert "## `preset=my_p`\n" in text
+
+
 def test_chains_are_averaged_over_seeds_that_ran_as_long():
     runs = [run_numbers(seed=seed) for seed in (0, 1)] + [run_numbers("vae", seed) for seed in (0, 1)]
     for run, counts in zip(runs[2:], ((1, 10), (10,)), strict=True):
