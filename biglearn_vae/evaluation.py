@@ -50,11 +50,16 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     loss, found = copy.copy(loss), []
     if isinstance(loss.masks, MaskSampler):
         loss.masks = replace(loss.masks, ratios_per="sample")
-    for part in parts(images, vae.device):
-        tokens = vae.tokenizer.encode(part)
+    for tokens in _tokens(vae, images):
         S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device) if joint else None
         found.append(loss(vae.net, tokens, S, None if S is None else ~S, random=random))
     return {name: _mean(found, name) for name in ("elbo", "reconstruction", "kl", "elbo_nats")}
+
+
+def _tokens(vae: BigLearnVAE, images: Images) -> Iterator[Tensor]:
+    """Those of a part of the images at a time, in the network's precision."""
+    dtype = next(vae.net.parameters()).dtype
+    return (vae.tokenizer.encode(part.to(dtype)) for part in parts(images, vae.device))
 
 
 def _mean(parts: Sequence[ELBO], name: str) -> float:
@@ -206,6 +211,7 @@ def _distances(x: Tensor, S: Tensor, y: Tensor, has: Tensor | None) -> Tensor:
     Args:
         has: 1 where y has a number and 0 where it was not recorded, (m, L, D); None if y has them all.
     """
+    y, has = y.to(x.dtype), None if has is None else has.to(x.dtype)
     # What no S holds may be NaN.
     x = x.masked_fill(~S.any(1).unsqueeze(-1), 0)
     S, x, own = S.to(x.dtype), x.transpose(0, 1), x.square().transpose(0, 1)  # (L, n, D)
@@ -299,8 +305,7 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
         ValueError: if nothing of the images was recorded.
     """
     total, count = 0.0, 0
-    for k, part in enumerate(parts(images, vae.device)):
-        tokens = vae.tokenizer.encode(part)
+    for k, tokens in enumerate(_tokens(vae, images)):
         recorded = masks.recorded(tokens)
         q = vae.net(tokens.masked_fill(~recorded.unsqueeze(-1), 0), recorded)
         z = q.sample(seed=derive_seed("variance", seed, k))

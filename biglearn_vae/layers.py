@@ -150,8 +150,8 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed 2-D sine-cosine positions (L, dim), one for each cell of the grid, row by row.
 
     A quarter of the numbers each: sines and cosines of the row, then of the column, at `dim / 4` frequencies that fall
-    geometrically from 1 to 1/100. (MAE falls to 1/10,000; on grids of 4 to 16 cells a side, most of those numbers would
-    be the same everywhere.)
+    geometrically from 1 towards 1/100. (MAE falls to 1/10,000; on grids of 4 to 16 cells a side, most of those numbers
+    would be the same everywhere.)
     """
     if dim % 4:
         raise ValueError(f"dim must be a multiple of 4 for 2-D sine-cosine positions, got {dim}")

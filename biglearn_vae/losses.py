@@ -164,7 +164,8 @@ class BigLearnELBO:
         """Reconstruction and KL (B,) of an `ELBO`, as functions of tensors alone; see `__call__` for these."""
         q, p = self._posterior_and_prior(net, x, S, T)
         mean = net(x, S, q.sample(noise), T)  # (B, L, D)
-        return _log_likelihood(x, mean, T), q.kl(p)
+        nothing = ~(S | T).any(-1)  # was recorded, and N(0, I) would still be asked of what the network says of it
+        return _log_likelihood(x, mean, T), q.kl(p).masked_fill(nothing, 0)
 
     def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""

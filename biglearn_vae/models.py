@@ -25,7 +25,7 @@ from biglearn_vae.layers import Block, Linear, init_weights, mlp, sincos_positio
 # Log-variances are kept in [-LOGVAR_BOUND, LOGVAR_BOUND] by a smooth saturation, so that neither a variance nor its
 # inverse overflows in float32, and so that gradients reach a saturated unit (a hard clamp would stop them).
 LOGVAR_BOUND = 12.0
-INITIAL_LOGVAR = -4.6  # a standard deviation of 0.1
+INITIAL_LOGVAR = -4.6  # a standard deviation of 0.11, once it is bounded
 HIDDEN = ("mask", "drop")  # what becomes of a position that is not observed
 # Far beyond any data: larger inputs are cut to this, since their squares would overflow in a LayerNorm.
 INPUT_BOUND = 1e6

@@ -377,10 +377,19 @@ def _chains(runs: Runs) -> str:
             for name in ("one pass", "pseudo-Gibbs", "Metropolis-within-Gibbs"):
                 found = [_entries(run, task, name) for run in own]
                 for count, same in _by_count(found, "iterations").items():
-                    rows.append([data, case, method, task, name, count, *_draw_cells(same)])
-    head = ["data", "case", "model", "observed", "sampler", "iterations", *DRAWS]
-    text = f"{DRAWS_TEXT}\nMetropolis-within-Gibbs starts with {gibbs.PSEUDO} iterations of pseudo-Gibbs.\n"
+                    rows.append([data, case, method, task, name, count, _accepted(same, name), *_draw_cells(same)])
+    head = ["data", "case", "model", "observed", "sampler", "iterations", "accepted", *DRAWS]
+    text = (
+        f"{DRAWS_TEXT}\nMetropolis-within-Gibbs starts with {gibbs.PSEUDO} iterations of pseudo-Gibbs; of those "
+        "after\nthem so many % were accepted: with few a chain hardly moves, and says little of where it would end.\n"
+    )
     return f"### One pass against chains of the joint VAE\n\n{text}\n" + timed_table(head, rows) if rows else ""
+
+
+def _accepted(seeds: Sequence[dict[str, Any]], sampler: str) -> str:
+    """Of the iterations of Metropolis-within-Gibbs, in %; nothing where there were none."""
+    own = [entry for entry in seeds if sampler == "Metropolis-within-Gibbs" and entry["iterations"] > gibbs.PSEUDO]
+    return spread([100 * entry["acceptance"] for entry in own], 1) if own else ""
 
 
 def _passes(runs: Runs) -> str:
@@ -412,11 +421,15 @@ def _samples(runs: Runs) -> str:
                 _device(run, "evaluate") for run, scores in zip(of, found, strict=True) if count in scores
             )
             rows.append([data, case, method, count, *map(spread, values, digits.values()), devices])
+        if real := [passes["real"] for run in of if (passes := run["evaluate"]["passes"]).get("real")]:
+            cells = [spread([one[name] for one in real], 3) for name in ("precision", "recall")]
+            rows.append([data, case, "training images", "", *cells, "", "", "", ""])
     text = (
         "Precision is the share of samples that lie nearer to a test image than its third nearest test image does,\n"
         "recall the share of test images that lie nearer to a sample than its third nearest sample does; as many\n"
-        "samples as images, distances between pixels. log p(x) is a bound in nats an image, in as many passes, with\n"
-        "the variance under which it is largest on training images.\n"
+        "samples as images, distances between pixels. As many training images in place of samples have what perfect\n"
+        "ones would; more precision is no merit, smoother images have it. log p(x) is a bound in nats an image, in as\n"
+        "many passes, with the variance under which it is largest on training images.\n"
     )
     head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "variance", "seconds", "on"]
     return f"### Samples in several passes\n\n{text}\n" + timed_table(head, rows) if rows else ""
@@ -473,8 +486,9 @@ def _bounds(runs: Runs) -> str:
         "In nats an image, under N(mu, variance I) with the variance fitted on training images; importance-weighted\n"
         "bounds (annealed, where there are steps of it), samples drawn from p(z | all that is given or asked\n"
         "for): of whole images, of a random half of the patches, and of the other half given that one, which the\n"
-        "network of `vae` was never trained for. How far a bound is below the likelihood differs between methods\n"
-        '(`results/choices.md` of the library, "One pass or several").\n'
+        "network of `vae` was never trained for. How far a bound is below the likelihood differs between methods,\n"
+        "without annealing by more than the bounds do: then they rank nothing (`results/choices.md` of the library,\n"
+        '"Fifty epochs" and "One pass or several").\n'
     )
     head = ["data", "case", "method", "images", "samples", "annealing steps", "variance", *BOUNDS.values()]
     return f"### Bounds on log-likelihoods\n\n{text}\n" + table(head, rows) if rows else ""
@@ -492,7 +506,9 @@ def _consistency(runs: Runs) -> str:
         "How far log p(x_A) + log p(x_B given x_A) is from log p(x_B) + log p(x_A given x_B), how much of that is the\n"
         "noise of estimation (its bias is not seen), and how far p(z given x_S) is from Bayes' posterior; over random\n"
         "A, B and S, under N(mu, beta I), whose variance is not that of the bounds above. The last is a lower bound,\n"
-        "and beyond a few nats one far below the truth, which ranks nothing.\n"
+        "and beyond a few nats one far below the truth, which ranks nothing. The network of `vae` was never trained\n"
+        "for a given part: its numbers say what comes of asking it all the same, not that p(x) of the joint VAE,\n"
+        "whose own conditionals are the same in any order, contradicts itself.\n"
     )
     return f"### Consistency, in nats\n\n{text}\n" + table(head, rows) if rows else ""
 
@@ -541,9 +557,9 @@ def verdict(ours: Mapping[int, float], other: Mapping[int, float]) -> str:
 
     Args:
         ours, other: numbers by seed. They are paired: runs of one seed see the same images in the same order, and are
-            measured on the same ones with the same noise; seeds that only one of both has are left out. p is that of
-            Student's t for pairs, without which few seeds would call better or worse what is neither: of two, every
-            other difference that is only chance is larger than its standard error.
+            measured on the same ones, with the same noise if on one kind of device; seeds that only one of both has
+            are left out. p is that of Student's t for pairs, without which few seeds would call better or worse what is
+            neither: of two, every other difference that is only chance is larger than its standard error.
     """
     differences = list(_differences(ours, other).values())
     if not differences:

@@ -24,7 +24,8 @@ def precision_recall(samples: Tensor, images: Tensor, neighbours: int = 3) -> di
     Around each image lies a ball that just reaches its k-th nearest other image. `precision` is the share of the
     samples that lie in one of these balls, `recall` the share of the images that lie in one of the balls that the
     samples have among themselves. Distances are those between pixels, not between features of a network: made for
-    small images. Real images of equal number, in place of the samples, say how much can be reached.
+    small images. Real images of equal number, in place of the samples, say what perfect samples would have. More
+    precision than theirs is no merit: samples that are smoother than images lie among them more often than images do.
 
     Args:
         samples: (M, C, H, W).
@@ -90,10 +91,11 @@ def by_passes(
     return result
 
 
-def table(found: dict[str, dict[str, float]]) -> list[str]:
-    """What `by_passes` gave, as lines of text and an empty one; none of nothing."""
+def table(found: dict[str, dict[str, float]], real: dict[str, float] | None = None) -> list[str]:
+    """What `by_passes` gave and `precision_recall` of real images, as lines of text and an empty one, or no line."""
     if not found:
         return []
+    found = found | ({"real": real} if real else {})
     heads = {"precision": 3, "recall": 3, "joint_nats": 2, "variance": 5, "seconds": 2}
     lines = ["samples, by number of passes", f"  {'passes':<10}" + "".join(f"{head:>13}" for head in heads)]
     for count, scores in found.items():

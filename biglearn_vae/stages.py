@@ -253,6 +253,7 @@ def draw(
 
 def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "summary.json") -> str:
     """The numbers of a summary or an evaluation as a small table, where everything is, and what to type next."""
+    passes = result.get("passes", {})
     elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
     rows = {
         "share of patches observed": [f"{float(ratio):g}" for ratio in result["inpainting_psnr"]],
@@ -278,7 +279,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
             *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),
             "",
             *_likelihood_lines(result),
-            *samples.table(result.get("passes", {}).get("scores", {})),
+            *samples.table(passes.get("scores", {}), passes.get("real")),
             *_files(files, run),
             "",
             f"next: {scripts[0]}",

@@ -511,6 +511,22 @@ def test_what_no_training_image_has_is_completed_by_the_mean_of_all_numbers():
     torch.testing.assert_close(result[seen][:, rest], expected[seen])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_of_another_precision_is_measured_on_the_same_images(vae, dtype):
+    images = ImageSet((255 * pictures(vae)).round().to(torch.uint8), None)
+    loss = BigLearnELBO(0.1)
+    single = [evaluation.elbo(vae, images, loss, joint)["kl"] for joint in (True, False)]
+    single.append(evaluation.fit_variance(vae, images))
+    vae.net.to(dtype)
+    found = [evaluation.elbo(vae, images, loss, joint)["kl"] for joint in (True, False)]
+    found.append(evaluation.fit_variance(vae, images))
+    if dtype == torch.float64:
+        assert found[:2] == pytest.approx(single[:2], rel=1e-4)
+    assert all(map(math.isfinite, found))
+    in_float64 = evaluation.nearest_psnr(vae, images[:].double(), images, [0.5])
+    assert in_float64 == pytest.approx(evaluation.nearest_psnr(vae, images, images, [0.5]), rel=1e-4)
+
+
 def test_fitted_variance_is_the_mean_squared_error_of_what_was_recorded(vae):
     x, recorded = pictures(vae), masks.random(N, vae.num_tokens, 0.6, seed=9)
     value = evaluation.fit_variance(vae, spoil(vae, x, recorded), seed=4)

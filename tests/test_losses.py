@@ -418,6 +418,16 @@ def test_what_was_not_recorded_is_in_no_task(tiny_net, given):
     assert all(part.isfinite().all() for part in results[0])
 
 
+@pytest.mark.parametrize("prior", ["learned", "standard"])
+def test_an_image_of_which_nothing_was_recorded_teaches_nothing(tiny_net, prior):
+    (x, noise), (S, T) = data(), tasks()
+    x[[0, 4]] = torch.nan
+    parts = BigLearnELBO(BETA, prior=prior)(tiny_net, x, S, T, noise)
+    assert_close(parts.elbo[[0, 4]], torch.zeros(2, dtype=torch.float64), **CLOSE)
+    assert all(g.abs().max() < 1e-12 for g in gradients(tiny_net, parts.elbo[[0, 4]].sum()))
+    assert (parts.kl[[1, 2, 3, 5]] > 0).all()
+
+
 def test_nan_and_a_mask_say_the_same(tiny_net):
     (x, _), recorded = data(), unrecorded()
     with_nan = x.clone()

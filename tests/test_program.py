@@ -548,7 +548,8 @@ def test_evaluating_samples_in_passes(here, monkeypatch, capsys):
     words = ["run=outputs/run", "images=9", "draws=2", "samples=2", "passes=[1,3]", "device=cpu"]
     for count in (2, 0):
         assert run_here(monkeypatch, *words, f"likelihood_images={count}", script="evaluate") == 0
-        assert "samples, by number of passes" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "samples, by number of passes" in out and "  real  " in out
         found = json.loads((here / "outputs/run/evaluation.json").read_text())["passes"]
         vae, images = blv.load("outputs/run", device="cpu"), blv.images("digits", split="test")[:9]
         train = blv.images("digits", split="train")[: 10 * count]
@@ -558,6 +559,7 @@ def test_evaluating_samples_in_passes(here, monkeypatch, capsys):
             assert timeless == pytest.approx({name: expected[passes][name] for name in timeless})
             assert ("joint_nats" in scores) == ("variance" in scores) == (count > 0)
     assert found["images"] == 9
+    assert found["real"] == samples.precision_recall(blv.images("digits", split="train")[:9], images)
     assert run_here(monkeypatch, *words, "images=3", script="evaluate") == 0
     assert "fewer than 4 of these 3 images were recorded as a whole" in capsys.readouterr().out
     assert "passes" not in json.loads((here / "outputs/run/evaluation.json").read_text())
