@@ -100,8 +100,13 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         return state
     if problems:
         kept = f"; {folder / BEST} is the best model so far" if (folder / BEST).exists() else ""
-        raise ValueError(f"{'; '.join(problems)}. Delete {folder.parent} to start anew{kept}")
+        raise ValueError(f"{'; '.join(problems)}. Delete {run_of(folder)} to start anew{kept}")
     return None
+
+
+def run_of(folder: Path) -> Path:
+    """The folder of the run whose checkpoints these are: those of scripts/train.py lie in a folder of their own."""
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], source: Path | str = "the checkpoint") -> None:

@@ -63,6 +63,9 @@ class Optim:
     ) -> list[torch.optim.Optimizer]:
         """The optimizers that together take all of the network's parameters; "peak" of a group is its learning rate.
 
+        A subclass may return others of torch's: `return [torch.optim.SGD(net.parameters(), self.lr)]`. Of a group that
+        has no "peak" it is the learning rate that the group was made with.
+
         Args:
             fused: whether AdamW is one kernel, or what torch has by default; None fuses it where it can be.
             capturable: whether AdamW may be part of a CUDA graph.
@@ -91,7 +94,7 @@ class Optim:
         """Give these optimizers this share (a tensor: ()) of their peak learning rates."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = share * group["peak"]
+                group["lr"] = share * group.setdefault("peak", group["lr"])
 
     def ema_decay_at(self, step: int) -> float:
         """Decay of the average of the weights at this step, counted from 0: it follows closely at first."""

@@ -17,8 +17,8 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from biglearn_vae.cuda_graph import NotRecorded, StepGraph
 from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
+
+OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, which no number hangs on
 
 
 class TrainingError(RuntimeError):
@@ -296,7 +298,9 @@ class Trainer:
         self._goes_on = True
         if state is not None:
             if state["metadata"].get("data") != self.metadata.get("data"):
-                raise ValueError(f"the run in {self.folder.parent} was trained on other data: start another run")
+                raise ValueError(
+                    f"the run in {checkpoint.run_of(self.folder)} was trained on other data: start another run"
+                )
             self._load_weights(self.net, state["net"])
             if self.average is not None:
                 self._load_weights(self.average, state["average"] or state["net"])
@@ -325,13 +329,14 @@ class Trainer:
         own = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
         if kept != own:
             raise ValueError(
-                f"the run in {self.folder.parent} was trained by other optimizers, of groups of {kept} weights, now of "
-                f"{own}: optim must be as it was, with muon_lr or without"
+                f"the run in {checkpoint.run_of(self.folder)} was trained by other optimizers, of groups of {kept} "
+                f"weights, now of {own}: optim must be as it was, with muon_lr or without"
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
+            self._check_groups(optimizer.param_groups, state["param_groups"])
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             groups = [  # how a step is computed is a matter of this device, not of that on which it was kept
-                kept | {name: own[name] for name in ("fused", "foreach", "capturable") if name in own}
+                kept | {name: own[name] for name in OF_DEVICE if name in own}
                 for kept, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
             ]
             like = {
@@ -340,6 +345,18 @@ class Trainer:
             }
             moments = distributed.split(state["state"], like)
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def _check_groups(self, own: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> None:
+        """Raise a ValueError if an optimizer was given other numbers than those that the run was trained with."""
+        for now, then in zip(own, kept, strict=True):
+            for name in sorted((now.keys() & then.keys()) - {"params", "lr", *OF_DEVICE}):
+                old, new = (tuple(v) if isinstance(v, list | tuple) else v for v in (then[name], now[name]))
+                if old != new:
+                    raise ValueError(
+                        f"the run in {checkpoint.run_of(self.folder)} was trained with another optim, whose "
+                        f"{'learning rate' if name == 'peak' else name} was {old}, now it is {new}: give it as it was, "
+                        "or another folder"
+                    )
 
     def fit(self, loggers: Iterable[Logger] = ()) -> bool:
         """Train to the last step. Returns False if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written.
@@ -361,10 +378,11 @@ class Trainer:
             while self.step < self.steps:
                 self._train_step()
                 last = self.step == self.steps
-                if last or self.step % self.every["report"] == 0:
-                    self._report()
-                if last or self.step % self.every["evaluate"] == 0:
-                    self._evaluate()
+                with self._kept_if_it_fails():
+                    if last or self.step % self.every["report"] == 0:
+                        self._report()
+                    if last or self.step % self.every["evaluate"] == 0:
+                        self._evaluate()
                 # Processes must stop at the same step, so with several the flag is shared, now and then.
                 stop = (
                     interruption.requested
@@ -378,6 +396,19 @@ class Trainer:
                     break
         self._forget_graph()  # and the memory that it holds
         return self.step >= self.steps
+
+    @contextmanager
+    def _kept_if_it_fails(self) -> Iterator[None]:
+        """Write a checkpoint if a logger or the evaluation raises: what was trained is not theirs to lose."""
+        try:
+            yield
+        except TrainingError:  # the weights are spoilt
+            raise
+        except Exception:
+            if self.world.size == 1:  # the others would wait for this one, which has to write with them
+                with suppress(OSError, TrainingError):  # what went wrong first is what to tell
+                    self._save_latest()
+            raise
 
     def _check_folder(self) -> None:
         if not self._goes_on and self.folder is not None and checkpoint.is_resumable(self.folder):

@@ -292,6 +292,78 @@ def test_checkpoints_of_other_optimizers_are_refused(tmp_path, first):
         make(tmp_path, steps=6, optim=replace(OPTIM, muon_lr=None if first else 0.02)).resume()
 
 
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (dict(lr=0.5), "learning rate was .*, now it is 0.5"),
+        (dict(weight_decay=0.25), "weight_decay was .*, now it is 0.25"),
+        (dict(betas=(0.5, 0.6)), r"betas was .*, now it is \(0.5, 0.6\)"),
+        (dict(muon_lr=0.01), "learning rate was 0.02, now it is 0.01"),
+    ],
+)
+def test_a_run_goes_on_with_the_numbers_of_its_optimizers_alone(tmp_path, other, says):
+    optim = replace(OPTIM, muon_lr=0.02)
+    make(tmp_path / "own", steps=6, optim=optim).fit()
+    with pytest.raises(ValueError, match=f"the run in {tmp_path / 'own'} was trained with another optim, whose {says}"):
+        make(tmp_path / "own", steps=12, optim=replace(optim, **other)).resume()
+    assert make(tmp_path / "own", steps=12, optim=optim).resume() == 6
+
+
+def test_the_folder_to_delete_is_that_of_the_run_alone(tmp_path):
+    for folder, run in ((tmp_path / "outputs/own", "outputs/own"), (tmp_path / "run/checkpoints", "run")):
+        make(folder, steps=12).fit()
+        for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
+            (folder / name).write_bytes(b"torn")
+        with pytest.raises(ValueError, match=f"Delete {tmp_path / run} to start anew"):
+            make(folder).resume()
+
+
+@pytest.mark.parametrize("fails", ["logger", "evaluation"])
+def test_what_fails_beside_a_step_loses_no_step(tmp_path, fails):
+    class Full(Recorder):
+        def scalars(self, step, values):
+            if fails == "logger" and step == 15:
+                raise OSError("No space left on device")
+
+    def evaluate(net):
+        if fails == "evaluation" and trainer.step == 16:
+            raise OSError("No space left on device")
+        return distance(net)
+
+    trainer = make(tmp_path / "run", checkpoint_every=100)
+    trainer.evaluate = evaluate
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit([Full()])
+    again = make(tmp_path / "run", checkpoint_every=100)
+    assert again.resume() == trainer.step == (15 if fails == "logger" else 16)
+    assert again.fit()
+    whole = make()
+    whole.fit()
+    assert_same(whole, again)
+
+
+def test_any_optimizer_of_torch_can_be_given():
+    class SGD(Optim):
+        def optimizers(self, net, fused=None, capturable=False):
+            return [torch.optim.SGD(net.parameters(), self.lr)]
+
+    def squares(net, batch, *, random, step):
+        return Parts((net(batch) - batch.sum(-1, keepdim=True)).square().mean())
+
+    trainer = make(steps=10, loss=squares, optim=SGD(lr=0.25, warmup_steps=4))
+    net, batches = network(), Points()
+    for step in range(10):
+        loss = squares(net, batches(step), random=None, step=step).loss
+        rate = 0.25 * min(1.0, (step + 1) / 5)
+        for parameter, gradient in zip(
+            net.parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True
+        ):
+            parameter.data -= rate * gradient
+    trainer.fit()
+    for mine, theirs in zip(net.parameters(), trainer.net.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_checkpoints_of_another_network_are_refused(tmp_path):
     make(tmp_path, steps=6).fit()
     other = Trainer(nn.Linear(3, 1), noisy_squares, Points(), OPTIM, steps=6, folder=tmp_path)
