@@ -190,6 +190,8 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
         start_from = "" if first or cfg.get("init_from") is None else f", from the weights of {cfg.init_from}"
         say(f"{'going on with' if first else 'training'} {run}{start_from}")
         say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.how}")
+        for warning in _unfinished_warm_ups(cfg):
+            say(f"warning: {warning}")
         loggers = _open(run, cfg, first) if world.is_main else []
         try:
             completed = trainer.fit(loggers)
@@ -206,6 +208,16 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if trainer.interrupted:  # at the last step: this run is done, but a sweep must not go on
         sys.exit(0)
     return summary
+
+
+def _unfinished_warm_ups(cfg: "DictConfig") -> Iterator[str]:
+    """What rises over more steps than there are, and so never is what was asked for, while the numbers say it is."""
+    from omegaconf import OmegaConf
+
+    for name, what in (("loss.beta_warmup_steps", "loss.beta"), ("optim.warmup_steps", "the learning rate")):
+        steps = OmegaConf.select(cfg, name)
+        if isinstance(steps, int) and steps > cfg.trainer.steps:
+            yield f"{what} rises over {steps} steps ({name}), and this run has {cfg.trainer.steps}: it is not reached"
 
 
 def _dataset(cfg: "DictConfig", world: World) -> Splits:

@@ -95,7 +95,10 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
     overrides = parsed(words)
     for launcher in (value for o in overrides if o.key_or_group == "hydra/launcher" for value in values_of(o)):
         _check_launcher(launcher)
+    own_sweeper = any(o.key_or_group == "hydra/sweeper" for o in overrides)
     overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
+    for override in overrides if sweep and not own_sweeper else ():
+        _check_swept(override)
     for override in () if sweep else overrides:
         if override.is_sweep_override():
             name = override.key_or_group
@@ -105,6 +108,18 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
             )
     for choices in _check_choices(overrides, config_name):
         _check_names(overrides, choices, config_name)
+
+
+def _check_swept(override: "Override") -> None:
+    """Hydra's own sweeper goes through values one by one; intervals are for those that search, which are plugins."""
+    from hydra.core.override_parser.types import IntervalSweep
+
+    if isinstance(override.value(), IntervalSweep):
+        name = override.key_or_group
+        raise ValueError(
+            f"{override.input_line} gives an interval, of which a sweep cannot take every value: list some, such as "
+            f"{name}=0.1,1 or '{name}=range(1,5)', or choose a hydra/sweeper that searches"
+        )
 
 
 def _check_launcher(name: Any) -> None:
@@ -666,6 +681,12 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
+SWEPT = {
+    "run": "run=outputs/a,outputs/b",
+    "seed": "seed=0,1,2",
+}  # what is worth several values, if there is such a setting
+
+
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
     cfg = compose(overrides, config_name)
@@ -678,7 +699,10 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
     explained = explanations(config_name, cfg)
     for key, value in _raw_leaves(cfg):
         lines.append(f"  {f'{key}={value}':<44} {explained.get(key, '')}".rstrip())
-    return "\n".join([*lines, "", "Several values with -m (a sweep): seed=0,1,2. Hydra's own flags: --hydra-help."])
+    names = set(cfg)  # also of what has no value yet
+    swept = next((word for name, word in SWEPT.items() if name in names), None)
+    several = f"Several values with -m (a sweep): {swept}. " if swept else ""
+    return "\n".join([*lines, "", f"{several}Hydra's own flags: --hydra-help."])
 
 
 def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -128,6 +128,11 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
             f"{run} holds a run with other settings ({'; '.join(changed[:4])}{more}). "
             "Give name=NAME for another run, or delete the folder."
         )
+    if steps > cfg.trainer.steps != old.trainer.steps:  # as it was, it was stopped and then asked for what there was
+        raise ValueError(
+            f"{run} holds a run of {steps} steps, more than the {cfg.trainer.steps} asked for, which it cannot go back "
+            "to. Give name=NAME for another run, or delete the folder."
+        )
     # Moved, or other images under the same name: what is read will tell.
     same_place = cfg.data.name not in NAMED_BY_ROOT or config.data_root(old.data.root) == config.data_root(
         cfg.data.root
@@ -159,7 +164,9 @@ def summaries(folder: str | Path = "outputs") -> list[dict[str, Any]]:
         numbers = dict(config.leaves(read_json(path)))
         with suppress(ValueError):
             settings = dict(config.leaves(config.saved(path.parent)))
-            found += [{"run": str(path.parent)} | settings | numbers] if numbers else []
+            # One that goes on has the numbers of fewer steps than its settings say.
+            whole = numbers and numbers.get("steps", 0) >= settings.get("trainer.steps", 0)
+            found += [{"run": str(path.parent)} | settings | numbers] if whole else []
     return found
 
 

@@ -229,6 +229,9 @@ def test_words_that_change_what_has_any_names(words):
 def test_words_of_a_sweep():
     config.check(["case=case1,case2", "data=mnist,celeba", "data.root=x", "optim.lr=1e-3,1e-4"], sweep=True)
     config.check(["case=glob(*)", "seed=range(3)", "hydra/launcher=basic", "hydra.launcher.n_jobs=4"], sweep=True)
+    with pytest.raises(ValueError, match=r"gives an interval, .* such as loss.beta=0.1,1 or 'loss.beta=range\(1,5\)'"):
+        config.check(["loss.beta=interval(0.1,1)"], sweep=True)
+    config.check(["loss.beta=interval(0.1,1)", "hydra/sweeper=optuna"], sweep=True)
     for words in (["case=case1,case9"], ["data=mnist,digits", "data.root=x"], ["optim.rate=1,2"]):
         with pytest.raises(ValueError, match=r"case9|data=digits has no such setting|optim\.rate: there"):
             config.check(words, sweep=True)

@@ -719,6 +719,10 @@ def test_help_explains_the_settings(here, monkeypatch, capsys):
     assert run_here(monkeypatch, "--help", "case=case4") == 0
     printed = capsys.readouterr().out
     assert "model.dim=512" in printed and "loss.beta=0.01" in printed and "weight of the KL" in printed
+    assert "(a sweep): seed=0,1,2. Hydra's own flags: --hydra-help.\n" in printed
+    for script, words in {"probe": "(a sweep): run=outputs/a,outputs/b. Hydra's", "reproduce": "\n\nHydra's"}.items():
+        assert run_here(monkeypatch, "--help", script=script) == 0
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -110,7 +110,9 @@ def test_two_processes_do_not_train_in_one_folder(here, monkeypatch, capsys):
     assert f"process {first.pid} on " in said and "trains in outputs/run: wait for it" in said
     first.send_signal(signal.SIGTERM)
     assert "a checkpoint is written" in finish(first)
-    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=1") == 0
+    for _ in range(2):  # what was stopped is finished where it is, and then is
+        assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=1") == 0
+    assert "is finished" in capsys.readouterr().out and len(runs.summaries()) == 1
 
 
 def test_a_folder_that_cannot_be_made(here, monkeypatch, capsys):
@@ -134,6 +136,18 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_over(here, mon
     assert run_here(monkeypatch, *SMALL, "name=run", "optim.lr=0.5") == 2
     assert "holds a run with other settings (optim.lr: 0.002, now 0.5)" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+
+
+def test_a_run_does_not_go_back_to_fewer_steps(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+    said = "warning: loss.beta rises over 1000 steps (loss.beta_warmup_steps), and this run has 24: it is not reached"
+    assert said in capsys.readouterr().out
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=12") == 2
+    assert "holds a run of 24 steps, more than the 12 asked for" in capsys.readouterr().err
+    assert len(runs.summaries()) == 1
+    path = here / "outputs/run/config.yaml"  # as of a run that goes on to more, and was stopped
+    path.write_text(path.read_text().replace("steps: 24", "steps: 300"))
+    assert runs.summaries() == []
 
 
 def test_a_lost_config_is_taken_from_the_checkpoint(here, monkeypatch, capsys):
