@@ -174,8 +174,12 @@ def _grid(runs: Runs) -> str:
     rows = [[*cell, str(len(of)), *_scores(of)] for cell, of in cells.items()]
     split = _evaluation(runs[0])["split"]
     name = "validation" if split == "valid" else split
-    text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n\n"
-    return text + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
+    text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n"
+    if len({run.get("config", {}).get("train", {}).get("loss.beta") for run in runs}) > 1:
+        text += "Each JointELBO is with the beta of its run: between other betas reconstruction and KL compare.\n"
+    if more := [script for script in ("probe", "complete") if any(run.get(script) for run in runs)]:
+        text += f"What {' and '.join(f'scripts/{script}.py' for script in more)} found is in the files of the runs.\n"
+    return f"{text}\n" + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
 
 
 def _levels(runs: Runs) -> str:

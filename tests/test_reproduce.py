@@ -395,7 +395,12 @@ def test_a_grid_that_was_only_trained_is_compared_by_what_its_training_ended_wit
         del run["probe"], run["complete"]
         run["train"]["inpainting_psnr"] = {"0.5": 14.25}
     text = results_page.page({"p": runs}, {"case1": 1_269_104})
-    assert "Of the test images" in text
+    assert "Of the test images" in text and "with the beta of its run" not in text and "in the files" not in text
+    runs[1] |= {"probe": {}, "complete": {"tasks": {"0.5": 1}}}
+    runs[1]["config"] = {"train": {"loss.beta": 0.5}}
+    other = results_page.page({"p": runs}, {})
+    assert "Each JointELBO is with the beta of its run" in other
+    assert "What scripts/complete.py found is in the files of the runs.\n\n|" in other
     rows = [line for line in text.splitlines() if line.startswith("| digits")]
     assert rows == [
         "| digits | tiny | nothing | biglearn_u | 1 | -3.000 | -1.500 | 7.0 | 14.25 | 14.25 |",
