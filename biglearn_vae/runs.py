@@ -148,11 +148,15 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
     return None
 
 
-def summaries(folder: str | Path = "outputs") -> list[dict[str, Any]]:
+def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[dict[str, Any]]:
     """What the runs in a folder ended with, such as those of a sweep: for each its folder, the numbers of its
     summary.json and every setting, by dotted names ("inpainting_psnr.0.5", "optim.lr"), as pandas.DataFrame takes them.
 
     Runs that are not finished, or whose settings are gone, are left out.
+
+    Args:
+        measured: whether to add what evaluate.py, complete.py and probe.py found last, after their names
+            ("probe.codes.0.1.mean", "evaluate.likelihood.fitted.joint_nats").
 
     Raises:
         ValueError: if there is no such folder.
@@ -166,7 +170,9 @@ def summaries(folder: str | Path = "outputs") -> list[dict[str, Any]]:
             settings = dict(config.leaves(config.saved(path.parent)))
             # One that goes on has the numbers of fewer steps than its settings say.
             whole = numbers and numbers.get("steps", 0) >= settings.get("trainer.steps", 0)
-            found += [{"run": str(path.parent)} | settings | numbers] if whole else []
+            others = [script for script in FILES if script != "train" and measured]
+            more = {script: read_json(path.parent / FILES[script]) for script in others}
+            found += [{"run": str(path.parent)} | settings | numbers | dict(config.leaves(more))] if whole else []
     return found
 
 

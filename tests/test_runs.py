@@ -188,6 +188,9 @@ def test_numbers_of_an_earlier_network_do_not_stay_beside_another(here, monkeypa
     )
     run = here / "outputs" / "run"
     measured = json.loads((run / "evaluation.json").read_text())
+    (row,), (whole,) = runs.summaries(), runs.summaries(measured=True)
+    assert row == {name: value for name, value in whole.items() if not name.startswith("evaluate.")}
+    assert whole["evaluate.inpainting_psnr.0.5"] == measured["inpainting_psnr"]["0.5"] and whole["evaluate.step"] == 24
     assert measured["settings"]["draws"] == 2 and measured["settings"]["seed"] == 0
     assert not {"run", "device", "checkpoint", "data_root"} & set(measured["settings"])
     assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
