@@ -681,10 +681,8 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-SWEPT = {
-    "run": "run=outputs/a,outputs/b",
-    "seed": "seed=0,1,2",
-}  # what is worth several values, if there is such a setting
+# What is worth several values: of the first setting here that a script has.
+SWEPT = {"run": "run=outputs/a,outputs/b", "seed": "seed=0,1,2"}
 
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:

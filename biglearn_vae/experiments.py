@@ -328,6 +328,8 @@ class Campaign:
         worker, device = idle.get()
         try:
             for script in self._lacking(run):
+                if script == "train":
+                    self._check_steps(run)
                 self._call(worker, device, run, script)
                 self._keep(run, script)
         except (ValueError, OSError, KeyError) as error:  # of one run, not to end the others, which may take days
@@ -372,6 +374,16 @@ class Campaign:
         asked = self._stop.is_set() or self._interruption.requested
         return asked or (self._deadline is not None and time.monotonic() > self._deadline)
 
+    def _check_steps(self, run: Run) -> None:
+        """Raise a ValueError if its folder holds a longer run, which training does not go back from."""
+        folder, asked = self._folder(run), self.preset.resolved(run, "train")["trainer.steps"]
+        steps = read_json(folder / FILES["train"]).get("steps", 0)
+        if steps > asked:
+            raise ValueError(
+                f"{folder} holds a run of {steps} steps, the preset has {asked}: delete the folder or give another "
+                "output_dir"
+            )
+
     def _keep(self, run: Run, script: str) -> None:
         """Put what a script left into the run's numbers."""
         folder, known = self._folder(run), read_json(self.path(run))
@@ -379,13 +391,8 @@ class Campaign:
         if run.levels:
             known["levels"] = dict(run.levels)
         made, asked = read_json(folder / FILES[script]), self.preset.resolved(run, script)
-        steps = made.get("steps")
-        if script == "train" and steps != asked["trainer.steps"]:  # more, which training calls finished
-            raise ValueError(
-                f"{folder} holds a run of {steps} steps, the preset has {asked['trainer.steps']}: delete the folder or "
-                "give another output_dir"
-            )
         if script == "train":  # what is there was measured of another network
+            self._check_steps(run)
             known = {key: value for key, value in known.items() if key not in (*FILES, "settings", "config")}
         machine = made.get("environment") or read_json(folder / "environment.json")  # the latter of the training
         machine = {name: machine[name] for name in ("commit", "date", "device", "torch")}
