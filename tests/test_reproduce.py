@@ -590,11 +590,10 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     checkpoints = tmp_path / "smoke/digits-tiny-biglearn_u-seed0/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (checkpoints.exists() and "train/loss" in checkpoints.read_text()) and time.monotonic() < deadline:
+    while process.poll() is None and not (checkpoints.exists() and "train/loss" in checkpoints.read_text()):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode == 0 and "the same command goes on" in output
     latest = checkpoints.parent / "checkpoints/latest.pt"
     assert checkpoint.load(latest)["step"] >= 100  # the training itself was asked to stop, and wrote one
