@@ -170,6 +170,11 @@ class BigLearnVAE:
         return next(self.net.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The network's precision."""
+        return next(self.net.parameters()).dtype
+
+    @property
     def num_tokens(self) -> int:
         """L"""
         return self.net.num_tokens
@@ -589,7 +594,7 @@ class BigLearnVAE:
         """Data in the network's precision and on its device; bytes are divided by 255."""
         x = x.to(self.device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
-        return x.to(next(self.net.parameters()).dtype)
+        return x.to(self.dtype)
 
     def _mask(self, S: Tensor | None, batch: int, default: bool) -> Tensor:
         """A mask over patches or pixels, one for all or one each -> boolean (B, L); `default` everywhere without S."""

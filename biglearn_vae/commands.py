@@ -383,15 +383,15 @@ def measure_likelihood(
 def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int) -> dict[str, Any]:
     """`samples.by_passes` beside whole images of a split, and what as many training images have in place of samples;
     nothing if there are too few."""
-    images = evaluation.whole(getattr(splits, split).select(slice(settings.images)), vae.grid)
-    if len(images) <= 3:
+    whole = evaluation.whole(getattr(splits, split).select(slice(settings.images)), vae.grid)
+    if len(whole) <= 3:
         print(f"fewer than 4 of these {settings.images} images were recorded as a whole: samples are not measured")
         return {}
-    count = settings.likelihood_images
+    images, count = whole[:], settings.likelihood_images
     train = evaluation.whole(splits.train.select(slice(10 * count)), vae.grid)
-    scores = samples.by_passes(vae, images[:], settings.passes, train, count, settings.samples, seed)
+    scores = samples.by_passes(vae, images, settings.passes, train, count, settings.samples, seed)
     others = evaluation.whole(splits.train.select(slice(settings.images)), vae.grid)
-    real = samples.precision_recall(others[:], images[:].to(others.device)) if len(others) > 3 else None
+    real = samples.precision_recall(others[:], images) if len(others) > 3 else None
     return {"passes": {"images": len(images), "scores": scores, "real": real}}
 
 

@@ -95,27 +95,26 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
     overrides = parsed(words)
     for launcher in (value for o in overrides if o.key_or_group == "hydra/launcher" for value in values_of(o)):
         _check_launcher(launcher)
-    own_sweeper = any(o.key_or_group == "hydra/sweeper" for o in overrides)
+    searches = any(o.key_or_group == "hydra/sweeper" for o in overrides)
     overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
-    for override in overrides if sweep and not own_sweeper else ():
-        _check_swept(override)
-    for override in () if sweep else overrides:
-        if override.is_sweep_override():
-            name = override.key_or_group
-            raise ValueError(
-                f"{override.input_line} gives several values: a sweep over them needs -m, a list is written "
-                f"'{name}=[a,b]', a word with a comma '{name}=\"a,b\"'"
-            )
+    for override in overrides:
+        _check_values(override, sweep, searches)
     for choices in _check_choices(overrides, config_name):
         _check_names(overrides, choices, config_name)
 
 
-def _check_swept(override: "Override") -> None:
-    """Hydra's own sweeper goes through values one by one; intervals are for those that search, which are plugins."""
+def _check_values(override: "Override", sweep: bool, searches: bool) -> None:
+    """Raise a ValueError for several values without a sweep, and for an interval unless the sweeper searches, which
+    plugins do: Hydra's own goes through values one by one."""
     from hydra.core.override_parser.types import IntervalSweep
 
-    if isinstance(override.value(), IntervalSweep):
-        name = override.key_or_group
+    name = override.key_or_group
+    if override.is_sweep_override() and not sweep:
+        raise ValueError(
+            f"{override.input_line} gives several values: a sweep over them needs -m, a list is written "
+            f"'{name}=[a,b]', a word with a comma '{name}=\"a,b\"'"
+        )
+    if isinstance(override.value(), IntervalSweep) and not searches:
         raise ValueError(
             f"{override.input_line} gives an interval, of which a sweep cannot take every value: list some, such as "
             f"{name}=0.1,1 or '{name}=range(1,5)', or choose a hydra/sweeper that searches"

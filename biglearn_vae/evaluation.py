@@ -58,8 +58,7 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
 def _tokens(vae: BigLearnVAE, images: Images) -> Iterator[Tensor]:
     """Those of a part of the images at a time, in the network's precision."""
-    dtype = next(vae.net.parameters()).dtype
-    return (vae.tokenizer.encode(part.to(dtype)) for part in parts(images, vae.device))
+    return (vae.tokenizer.encode(part.to(vae.dtype)) for part in parts(images, vae.device))
 
 
 def _mean(parts: Sequence[ELBO], name: str) -> float:

@@ -30,6 +30,11 @@ PAPER = {  # Tables 3 and 4: parameters over 2^20, as printed
     "case4": "23.0081",
     "celeba": "89.9421",
 }
+NO_CODES = {
+    "pixels": "raw pixels",
+    "nearest": "nearest images",
+    "ceiling": "trained with labels",
+}  # what else is probed
 BOUNDS = {"joint_nats": "whole", "marginal_nats": "half", "conditional_nats": "other half given it"}
 SIGNIFICANT = 0.05  # how seldom chance alone may give a difference that is called better or worse
 DRAWS = ("a draw", "mean", "diversity", "seconds", "on")
@@ -123,10 +128,9 @@ def _glance(found: dict[str, Runs]) -> str:
         "standard deviation), and the accuracy in % of a linear probe of what `biglearn_u` infers from a tenth of the\n"
         "patches (claim (iv)). Whether chance would give as much is said at the end of each preset.\n"
     )
-    shown = f"## At a glance\n\n{text}\n{table([*head, 'probe at S = 0.1'], rows)}" if rows else ""
-    return "\n".join(
-        part for part in (shown, f"Settings are compared in {', '.join(grids)}.\n" if grids else "") if part
-    )
+    parts = [f"## At a glance\n\n{text}\n{table([*head, 'probe at S = 0.1'], rows)}"] if rows else []
+    parts += [f"Settings are compared in {', '.join(grids)}.\n"] if grids else []
+    return "\n".join(parts)
 
 
 def _link(preset: str) -> str:
@@ -280,14 +284,7 @@ def _probe(runs: Runs) -> str:
     ratios = list(dict.fromkeys(ratio for run in own for ratio in run["probe"]["codes"]))
     last, rows = _last(own), []
     for data, case, method, of_method in groups(own):
-        labels = {
-            "codes": method,
-            "nearest_codes": f"{method}, nearest codes",
-            "pixels": "raw pixels",
-            "nearest": "nearest images",
-            "ceiling": "trained with labels",
-        }
-        for name, label in labels.items():
+        for name, label in (_codes(method) | NO_CODES).items():
             elsewhere = name in ("pixels", "nearest") and method != last[data, case]
             if elsewhere or not any(name in run["probe"] for run in of_method):
                 continue
@@ -307,6 +304,11 @@ def _probe(runs: Runs) -> str:
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
         text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
+
+
+def _codes(method: str) -> dict[str, str]:
+    """What is classified of a method's codes, and how it is called."""
+    return {"codes": method, "nearest_codes": f"{method}, nearest codes"}
 
 
 def _metric(runs: Runs) -> str:
@@ -627,7 +629,9 @@ def _cost_verdicts(of: dict[str, Runs]) -> dict[str, str]:
         for device, ours in _by_device(of[method]).items():
             both = _commits(ours) & _commits(theirs.get(device, []))
             if both:
-                one, two = ([run for run in runs if _commits([run]) <= both] for runs in (ours, theirs[device]))
+                one, two = (
+                    [run for run in of if run["environment"]["commit"] in both] for of in (ours, theirs[device])
+                )
                 ratio = _fastest_epoch(one) / _fastest_epoch(two)
                 result[f"(v) an epoch of `{method}` against one of `vae` on {device}"] = f"{ratio:.2f} times as long"
     return result
@@ -672,42 +676,34 @@ def plots(found: dict[str, Runs]) -> dict[str, Callable[[Path], None]]:
         if _of_grid(runs):
             continue
         for name, own in _plotted(runs).items():
-            panels, draw = PLOTS[name][1:]
-            result[f"{preset}-{name}.png"] = partial(_plot, runs=own, panels=panels, draw=draw)
+            by_case, draw = PLOTS[name][1:]
+            result[f"{preset}-{name}.png"] = partial(_plot, runs=own, by_case=by_case, draw=draw)
     return result
 
 
-def _plot(path: Path, runs: Runs, panels: Callable, draw: Callable) -> None:
+def _plot(path: Path, runs: Runs, by_case: bool, draw: Callable) -> None:
+    """A panel of each data set, side by side, or a row of cases of each."""
     from matplotlib.figure import Figure
 
-    grid = panels(runs)
+    data, cases = (sorted({run[name] for run in runs}) for name in ("data", "case"))
+    grid = [[(one, case) for case in cases] for one in data] if by_case else [[(one,) for one in data]]
     wide = len(grid[0]) > 2  # drawn smaller, so that a page that is not as wide can still be read
     size = (3.4 if wide else 5) * len(grid[0]) + 1.8, (3.0 if wide else 3.6) * len(grid)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
-    alike = panels is _by_case  # of one data set, so that cases are compared by one scale
-    every = figure.subplots(len(grid), len(grid[0]), squeeze=False, sharey="row" if alike else "none")
+    share = "row" if by_case else "none"  # cases of one data set are compared by one scale
+    every = figure.subplots(len(grid), len(grid[0]), squeeze=False, sharey=share)
     looks: dict[str, Any] = {}
     for axes, title in zip(every.flat, itertools.chain(*grid), strict=True):
         draw(axes, select(runs, data=title[0]), *title[1:])
         axes.set_title(" ".join(title))
         axes.grid(alpha=0.3)
         axes.set_visible(axes.has_data())
-        if alike:
+        if by_case:
             axes.label_outer()
-        looks |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        handles, labels = axes.get_legend_handles_labels()
+        looks |= dict(zip(labels, handles, strict=True))
     figure.legend(looks.values(), looks, fontsize=8, loc="outside right upper")
     figure.savefig(path, metadata={"Software": None})
-
-
-def _by_data(runs: Runs) -> list[list[tuple[str, ...]]]:
-    """The panels of a plot: one of each data set, side by side."""
-    return [[(data,) for data in sorted({run["data"] for run in runs})]]
-
-
-def _by_case(runs: Runs) -> list[list[tuple[str, ...]]]:
-    """The panels of a plot: a row of cases of each data set."""
-    cases = sorted({run["case"] for run in runs})
-    return [[(data, case) for case in cases] for (data,) in _by_data(runs)[0]]
 
 
 def _plot_joint(axes, runs: Runs) -> None:
@@ -727,16 +723,20 @@ def _plot_joint(axes, runs: Runs) -> None:
 
 def _plot_probe(axes, runs: Runs, case: str) -> None:
     own = select(runs, case=case)
+    looks = {
+        "codes": dict(marker="o"),
+        "nearest_codes": dict(marker="x"),
+        "pixels": dict(color="0.5"),
+        "nearest": dict(color="0.75"),
+        "ceiling": dict(color="k"),
+    }
     lines = [
-        (label, name, select(own, method=method), dict(color=COLOURS[method], marker=marker))
+        (label, name, select(own, method=method), looks[name] | dict(color=COLOURS[method]))
         for method in METHODS
-        for label, name, marker in ((method, "codes", "o"), (f"{method}, nearest codes", "nearest_codes", "x"))
+        for name, label in _codes(method).items()
     ]
-    lines += [  # the first two are the same for all cases
-        ("raw pixels", "pixels", runs, dict(color="0.5")),
-        ("nearest images", "nearest", runs, dict(color="0.75")),
-        ("trained with labels", "ceiling", own, dict(color="k")),
-    ]
+    # All but the last are the same for all cases.
+    lines += [(label, name, own if name == "ceiling" else runs, looks[name]) for name, label in NO_CODES.items()]
     for label, name, of, look in lines:
         if own and (scores := [run["probe"][name] for run in of if name in run["probe"]]):
             mean = [100 * statistics.fmean(score[ratio]["mean"] for score in scores) for ratio in scores[0]]
@@ -768,9 +768,9 @@ def _plot_time(axes, runs: Runs) -> None:
     axes.set_ylabel(f"seconds of training on {device},\nthe fastest seed")
 
 
-PLOTS: dict[str, tuple[str, Callable, Callable]] = {  # what it shows, its panels, and what draws one
-    "joint_elbo": ("JointELBO by method", _by_data, _plot_joint),
-    "probe": ("Probe by share observed", _by_case, _plot_probe),
-    "loss": ("Loss by epoch", _by_data, _plot_loss),
-    "time": ("Seconds of training by epoch", _by_data, _plot_time),
+PLOTS: dict[str, tuple[str, bool, Callable]] = {  # what it shows, whether by case, and what draws a panel
+    "joint_elbo": ("JointELBO by method", False, _plot_joint),
+    "probe": ("Probe by share observed", True, _plot_probe),
+    "loss": ("Loss by epoch", False, _plot_loss),
+    "time": ("Seconds of training by epoch", False, _plot_time),
 }

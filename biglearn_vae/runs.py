@@ -162,6 +162,7 @@ def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[di
         ValueError: if there is no such folder.
     """
     root, found = Path(folder).expanduser(), []
+    scripts = [script for script in FILES if script != "train"] if measured else []
     if not root.is_dir():
         raise ValueError(f"there is no folder {root} of runs")
     for path in sorted(root.rglob(FILES["train"])):
@@ -169,10 +170,9 @@ def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[di
         with suppress(ValueError):
             settings = dict(config.leaves(config.saved(path.parent)))
             # One that goes on has the numbers of fewer steps than its settings say.
-            whole = numbers and numbers.get("steps", 0) >= settings.get("trainer.steps", 0)
-            others = [script for script in FILES if script != "train" and measured]
-            more = {script: read_json(path.parent / FILES[script]) for script in others}
-            found += [{"run": str(path.parent)} | settings | numbers | dict(config.leaves(more))] if whole else []
+            if numbers and numbers.get("steps", 0) >= settings.get("trainer.steps", 0):
+                more = {script: read_json(path.parent / FILES[script]) for script in scripts}
+                found.append({"run": str(path.parent)} | settings | numbers | dict(config.leaves(more)))
     return found
 
 

@@ -288,6 +288,11 @@ class Trainer:
         """The network to evaluate and keep: the average of the weights if there is one."""
         return self.net if self.average is None else self.average
 
+    @property
+    def _run(self) -> Path:
+        """Where the run is, to name it in messages."""
+        return checkpoint.run_of(self.folder)
+
     def resume(self) -> int:
         """Go on from the newest readable checkpoint of the folder, if any; returns the step.
 
@@ -298,9 +303,7 @@ class Trainer:
         self._goes_on = True
         if state is not None:
             if state["metadata"].get("data") != self.metadata.get("data"):
-                raise ValueError(
-                    f"the run in {checkpoint.run_of(self.folder)} was trained on other data: start another run"
-                )
+                raise ValueError(f"the run in {self._run} was trained on other data: start another run")
             self._load_weights(self.net, state["net"])
             if self.average is not None:
                 self._load_weights(self.average, state["average"] or state["net"])
@@ -329,7 +332,7 @@ class Trainer:
         own = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
         if kept != own:
             raise ValueError(
-                f"the run in {checkpoint.run_of(self.folder)} was trained by other optimizers, of groups of {kept} "
+                f"the run in {self._run} was trained by other optimizers, of groups of {kept} "
                 f"weights, now of {own}: optim must be as it was, with muon_lr or without"
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
@@ -353,7 +356,7 @@ class Trainer:
                 old, new = (tuple(v) if isinstance(v, list | tuple) else v for v in (then[name], now[name]))
                 if old != new:
                     raise ValueError(
-                        f"the run in {checkpoint.run_of(self.folder)} was trained with another optim, whose "
+                        f"the run in {self._run} was trained with another optim, whose "
                         f"{'learning rate' if name == 'peak' else name} was {old}, now it is {new}: give it as it was, "
                         "or another folder"
                     )
