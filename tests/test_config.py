@@ -196,7 +196,7 @@ def test_names_that_are_free_are_not_refused(word):
         (
             ["preset=paper", "preset.grid={a:{b:[]}}"],
             "reproduce",
-            "preset=paper has no such setting, only preset=hidden",
+            "preset=paper has no such setting, only preset=fashion_mnist_causes, preset=hidden",
         ),
         (["~trainer.steps"], "train", "trainer.steps cannot be left out: it has its default unless a word gives it"),
         (["~data.name"], "train", "data.name cannot be left out"),

@@ -554,7 +554,8 @@ def test_workers_are_dealt_out_to_the_gpus(tmp_path, monkeypatch):
 
 
 WORDS = ["target=joint_elbo", "workers=1", "device=cpu", "preset.seeds={tiny:[0]}", "preset.methods=[biglearn_u]"]
-TRAIN = '["trainer.steps=2","evaluation.images=4","evaluation.valid_images=4","trainer.report_every=1"]'
+SMALL = '"model.dim=16","model.heads=2","case.depth=2","case.split=[1,1]","trainer.batch_size=16","evaluation.draws=2"'
+TRAIN = f'["trainer.steps=2","evaluation.images=4","evaluation.valid_images=4","trainer.report_every=1",{SMALL}]'
 
 
 def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
@@ -574,7 +575,7 @@ def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypat
     assert "1 runs are there, 0 to be made" in capsys.readouterr().out
     assert (tmp_path / "results/README.md").read_text() == page
     # Measured otherwise, the network is the same and its numbers are others; a shorter run is another network.
-    other = TRAIN.replace("]", ',"evaluation.draws=1","evaluation.ratios=[0.5]"]')
+    other = TRAIN[:-1] + ',"evaluation.draws=1","evaluation.ratios=[0.5]"]'
     assert run_here(monkeypatch, *WORDS, f"preset.settings={{train:{other}}}", script="reproduce") == 0
     again = json.loads((tmp_path / "results/runs/smoke/digits-tiny-biglearn_u-seed0.json").read_text())
     assert list(again["train"]["inpainting_psnr"]) == ["0.5"]
@@ -586,7 +587,7 @@ def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypat
 
 def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path):
     words = ["scripts/reproduce.py", *WORDS, f"output_dir={tmp_path}", f"results_dir={tmp_path}"]
-    command = [sys.executable, *words, 'preset.settings={train:["trainer.steps=100000"]}']
+    command = [sys.executable, *words, f'preset.settings={{train:["trainer.steps=100000",{SMALL}]}}']
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     checkpoints = tmp_path / "smoke/digits-tiny-biglearn_u-seed0/metrics.jsonl"
