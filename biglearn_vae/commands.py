@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 PROGRAMS = {"train": ("train", config.PATCH_AE)}  # the settings files that a script takes, where there are several
 
 
-def call(script: str, words: Sequence[str]) -> None:
+def call(script: str, words: Sequence[str], flags: Sequence[str] = ()) -> None:
     """The main program of a script, "train" and so on, with these words as its command line (see `main`)."""
-    sys.argv = [f"-m biglearn_vae {script}", *words]
+    sys.argv = [f"-m biglearn_vae {script}", *flags, *words]
     main(globals()[script], config_name=script)
 
 
@@ -69,12 +69,13 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     typed = get_args_parser().parse_intermixed_args()
     # Hydra itself takes no flag between settings.
     sys.argv[1:] = typed.overrides + [word for word in sys.argv[1:] if word not in typed.overrides]
-    chosen = typed.config_name or config_name
+    chosen, own = typed.config_name or config_name, typed.config_dir
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> None:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
         config.register_resolvers()  # here, since other launchers run this in another process
+        config.search_also(own)
         try:
             config.require_all(cfg, config_name)
             task(cfg, hydra_cfg.overrides.task)
@@ -86,8 +87,10 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
 
     try:
         sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
-        if not (typed.config_dir or typed.config_path or typed.shell_completion):
-            checks.check_choice("--config-name", chosen, PROGRAMS.get(config_name, (config_name,)))
+        config.search_also(own)
+        if not (typed.config_path or typed.shell_completion):
+            known = (*PROGRAMS.get(config_name, (config_name,)), *config.main_files())
+            checks.check_choice("--config-name", chosen, known)
             config.check(typed.overrides, chosen, sweep)
         if typed.help:
             words = [o.input_line for o in config.parsed(typed.overrides) if not o.is_sweep_override()]
@@ -697,7 +700,7 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     )
     left = campaign.missing()
     print(f"{len(campaign.runs) - len(left)} runs are there, {len(left)} to be made", flush=True)
-    done = campaign.make(call)
+    done = campaign.make(functools.partial(call, flags=[f"--config-dir={own}" for own in config.folders()[1:]]))
     page = write_results(campaign.results)
     print(f"{page}" if done else f"{page}, of what is there so far; the same command goes on")
     if failures := campaign.failures:

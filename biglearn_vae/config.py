@@ -42,6 +42,7 @@ EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", 
 EVALUATION_COUNTS += ("statistics_images",)
 CONFIG_FILE = "config.yaml"
 _ONE_HYDRA = threading.Lock()
+_OWN_FOLDERS: list[Path] = []  # of the user, beside this package's
 # Launchers of Hydra, each with the extra of this package that installs it.
 LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 PATCH_AE, PATCH_AE_FILE = "patch_ae", "patch_ae.pt"  # the method of stage 1, and what it leaves in its run's folder
@@ -52,6 +53,46 @@ def folder() -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def folders() -> list[Path]:
+    """All folders in which settings are looked for: that of this package, then one's own, if any (`search_also`)."""
+    return [folder(), *_OWN_FOLDERS]
+
+
+def search_also(own: str | Path | None) -> None:
+    """Look for choices of groups and for main files in a folder of one's own, too, as --config-dir does.
+
+    Args:
+        own: the folder, laid out as `folder()` is: OWN/case/wide.yaml is case=wide. It replaces the one before; None
+            for no such folder.
+
+    Raises:
+        ValueError: if it is no folder, or a file in it has the name of one that is here, which would be read in place
+            of it.
+    """
+    found = [] if own is None else [Path(own).expanduser().resolve()]
+    if found == _OWN_FOLDERS:
+        return
+    for path in found:
+        if not path.is_dir():
+            raise ValueError(f"--config-dir must name a folder, got {own}")
+        hidden = [file for file in _files(path) if (folder() / file.relative_to(path)).exists()]
+        if hidden:
+            raise ValueError(f"{hidden[0]} has the name of one of this package, which would be read: rename it")
+    _OWN_FOLDERS[:] = found
+    for function in (_groups, _settings, _explanations, resolved):
+        function.cache_clear()
+
+
+def _files(path: Path) -> list[Path]:
+    """The YAML files of a folder of settings: those of its groups, then the main ones."""
+    return [*sorted(path.glob("*/*.yaml")), *sorted(path.glob("*.yaml"))]
+
+
+def main_files() -> list[str]:
+    """The names that --config-name may have, of one's own folder."""
+    return sorted(path.stem for own in _OWN_FOLDERS for path in own.glob("*.yaml"))
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictConfig":
@@ -171,7 +212,7 @@ def _groups(config_name: str) -> dict[str, list[str]]:
 
 def choices(group: str) -> list[str]:
     """What can be chosen of a group of settings, such as "case"."""
-    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
+    return sorted(path.stem for found in folders() for path in (found / group).glob("*.yaml"))
 
 
 def _check_choices(overrides: "Sequence[Override]", config_name: str) -> list[list[str]]:
@@ -197,6 +238,7 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
     from omegaconf import OmegaConf
 
     cfg, explained, groups = _settings(tuple(choices), config_name), explanations(config_name), _groups(config_name)
+    _check_labels(cfg, choices)
     known = {name for name, _ in _raw_leaves(cfg)}
     parts = [part for part in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, part))]
     targets = {f"{part}._target_" for part in parts if "_target_" in cfg[part]}
@@ -227,6 +269,13 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         near = sorted(key for key in known if key.rpartition(".")[2] == last) or difflib.get_close_matches(name, known)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(f"{name}: there is no such setting{hint} --help lists all.")
+
+
+def _check_labels(cfg: "DictConfig", choices: Sequence[str]) -> None:
+    """Raise a ValueError for a case or preset, of one's own, that calls itself otherwise: results go by its name."""
+    for group, _, choice in (word.partition("=") for word in choices):
+        if group in ("case", "preset") and (name := cfg[group].get("name")) != choice:
+            raise ValueError(f"{group}/{choice}.yaml must have {group}.name={choice}, by which results go, got {name}")
 
 
 def _check_left_out(name: str, known: set[str], targets: set[str], any_names: bool) -> None:
@@ -311,8 +360,10 @@ def _own_hydra() -> Iterator[None]:
     """
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
 
     with _ONE_HYDRA:
+        Plugins.instance().register(_search_path_plugin())
         outer = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()
         try:
@@ -320,6 +371,20 @@ def _own_hydra() -> Iterator[None]:
                 yield
         finally:
             GlobalHydra.instance().hydra = outer
+
+
+@functools.cache
+def _search_path_plugin() -> type:
+    """What tells Hydra of `folders`."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class OwnFolders(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for path in _OWN_FOLDERS:
+                search_path.append("biglearn_vae", f"file://{path}")
+
+    return OwnFolders
 
 
 def build(settings: "DictConfig", where: str, **given: Any) -> Any:
@@ -534,6 +599,7 @@ def network(cfg: "DictConfig", tokens: Patchify | PatchAE) -> torch.nn.Module:
     return net
 
 
+@functools.cache
 def paper_parameters() -> dict[str, int]:
     """Number of parameters by case of the paper, counted in the networks themselves."""
     result = {}
@@ -687,7 +753,7 @@ SWEPT = {"run": "run=outputs/a,outputs/b", "seed": "seed=0,1,2"}
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
     cfg = compose(overrides, config_name)
-    source = (folder() / f"{config_name}.yaml").read_text()
+    source = _main_files(config_name)[-1].read_text()
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]
     if groups := _groups(config_name):
         lines += ["", "Groups (GROUP=CHOICE):"]
@@ -729,10 +795,11 @@ def explanations(config_name: str = "train", cfg: "DictConfig | None" = None) ->
 @functools.cache
 def _explanations(config_name: str, chosen: frozenset[tuple[str, str]]) -> dict[str, str]:
     result: dict[str, str] = {}
-    groups = sorted(folder().glob("*/*.yaml"), key=lambda path: ((path.parent.name, path.stem) in chosen, path))
-    for path in [*groups, folder() / "base.yaml", folder() / f"{config_name}.yaml"]:
+    groups = [path for found in folders() for path in found.glob("*/*.yaml")]
+    groups.sort(key=lambda path: ((path.parent.name, path.stem) in chosen, path))
+    for path in [*groups, *_main_files(config_name)]:
         text = path.read_text()
-        group = [] if path.parent == folder() or "@package _global_" in text else [path.parent.name]
+        group = [] if path.parent in folders() or "@package _global_" in text else [path.parent.name]
         parents: list[str] = []
         for line in text.splitlines():
             if match := re.match(r"( *)([\w]+):(.*)", line):
@@ -740,3 +807,10 @@ def _explanations(config_name: str, chosen: frozenset[tuple[str, str]]) -> dict[
                 if "  # " in match[3]:
                     result[".".join(group + parents)] = match[3].split("  # ", 1)[1]
     return result
+
+
+def _main_files(config_name: str) -> list[Path]:
+    """The main file of this name, behind those that its list of defaults names."""
+    paths = [path for found in folders() if (path := found / f"{config_name}.yaml").exists()]
+    names = [name for path in paths for name in re.findall(r"^ *- (\w+)$", path.read_text(), re.MULTILINE)]
+    return [path for name in names for path in _main_files(name)] + paths

@@ -290,6 +290,56 @@ def test_a_launcher_is_there_or_has_an_extra(launcher, extra):
     assert f"got '{launcher}': pip install -e '.[{extra}]' adds it" in str(caught.value)
 
 
+@pytest.fixture
+def own(tmp_path):
+    """A folder of the user's own, of settings."""
+    (tmp_path / "case").mkdir()
+    defaults = "defaults:\n  - tiny\n  - _self_\n"
+    case = "case:\n  name: wide\nmodel:\n  dim: 96  # a hundred or so\n"
+    (tmp_path / "case/wide.yaml").write_text(f"# @package _global_\n{defaults}{case}")
+    (tmp_path / "mine.yaml").write_text(
+        "# All mine.\ndefaults:\n  - train\n  - override case: wide\n  - _self_\nseed: 7\n"
+    )
+    yield tmp_path
+    config.search_also(None)
+
+
+def test_settings_of_ones_own_folder_are_composed_checked_and_explained(own):
+    with pytest.raises(ValueError, match=r"case must be one of case1, .*, tiny, got wide"):
+        config.compose(["case=wide"])
+    config.search_also(own)
+    assert config.compose(["case=wide"]).model.dim == 96 and config.compose(["case=wide"]).model.z_dim == 16
+    assert config.resolved(("case=wide",))["model.dim"] == 96
+    with pytest.raises(ValueError, match=r"case must be one of case1, .*, tiny, wide, got wise"):
+        config.compose(["case=wise"])
+    with pytest.raises(ValueError, match=r"model\.dims: there is no such setting; did you mean model\.dim"):
+        config.compose(["case=wide", "model.dims=3"])
+    assert re.search(r"model\.dim=96 +a hundred or so\n", config.help_text("train", ["case=wide"]))
+    mine = config.compose(config_name="mine")
+    assert (mine.seed, mine.model.dim, config.main_files()) == (7, 96, ["mine"])
+    shown = config.help_text("mine", [])
+    assert shown.startswith("All mine.") and re.search(r"seed=7 +of the weights, .*\n", shown)
+    config.search_also(None)
+    with pytest.raises(ValueError, match="case must be one of"):
+        config.resolved(("case=wide",))
+
+
+def test_a_folder_of_ones_own_that_cannot_be_used(own):
+    with pytest.raises(ValueError, match="--config-dir must name a folder, got elsewhere"):
+        config.search_also("elsewhere")
+    (own / "case/wide.yaml").write_text("# @package _global_\ndefaults:\n  - tiny\n")
+    config.search_also(own)
+    with pytest.raises(ValueError, match=r"case/wide\.yaml must have case\.name=wide, by which results go, got tiny"):
+        config.compose(["case=wide"])
+    config.search_also(None)
+    (own / "case/tiny.yaml").write_text("")
+    with pytest.raises(
+        ValueError, match=r"tiny\.yaml has the name of one of this package, which would be read: rename it"
+    ):
+        config.search_also(own)
+    assert config.folders() == [config.folder()]
+
+
 def test_settings_in_one_text_are_refused():
     with pytest.raises(ValueError, match=r"expected a list of settings, such as \['case=case1'\], got the text"):
         config.compose("case=case1")

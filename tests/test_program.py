@@ -699,6 +699,18 @@ def test_what_is_typed_beside_settings(here, monkeypatch, capsys):
         run_here(monkeypatch, "case=case9")
 
 
+def test_settings_of_ones_own_folder(here, monkeypatch, capsys):
+    (here / "own/case").mkdir(parents=True)
+    case = "# @package _global_\ndefaults:\n  - tiny\n  - _self_\ncase:\n  name: wide\n"
+    (here / "own/case/wide.yaml").write_text(case)
+    assert run_here(monkeypatch, "--config-dir=own", "case=wide", *SMALL, "name=run") == 0
+    assert run_here(monkeypatch, "--config-dir=own", "case=wide", "modle.dim=8") == 2
+    assert "error: modle.dim: there is no such setting; did you mean model.dim?" in capsys.readouterr().err
+    assert run_here(monkeypatch, "--config-dir=own", "--help") == 0
+    assert "celeba_small, tiny, wide\n" in capsys.readouterr().out
+    assert run_here(monkeypatch, "run=outputs/run", "images=2", "likelihood_images=0", script="evaluate") == 0
+
+
 def test_flags_may_come_anywhere(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL[:4], "-m", *SMALL[4:], "seed=0,1") == 0
     assert len(list((here / "outputs").glob("*/summary.json"))) == 2

@@ -560,13 +560,17 @@ TRAIN = f'["trainer.steps=2","evaluation.images=4","evaluation.valid_images=4","
 
 def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = [*WORDS, f"preset.settings={{train:{TRAIN}}}"]
+    (tmp_path / "own/case").mkdir(parents=True)
+    case = "# @package _global_\ndefaults:\n  - tiny\n  - _self_\ncase:\n  name: mine\n"
+    (tmp_path / "own/case/mine.yaml").write_text(case)
+    own = ["--config-dir=own", *WORDS, "preset.seeds.tiny=[]", "+preset.seeds.mine=[0]"]
+    words = [*own, f"preset.settings={{train:{TRAIN}}}"]
     assert run_here(monkeypatch, *words, "budget=0.0001", script="reproduce") == 0
     assert "the same command goes on" in capsys.readouterr().out
     assert run_here(monkeypatch, *words, script="reproduce") == 0
     out = capsys.readouterr().out
-    assert "0 runs are there, 1 to be made" in out and "train digits-tiny-biglearn_u-seed0" in out
-    numbers = json.loads((tmp_path / "results/runs/smoke/digits-tiny-biglearn_u-seed0.json").read_text())
+    assert "0 runs are there, 1 to be made" in out and "train digits-mine-biglearn_u-seed0" in out
+    numbers = json.loads((tmp_path / "results/runs/smoke/digits-mine-biglearn_u-seed0.json").read_text())
     assert numbers["train"]["steps"] == 2 and len(numbers["course"]) == 2
     assert numbers["environment"]["device"].startswith("cpu, ")
     page = (tmp_path / "results/README.md").read_text()
@@ -576,12 +580,12 @@ def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypat
     assert (tmp_path / "results/README.md").read_text() == page
     # Measured otherwise, the network is the same and its numbers are others; a shorter run is another network.
     other = TRAIN[:-1] + ',"evaluation.draws=1","evaluation.ratios=[0.5]"]'
-    assert run_here(monkeypatch, *WORDS, f"preset.settings={{train:{other}}}", script="reproduce") == 0
-    again = json.loads((tmp_path / "results/runs/smoke/digits-tiny-biglearn_u-seed0.json").read_text())
+    assert run_here(monkeypatch, *own, f"preset.settings={{train:{other}}}", script="reproduce") == 0
+    again = json.loads((tmp_path / "results/runs/smoke/digits-mine-biglearn_u-seed0.json").read_text())
     assert list(again["train"]["inpainting_psnr"]) == ["0.5"]
     assert again["train"]["test_joint_elbo"] == numbers["train"]["test_joint_elbo"]
     shorter = TRAIN.replace("trainer.steps=2", "trainer.steps=1")
-    assert run_here(monkeypatch, *WORDS, f"preset.settings={{train:{shorter}}}", script="reproduce") == 2
+    assert run_here(monkeypatch, *own, f"preset.settings={{train:{shorter}}}", script="reproduce") == 2
     assert "holds a run of 2 steps, the preset has 1" in capsys.readouterr().err
 
 
