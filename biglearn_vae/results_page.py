@@ -59,11 +59,16 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
             parts += [f"## `preset={preset}`\n", _runs(runs)]
         if _of_grid(runs):
             parts += [part for alike in _measured(runs) for part in (_grid(alike), _levels(alike))]
+            parts += _measurements(_with_levels(runs))
         elif runs:
-            parts += [_joint(runs), _plots(preset, runs), _probe(runs)]
-            parts += [_inpainting(runs), _nats(runs), _chains(runs), _passes(runs), _samples(runs)]
-            parts += [_bounds(runs), _consistency(runs), _costs(runs), _claims(runs)]
+            parts += [_joint(runs), _plots(preset, runs), *_measurements(runs), _costs(runs), _claims(runs)]
     return "\n".join(part for part in parts if part)
+
+
+def _measurements(runs: Runs) -> list[str]:
+    """What `probe.py`, `complete.py` and `evaluate.py` found."""
+    sections = (_probe, _inpainting, _nats, _chains, _passes, _samples, _bounds, _consistency)
+    return [section(runs) for section in sections]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -102,7 +107,7 @@ def _last(runs: Runs) -> dict[tuple[str, str], str]:
 
 def groups(runs: Runs) -> list[tuple[str, str, str, Runs]]:
     """Data, case, method and the runs of all seeds, in the order of the paper."""
-    keys = sorted({(run["data"], run["case"]) for run in runs})
+    keys = sorted({(run["data"], run["case"]) for run in runs}, key=lambda key: [*map(_natural, key)])
     found = [(d, c, m, select(runs, data=d, case=c, method=m)) for d, c in keys for m in METHODS]
     return [group for group in found if group[3]]
 
@@ -181,9 +186,16 @@ def _grid(runs: Runs) -> str:
     text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n"
     if len({run.get("config", {}).get("train", {}).get("loss.beta") for run in runs}) > 1:
         text += "Each JointELBO is with the beta of its run: between other betas reconstruction and KL compare.\n"
-    if more := [script for script in ("probe", "complete") if any(run.get(script) for run in runs)]:
-        text += f"What {' and '.join(f'scripts/{script}.py' for script in more)} found is in the files of the runs.\n"
     return f"{text}\n" + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
+
+
+def _with_levels(runs: Runs) -> Runs:
+    """The runs of a grid, each with its place there as a part of its case: "tiny, beta 0.1"."""
+    return [
+        run | {"case": ", ".join([run["case"], *(f"{axis} {level}" for axis, level in run["levels"].items())])}
+        for run in runs
+        if run.get("levels")
+    ]
 
 
 def _levels(runs: Runs) -> str:

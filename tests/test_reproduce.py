@@ -388,6 +388,23 @@ def test_the_page_compares_the_settings_of_a_grid():
     assert "Figure 2" not in text and not results_page.plots({"p": runs})  # these are no experiments of the paper
 
 
+def test_what_else_was_measured_of_a_grid_is_shown_level_by_level():
+    runs = [run_numbers(seed=seed) | {"levels": {"width": width}} for width in ("128", "64") for seed in (0, 1)]
+    for run in runs:
+        run["train"]["inpainting_psnr"] = {"0.5": 14.25}
+        run["probe"]["codes"]["1.0"]["mean"] = 0.9 if run["levels"]["width"] == "64" else 0.8
+    del runs[2]["complete"], runs[3]["complete"]
+    text = results_page.page({"p": runs}, {})
+    rows = text.split("### Linear probing")[1].split("### In-painting")
+    assert [line for line in rows[0].splitlines() if line.startswith("| digits")] == [
+        "| digits | tiny, width 64 | biglearn_u | 90.0 ± 0.0 | 65.0 ± 0.0 |",
+        "| digits | tiny, width 128 | biglearn_u | 80.0 ± 0.0 | 65.0 ± 0.0 |",
+    ]
+    assert "| digits | tiny, width 128 | biglearn_u, one pass, a draw | 12.00 ± 0.00 |" in rows[1]
+    assert "| tiny, width 64 |" not in rows[1] and "### What the paper claims" not in text
+    assert not results_page.plots({"p": runs})
+
+
 def test_a_grid_that_was_only_trained_is_compared_by_what_its_training_ended_with():
     levels = ("width 256", "width 64", "nothing")
     runs = [run_numbers(elbo=-1.0 - place) | {"levels": {"changed": level}} for place, level in enumerate(levels)]
@@ -395,12 +412,10 @@ def test_a_grid_that_was_only_trained_is_compared_by_what_its_training_ended_wit
         del run["probe"], run["complete"]
         run["train"]["inpainting_psnr"] = {"0.5": 14.25}
     text = results_page.page({"p": runs}, {"case1": 1_269_104})
-    assert "Of the test images" in text and "with the beta of its run" not in text and "in the files" not in text
-    runs[1] |= {"probe": {}, "complete": {"tasks": {"0.5": 1}}}
+    assert "Of the test images" in text and "with the beta of its run" not in text
     runs[1]["config"] = {"train": {"loss.beta": 0.5}}
     other = results_page.page({"p": runs}, {})
     assert "Each JointELBO is with the beta of its run" in other
-    assert "What scripts/complete.py found is in the files of the runs.\n\n|" in other
     rows = [line for line in text.splitlines() if line.startswith("| digits")]
     assert rows == [
         "| digits | tiny | nothing | biglearn_u | 1 | -3.000 | -1.500 | 7.0 | 14.25 | 14.25 |",
