@@ -17,8 +17,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
 
+PLAIN = (int, float, str, tuple, type(None))  # what a checkpoint may hold
 OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, which no number hangs on
 
 
@@ -308,6 +310,7 @@ class Trainer:
             if self.average is not None:
                 self._load_weights(self.average, state["average"] or state["net"])
             self._load_optimizers(state["optimizers"])
+            self._check_optim(state.get("optim", {}))
             self.step, self.seconds = state["step"], state["seconds"]
             # Without a best checkpoint, the next evaluation makes one.
             self.best = state["best"] if (self.folder / checkpoint.BEST).exists() else -math.inf
@@ -336,7 +339,6 @@ class Trainer:
                 f"weights, now of {own}: optim must be as it was, with muon_lr or without"
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            self._check_groups(optimizer.param_groups, state["param_groups"])
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             groups = [  # how a step is computed is a matter of this device, not of that on which it was kept
                 kept | {name: own[name] for name in OF_DEVICE if name in own}
@@ -349,17 +351,15 @@ class Trainer:
             moments = distributed.split(state["state"], like)
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    def _check_groups(self, own: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> None:
-        """Raise a ValueError if an optimizer was given other numbers than those that the run was trained with."""
-        for now, then in zip(own, kept, strict=True):
-            for name in sorted((now.keys() & then.keys()) - {"params", "lr", *OF_DEVICE}):
-                old, new = (tuple(v) if isinstance(v, list | tuple) else v for v in (then[name], now[name]))
-                if old != new:
-                    raise ValueError(
-                        f"the run in {self._run} was trained with another optim, whose "
-                        f"{'learning rate' if name == 'peak' else name} was {old}, now it is {new}: give it as it was, "
-                        "or another folder"
-                    )
+    def _check_optim(self, kept: dict[str, Any]) -> None:
+        """Raise a ValueError if the run was trained with other settings of the optimizers; a run may have none kept."""
+        own = _settings_of(self.optim)
+        for name in sorted(own.keys() & kept.keys()):
+            if own[name] != kept[name]:
+                raise ValueError(
+                    f"the run in {self._run} was trained with another optim, whose {name} was {kept[name]}, now it is "
+                    f"{own[name]}: give it as it was, or another folder"
+                )
 
     def fit(self, loggers: Iterable[Logger] = ()) -> bool:
         """Train to the last step. Returns False if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written.
@@ -602,6 +602,7 @@ class Trainer:
             "step": self.step,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "optim": _settings_of(self.optim),
             "optimizers": [_plain_rates(optimizer.state_dict()) for optimizer in self.optimizers],
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
@@ -631,6 +632,13 @@ def _tf32_convolutions() -> Iterator[None]:
     finally:
         for part, precision in zip(parts, kept, strict=True):
             part.fp32_precision = precision
+
+
+def _settings_of(optim: Optim) -> dict[str, Any]:
+    """Its numbers and words by name; of anything else, which a checkpoint may not hold, how it shows itself."""
+    values = {field.name: getattr(optim, field.name) for field in fields(optim)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: value if isinstance(value, PLAIN) else repr(value) for name, value in values.items()}
 
 
 def _plain_rates(state: dict[str, Any]) -> dict[str, Any]:

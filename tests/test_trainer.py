@@ -295,10 +295,14 @@ def test_checkpoints_of_other_optimizers_are_refused(tmp_path, first):
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (dict(lr=0.5), "learning rate was .*, now it is 0.5"),
+        (dict(lr=0.5), "lr was 0.05, now it is 0.5"),
         (dict(weight_decay=0.25), "weight_decay was .*, now it is 0.25"),
         (dict(betas=(0.5, 0.6)), r"betas was .*, now it is \(0.5, 0.6\)"),
-        (dict(muon_lr=0.01), "learning rate was 0.02, now it is 0.01"),
+        (dict(muon_lr=0.01), "muon_lr was 0.02, now it is 0.01"),
+        (dict(warmup_steps=1), "warmup_steps was 3, now it is 1"),
+        (dict(schedule="constant"), "schedule was cosine, now it is constant"),
+        (dict(clip_norm=0.125), "clip_norm was 1.0, now it is 0.125"),
+        (dict(ema_decay=0.75), "ema_decay was 0.9, now it is 0.75"),
     ],
 )
 def test_a_run_goes_on_with_the_numbers_of_its_optimizers_alone(tmp_path, other, says):
