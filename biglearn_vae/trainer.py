@@ -33,7 +33,7 @@ from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
 
-PLAIN = (int, float, str, tuple, type(None))  # what a checkpoint may hold
+PLAIN = (int, float, str, tuple, list, type(None))  # what a checkpoint may hold
 OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, which no number hangs on
 
 
@@ -309,8 +309,8 @@ class Trainer:
             self._load_weights(self.net, state["net"])
             if self.average is not None:
                 self._load_weights(self.average, state["average"] or state["net"])
+            self._check_same(state.get("optim", {}), _settings_of(self.optim))
             self._load_optimizers(state["optimizers"])
-            self._check_optim(state.get("optim", {}))
             self.step, self.seconds = state["step"], state["seconds"]
             # Without a best checkpoint, the next evaluation makes one.
             self.best = state["best"] if (self.folder / checkpoint.BEST).exists() else -math.inf
@@ -339,6 +339,8 @@ class Trainer:
                 f"weights, now of {own}: optim must be as it was, with muon_lr or without"
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
+            for own_group, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                self._check_same({name: value for name, value in group.items() if name != "lr"}, own_group)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             groups = [  # how a step is computed is a matter of this device, not of that on which it was kept
                 kept | {name: own[name] for name in OF_DEVICE if name in own}
@@ -351,14 +353,14 @@ class Trainer:
             moments = distributed.split(state["state"], like)
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    def _check_optim(self, kept: dict[str, Any]) -> None:
-        """Raise a ValueError if the run was trained with other settings of the optimizers; a run may have none kept."""
-        own = _settings_of(self.optim)
-        for name in sorted(own.keys() & kept.keys()):
-            if own[name] != kept[name]:
+    def _check_same(self, kept: dict[str, Any], own: dict[str, Any]) -> None:
+        """Raise a ValueError if the run was trained with another setting of its optimizers, of those that both have."""
+        for name in sorted((own.keys() & kept.keys()) - {"params", *OF_DEVICE}):
+            old, new = (tuple(value) if isinstance(value, list) else value for value in (kept[name], own[name]))
+            if old != new:
                 raise ValueError(
-                    f"the run in {self._run} was trained with another optim, whose {name} was {kept[name]}, now it is "
-                    f"{own[name]}: give it as it was, or another folder"
+                    f"the run in {self._run} was trained with another optim, whose {name} was {old}, now it is {new}: "
+                    "give it as it was, or another folder"
                 )
 
     def fit(self, loggers: Iterable[Logger] = ()) -> bool:
@@ -637,7 +639,6 @@ def _tf32_convolutions() -> Iterator[None]:
 def _settings_of(optim: Optim) -> dict[str, Any]:
     """Its numbers and words by name; of anything else, which a checkpoint may not hold, how it shows itself."""
     values = {field.name: getattr(optim, field.name) for field in fields(optim)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return {name: value if isinstance(value, PLAIN) else repr(value) for name, value in values.items()}
 
 

@@ -6,7 +6,7 @@ import gc
 import math
 import signal
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -285,11 +285,24 @@ def test_what_an_evaluation_gives_is_checked():
             trainer.fit()
 
 
-@pytest.mark.parametrize("first", [None, 0.02])
-def test_checkpoints_of_other_optimizers_are_refused(tmp_path, first):
-    make(tmp_path, steps=6, optim=replace(OPTIM, muon_lr=first)).fit()
+class Plain(Optim):
+    """Gradient descent, its momentum written into the code."""
+
+    momentum = 0.5
+
+    def optimizers(self, net, fused=None, capturable=False):
+        return [torch.optim.SGD(net.parameters(), self.lr, self.momentum)]
+
+
+def test_checkpoints_of_other_optimizers_are_refused(tmp_path, monkeypatch):
+    make(tmp_path / "adamw", steps=6).fit()
+    plain = Plain(**asdict(OPTIM))
     with pytest.raises(ValueError, match=r"trained by other optimizers.*with muon_lr or without"):
-        make(tmp_path, steps=6, optim=replace(OPTIM, muon_lr=None if first else 0.02)).resume()
+        make(tmp_path / "adamw", steps=6, optim=plain).resume()
+    make(tmp_path / "plain", steps=6, optim=plain).fit()
+    monkeypatch.setattr(Plain, "momentum", 0.25)
+    with pytest.raises(ValueError, match=r"whose momentum was 0.5, now it is 0.25"):
+        make(tmp_path / "plain", steps=6, optim=plain).resume()
 
 
 @pytest.mark.parametrize(
@@ -299,6 +312,7 @@ def test_checkpoints_of_other_optimizers_are_refused(tmp_path, first):
         (dict(weight_decay=0.25), "weight_decay was .*, now it is 0.25"),
         (dict(betas=(0.5, 0.6)), r"betas was .*, now it is \(0.5, 0.6\)"),
         (dict(muon_lr=0.01), "muon_lr was 0.02, now it is 0.01"),
+        (dict(muon_lr=None), "muon_lr was 0.02, now it is None"),
         (dict(warmup_steps=1), "warmup_steps was 3, now it is 1"),
         (dict(schedule="constant"), "schedule was cosine, now it is constant"),
         (dict(clip_norm=0.125), "clip_norm was 1.0, now it is 0.125"),
