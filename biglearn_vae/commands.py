@@ -34,7 +34,7 @@ from biglearn_vae import probe as probing
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, pick_device, start, stop, under_torchrun
-from biglearn_vae.files import write_json, write_text
+from biglearn_vae.files import Busy, write_json, write_text
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
 from biglearn_vae.models import MaskedViT, count_parameters
 from biglearn_vae.patch_ae import PatchAE
@@ -80,10 +80,11 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             config.require_all(cfg, config_name)
             task(cfg, hydra_cfg.overrides.task)
         except user_errors() as error:
+            said = _of_job(error, hydra_cfg.overrides.task, typed.overrides)
             # Other launchers run this in another process, which can only tell by raising.
-            if "HYDRA_FULL_ERROR" in os.environ or "Basic" not in hydra_cfg.launcher._target_:
+            if said and ("HYDRA_FULL_ERROR" in os.environ or "Basic" not in hydra_cfg.launcher._target_):
                 raise
-            failed.append(_of_job(str(error), hydra_cfg.overrides.task, typed.overrides))
+            failed.extend(said)
 
     try:
         sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
@@ -116,15 +117,18 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     stop()
 
 
-def _of_job(error: str, words: Sequence[str], typed: Sequence[str]) -> str:
-    """An error with the words that a job of a sweep has for itself, shown at once, as the other jobs may take days."""
+def _of_job(error: Exception, words: Sequence[str], typed: Sequence[str]) -> list[str]:
+    """What went wrong, with the words that a job of a sweep has for itself, shown at once, as the other jobs may take
+    days; nothing if another process does what this job was to do."""
     swept = {o.key_or_group for o in config.parsed(typed) if o.is_sweep_override()}
-    own = [o.input_line for o in config.parsed(words) if o.key_or_group in swept]
+    own = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept)
     if not own:
-        return error
-    message = f"{' '.join(own)}: {error}"
-    print(f"failed: {message}", file=sys.stderr, flush=True)
-    return message
+        return [str(error)]
+    if isinstance(error, Busy):
+        print(f"left to another process: {own}: {str(error).partition(': ')[0]}", flush=True)
+        return []
+    print(f"failed: {own}: {error}", file=sys.stderr, flush=True)
+    return [f"{own}: {error}"]
 
 
 def _refuse_sweep(words: Sequence[str], config_name: str) -> None:

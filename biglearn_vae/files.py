@@ -51,6 +51,10 @@ def to_disk(file: BinaryIO | TextIO) -> None:
     os.fsync(file.fileno())
 
 
+class Busy(ValueError):
+    """Another process does what this one was to do, where one alone can."""
+
+
 LOCK = "lock"  # the file in a folder that says who writes into it
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what file systems without them answer
 
@@ -66,7 +70,7 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
         busy: what to say of another process that has it, after its name; by default that one is waited for.
 
     Raises:
-        ValueError: saying so.
+        Busy: saying so.
     """
     try:
         import fcntl
@@ -80,7 +84,7 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             if busy is not None:
-                raise ValueError(f"{holder} {busy}") from None
+                raise Busy(f"{holder} {busy}") from None
             warnings.warn(f"waiting for {holder}, which is making {folder}", stacklevel=3)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

@@ -181,7 +181,8 @@ def taken(run: Path) -> Iterator[None]:
     """Make a run's folder and be the only process that trains in it.
 
     Raises:
-        ValueError: if another one does, or the folder cannot be made.
+        Busy: if another one does.
+        ValueError: if the folder cannot be made.
     """
     busy = f"trains in {run}: wait for it, or give name=NAME for another run"
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import time
 
@@ -113,6 +114,20 @@ def test_two_processes_do_not_train_in_one_folder(here, monkeypatch, capsys):
     for _ in range(2):  # what was stopped is finished where it is, and then is
         assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=1") == 0
     assert "is finished" in capsys.readouterr().out and len(runs.summaries()) == 1
+
+
+def test_a_sweep_leaves_to_another_process_what_that_trains(here, monkeypatch, capsys):
+    sweep = ["-m", *SMALL, "seed=0,1"]
+    assert run_here(monkeypatch, *sweep, "trainer.steps=2") == 0
+    (busy,) = (here / "outputs").glob("*-seed1-*")
+    capsys.readouterr()
+    with files.locked(busy):
+        assert run_here(monkeypatch, *sweep) == 0
+    out, err = capsys.readouterr()
+    assert f"left to another process: seed=1: process {os.getpid()} on " in out and "failed" not in err
+    assert [row["steps"] for row in runs.summaries()] == [24, 2]
+    assert run_here(monkeypatch, *sweep) == 0
+    assert [row["steps"] for row in runs.summaries()] == [24, 24]
 
 
 def test_a_folder_that_cannot_be_made(here, monkeypatch, capsys):
