@@ -67,17 +67,19 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     if not _is_main():
         warnings.simplefilter("ignore")
     typed = get_args_parser().parse_intermixed_args()
+    chosen = typed.config_name or config_name
+    # What is relative to this folder, or to ~, which no shell resolves behind "=".
+    own = None if typed.config_dir is None else Path(typed.config_dir).expanduser().resolve()
     # Hydra itself takes no flag between settings.
-    sys.argv[1:] = typed.overrides + [word for word in sys.argv[1:] if word not in typed.overrides]
-    chosen, own = typed.config_name or config_name, typed.config_dir
+    sys.argv[1:] = typed.overrides + [word for word in _without_folder(sys.argv[1:]) if word not in typed.overrides]
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> None:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
         config.register_resolvers()  # here, since other launchers run this in another process
-        config.search_also(own)
         try:
-            config.require_all(cfg, config_name)
+            config.search_also(own)
+            config.require_all(cfg, config_name, hydra_cfg.runtime.choices)
             task(cfg, hydra_cfg.overrides.task)
         except user_errors() as error:
             said = _of_job(error, hydra_cfg.overrides.task, typed.overrides)
@@ -90,15 +92,15 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
         sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
         config.search_also(own)
         if not (typed.config_path or typed.shell_completion):
-            known = (*PROGRAMS.get(config_name, (config_name,)), *config.main_files())
-            checks.check_choice("--config-name", chosen, known)
+            programs = PROGRAMS.get(config_name, (config_name,))
+            checks.check_choice("--config-name", chosen, (*programs, *config.own_main_files(programs)))
             config.check(typed.overrides, chosen, sweep)
         if typed.help:
             words = [o.input_line for o in config.parsed(typed.overrides) if not o.is_sweep_override()]
             print(config.help_text(chosen, words))
         else:
             if sweep:
-                _refuse_sweep(typed.overrides, chosen)
+                _refuse_sweep(typed.overrides, config_name)
             run()
     except user_errors() as error:
         if "HYDRA_FULL_ERROR" in os.environ:
@@ -115,6 +117,14 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     if failed:
         _complain_and_exit(failed)
     stop()
+
+
+def _without_folder(words: Sequence[str]) -> Iterator[str]:
+    """A command line without --config-dir, of which `config.search_also` tells Hydra."""
+    flags = ("--config-dir", "-cd")
+    for before, word in zip(["", *words], words, strict=False):
+        if before not in flags and word not in flags and not word.startswith("--config-dir="):
+            yield word
 
 
 def _of_job(error: Exception, words: Sequence[str], typed: Sequence[str]) -> list[str]:
@@ -186,13 +196,15 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if "torch._dynamo" in sys.modules:  # in a sweep: what was compiled for other runs counts towards a limit
         torch.compiler.reset()
     if done := finished(run, cfg):
-        say(f"{run} is finished: {done['steps']} steps. A larger trainer.steps continues it, name=NAME starts another.")
-        say(stages.of(cfg).report(done, run))
+        say(_finished_text(run, cfg, done))
         return done
     stage = stages.of(cfg)(cfg, run, world.device)
     splits = _dataset(cfg, world)
     trainer = _trainer(cfg, run, stage, splits, world)
-    with runs.taken(run) if world.is_main else nullcontext():
+    with runs.taken(run, cfg) if world.is_main else nullcontext():
+        if world.size == 1 and (done := finished(run, cfg)):  # by another process, while this one read the data
+            say(_finished_text(run, cfg, done))
+            return done
         first = trainer.resume()
         start_from = "" if first or cfg.get("init_from") is None else f", from the weights of {cfg.init_from}"
         say(f"{'going on with' if first else 'training'} {run}{start_from}")
@@ -252,6 +264,11 @@ def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
     except (KeyError, TypeError):  # damaged: it is made again from the checkpoint
         return None
     return summary
+
+
+def _finished_text(run: Path, cfg: "DictConfig", done: dict[str, Any]) -> str:
+    hint = "A larger trainer.steps continues it, name=NAME starts another."
+    return f"{run} is finished: {done['steps']} steps. {hint}\n{stages.of(cfg).report(done, run)}"
 
 
 def _trainer(cfg: "DictConfig", run: Path, stage: stages.Stage, splits: Splits, world: World) -> Trainer:

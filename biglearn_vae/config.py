@@ -13,8 +13,8 @@ import shlex
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from biglearn_vae.patches import Patchify
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
+    from yaml import MarkedYAMLError
 
 # Settings that say where and how, not what is computed; the last two are those of scripts that measure a run.
 PLACE = ("device", "name", "output_dir", "data.root", "data.cache")
@@ -65,34 +66,32 @@ def search_also(own: str | Path | None) -> None:
 
     Args:
         own: the folder, laid out as `folder()` is: OWN/case/wide.yaml is case=wide. It replaces the one before; None
-            for no such folder.
+            for no such folder. After changes in it, it has to be given again.
 
     Raises:
         ValueError: if it is no folder, or a file in it has the name of one that is here, which would be read in place
             of it.
     """
+    from hydra.core.plugins import Plugins
+
     found = [] if own is None else [Path(own).expanduser().resolve()]
-    if found == _OWN_FOLDERS:
-        return
     for path in found:
         if not path.is_dir():
             raise ValueError(f"--config-dir must name a folder, got {own}")
-        hidden = [file for file in _files(path) if (folder() / file.relative_to(path)).exists()]
-        if hidden:
+        files = [*sorted(path.glob("*/*.yaml")), *sorted(path.glob("*.yaml"))]
+        hidden = [file for file in files if (folder() / file.relative_to(path)).exists()]
+        if hidden and path != folder():
             raise ValueError(f"{hidden[0]} has the name of one of this package, which would be read: rename it")
-    _OWN_FOLDERS[:] = found
+    _OWN_FOLDERS[:] = [path for path in found if path != folder()]
+    Plugins.instance().register(_search_path_plugin())
     for function in (_groups, _settings, _explanations, resolved):
         function.cache_clear()
 
 
-def _files(path: Path) -> list[Path]:
-    """The YAML files of a folder of settings: those of its groups, then the main ones."""
-    return [*sorted(path.glob("*/*.yaml")), *sorted(path.glob("*.yaml"))]
-
-
-def main_files() -> list[str]:
-    """The names that --config-name may have, of one's own folder."""
-    return sorted(path.stem for own in _OWN_FOLDERS for path in own.glob("*.yaml"))
+def own_main_files(programs: Sequence[str]) -> list[str]:
+    """The names that --config-name may have, of one's own folder: of files with one of these in their defaults."""
+    names = sorted(path.stem for own in _OWN_FOLDERS for path in own.glob("*.yaml"))
+    return [name for name in names if {path.stem for path in _main_files(name)} & set(programs)]
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictConfig":
@@ -111,6 +110,7 @@ def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = Fals
     """Those of overrides that were checked, with Hydra's own if asked for."""
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
+    from yaml import MarkedYAMLError
 
     register_resolvers()
     with _own_hydra():
@@ -118,6 +118,14 @@ def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = Fals
             return hydra_compose(config_name, list(overrides), return_hydra_config=with_hydra)
         except HydraException as error:
             raise ValueError(str(error).splitlines()[0]) from None
+        except MarkedYAMLError as error:
+            raise ValueError(_unreadable(error)) from None
+
+
+def _unreadable(error: "MarkedYAMLError") -> str:
+    """Where a file is no YAML."""
+    mark = error.problem_mark
+    return f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else str(error)
 
 
 def check(words: Sequence[str], config_name: str = "train", sweep: bool = False) -> None:
@@ -237,8 +245,9 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
     """Raise a ValueError for the first word whose name is no setting under these choices of groups."""
     from omegaconf import OmegaConf
 
-    cfg, explained, groups = _settings(tuple(choices), config_name), explanations(config_name), _groups(config_name)
-    _check_labels(cfg, choices)
+    cfg, chosen = _settings(tuple(choices), config_name)
+    explained, groups = explanations(config_name), _groups(config_name)
+    _check_labels(cfg, chosen)
     known = {name for name, _ in _raw_leaves(cfg)}
     parts = [part for part in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, part))]
     targets = {f"{part}._target_" for part in parts if "_target_" in cfg[part]}
@@ -265,17 +274,24 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
             continue
         if name in explained and group in groups:
             having = [f"{group}={c}" for c in groups[group] if _has(name, f"{group}={c}", config_name)]
-            raise ValueError(f"{name}: {group}={cfg[group].name} has no such setting, only {', '.join(having)}")
+            raise ValueError(f"{name}: {group}={chosen[group]} has no such setting, only {', '.join(having)}")
         near = sorted(key for key in known if key.rpartition(".")[2] == last) or difflib.get_close_matches(name, known)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(f"{name}: there is no such setting{hint} --help lists all.")
 
 
-def _check_labels(cfg: "DictConfig", choices: Sequence[str]) -> None:
-    """Raise a ValueError for a case or preset, of one's own, that calls itself otherwise: results go by its name."""
-    for group, _, choice in (word.partition("=") for word in choices):
-        if group in ("case", "preset") and (name := cfg[group].get("name")) != choice:
-            raise ValueError(f"{group}/{choice}.yaml must have {group}.name={choice}, by which results go, got {name}")
+def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:
+    """Raise a ValueError for a choice of one's own that calls itself otherwise, where results go by its name."""
+    from omegaconf import OmegaConf
+
+    for group in chosen.keys() & {"case", "method", "preset"}:
+        name = OmegaConf.select(cfg, f"{group}.name")
+        if name != chosen[group]:
+            file, hint = f"{group}/{chosen[group]}.yaml", ", behind a first line # @package _global_"
+            raise ValueError(
+                f"{file} must have {group}.name={chosen[group]}{'' if group == 'preset' or name else hint}: results go "
+                f"by it, got {name}"
+            )
 
 
 def _check_left_out(name: str, known: set[str], targets: set[str], any_names: bool) -> None:
@@ -317,14 +333,18 @@ def _within(name: str, known: set[str]) -> set[str]:
 
 
 @functools.cache
-def _settings(choices: tuple[str, ...], config_name: str) -> "DictConfig":
-    """The settings under these choices of groups, to look at only."""
-    return _compose(choices, config_name)
+def _settings(choices: tuple[str, ...], config_name: str) -> "tuple[DictConfig, dict[str, str]]":
+    """The settings under these choices of groups, to look at only, and what is chosen then of every group."""
+    from omegaconf import OmegaConf
+
+    cfg = _compose(choices, config_name, with_hydra=True)
+    chosen = {Path(name).name: str(choice) for name, choice in cfg.hydra.runtime.choices.items() if choice}
+    return OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"]), chosen
 
 
 def _has(name: str, choice: str, config_name: str) -> bool:
     """Whether there is a setting of this name under this choice of a group."""
-    return bool(_within(name, {key for key, _ in _raw_leaves(_settings((choice,), config_name))}))
+    return bool(_within(name, {key for key, _ in _raw_leaves(_settings((choice,), config_name)[0])}))
 
 
 def register_resolvers() -> None:
@@ -360,10 +380,8 @@ def _own_hydra() -> Iterator[None]:
     """
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.plugins import Plugins
 
     with _ONE_HYDRA:
-        Plugins.instance().register(_search_path_plugin())
         outer = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()
         try:
@@ -436,13 +454,13 @@ def _hints(target: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: hints.get(name, Any) for name in (*parameters, *(names if takes_any else ()))}
 
 
-def require_all(cfg: "DictConfig", config_name: str) -> None:
+def require_all(cfg: "DictConfig", config_name: str, chosen: Mapping[str, str] | None = None) -> None:
     """Raise a ValueError if a setting without a default was not given."""
     from omegaconf import OmegaConf
 
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        explained = explanations(config_name, cfg)
+        explained = explanations(config_name, chosen)
         raise ValueError("; ".join(f"{key}=... must be given: {explained.get(key)}" for key in missing))
 
 
@@ -759,7 +777,8 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
         lines += ["", "Groups (GROUP=CHOICE):"]
         lines += [f"  {name:<10} {', '.join(choices)}" for name, choices in groups.items()]
     lines += ["", "Settings (NAME=VALUE):"]
-    explained = explanations(config_name, cfg)
+    words = _check_choices(parsed(overrides), config_name)[0]
+    explained = explanations(config_name, _settings(tuple(words), config_name)[1])
     for key, value in _raw_leaves(cfg):
         lines.append(f"  {f'{key}={value}':<44} {explained.get(key, '')}".rstrip())
     names = set(cfg)  # also of what has no value yet
@@ -782,21 +801,19 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
             yield f"{prefix}{key}", typed(value)
 
 
-def explanations(config_name: str = "train", cfg: "DictConfig | None" = None) -> dict[str, str]:
+def explanations(config_name: str = "train", chosen: Mapping[str, str] | None = None) -> dict[str, str]:
     """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program.
 
-    Of a setting that several choices of a group have it is that of the choice in `cfg`, as far as that is named there:
-    data set, case, method, tokens, preset.
+    Of a setting that several choices of a group have it is that of the choice in `chosen`, by group.
     """
-    named = [] if cfg is None else [(group, cfg[group].get("name")) for group in _groups(config_name) if cfg.get(group)]
-    return _explanations(config_name, frozenset(named))
+    return _explanations(config_name, frozenset((chosen or {}).items()))
 
 
 @functools.cache
 def _explanations(config_name: str, chosen: frozenset[tuple[str, str]]) -> dict[str, str]:
     result: dict[str, str] = {}
-    groups = [path for found in folders() for path in found.glob("*/*.yaml")]
-    groups.sort(key=lambda path: ((path.parent.name, path.stem) in chosen, path))
+    groups = [path for found in reversed(folders()) for path in sorted(found.glob("*/*.yaml"))]
+    groups.sort(key=lambda path: (path.parent.name, path.stem) in chosen)  # the last one counts
     for path in [*groups, *_main_files(config_name)]:
         text = path.read_text()
         group = [] if path.parent in folders() or "@package _global_" in text else [path.parent.name]
@@ -809,8 +826,15 @@ def _explanations(config_name: str, chosen: frozenset[tuple[str, str]]) -> dict[
     return result
 
 
-def _main_files(config_name: str) -> list[Path]:
+def _main_files(config_name: str, seen: tuple[str, ...] = ()) -> list[Path]:
     """The main file of this name, behind those that its list of defaults names."""
+    import yaml
+
     paths = [path for found in folders() if (path := found / f"{config_name}.yaml").exists()]
-    names = [name for path in paths for name in re.findall(r"^ *- (\w+)$", path.read_text(), re.MULTILINE)]
-    return [path for name in names for path in _main_files(name)] + paths
+    seen, names = (*seen, config_name), []
+    for path in paths:
+        with suppress(yaml.YAMLError):  # of which who composes it tells
+            content = yaml.safe_load(path.read_text())
+            listed = content.get("defaults") if isinstance(content, dict) else None
+            names += [str(name).lstrip("/") for name in listed or [] if isinstance(name, str)]
+    return [path for name in names if name not in seen for path in _main_files(name, seen)] + paths

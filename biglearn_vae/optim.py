@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from biglearn_vae import checks
 from biglearn_vae.distributed import is_split
 
+SCHEDULES = ("constant", "cosine")
 SMALL = 2**15  # numbers of a matrix below which a CPU is faster at several of them at once
 
 
@@ -50,13 +51,18 @@ class Optim:
     muon_lr: float | None = None
 
     def __post_init__(self):
-        checks.real_numbers("betas", self.betas, 2, "[0, 1)")
-        checks.whole_number("warmup_steps", self.warmup_steps, 0)
-        checks.check_choice("schedule", self.schedule, ("constant", "cosine"))
+        checks.check_choice("schedule", self.schedule, SCHEDULES)
+        plain: dict[str, Any] = {"schedule": SCHEDULES[SCHEDULES.index(self.schedule)]}
+        plain["betas"] = tuple(checks.real_numbers("betas", self.betas, 2, "[0, 1)"))
+        plain["warmup_steps"] = checks.whole_number("warmup_steps", self.warmup_steps, 0)
         intervals = {"lr": "(0, inf)", "eps": "(0, inf)", "weight_decay": "[0, inf)", "ema_decay": "[0, 1)"}
         optional = {name: "(0, inf)" for name in ("clip_norm", "muon_lr") if getattr(self, name) is not None}
         for name, interval in (intervals | optional).items():
-            checks.real_number(name, getattr(self, name), interval, ", or None" if name in optional else "")
+            plain[name] = checks.real_number(
+                name, getattr(self, name), interval, ", or None" if name in optional else ""
+            )
+        for name, value in plain.items():  # of other types, such as NumPy's, a checkpoint could not be read again
+            object.__setattr__(self, name, value)
 
     def optimizers(
         self, net: nn.Module, fused: bool | None = None, capturable: bool = False

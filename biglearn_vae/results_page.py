@@ -105,10 +105,15 @@ def _last(runs: Runs) -> dict[tuple[str, str], str]:
     return {(data, case): method for data, case, method, _ in groups(runs)}
 
 
+def methods_of(runs: Runs) -> list[str]:
+    """The paper's methods, then others that there are."""
+    return [*METHODS, *sorted({run["method"] for run in runs} - set(METHODS))]
+
+
 def groups(runs: Runs) -> list[tuple[str, str, str, Runs]]:
     """Data, case, method and the runs of all seeds, in the order of the paper."""
     keys = sorted({(run["data"], run["case"]) for run in runs}, key=lambda key: [*map(_natural, key)])
-    found = [(d, c, m, select(runs, data=d, case=c, method=m)) for d, c in keys for m in METHODS]
+    found = [(d, c, m, select(runs, data=d, case=c, method=m)) for d, c in keys for m in methods_of(runs)]
     return [group for group in found if group[3]]
 
 
@@ -718,16 +723,20 @@ def _plot(path: Path, runs: Runs, by_case: bool, draw: Callable) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
+def _colour(method: str) -> str:
+    return COLOURS.get(method, "C4")
+
+
 def _plot_joint(axes, runs: Runs) -> None:
     cases = sorted({run["case"] for run in runs})
-    for offset, method in enumerate(METHODS):
+    for offset, method in enumerate(methods_of(runs)):
         points = [
             (place + 0.15 * (offset - 1), run["train"]["test_joint_elbo"])
             for place, case in enumerate(cases)
             for run in select(runs, case=case, method=method)
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", color=COLOURS[method], label=method)
+            axes.plot(*zip(*points, strict=True), "o", color=_colour(method), label=method)
     axes.set_xticks(range(len(cases)), cases)
     axes.set_xlim(-0.5, len(cases) - 0.5)
     axes.set_ylabel("test JointELBO, a point a seed")
@@ -743,8 +752,8 @@ def _plot_probe(axes, runs: Runs, case: str) -> None:
         "ceiling": dict(color="k"),
     }
     lines = [
-        (label, name, select(own, method=method), looks[name] | dict(color=COLOURS[method]))
-        for method in METHODS
+        (label, name, select(own, method=method), looks[name] | dict(color=_colour(method)))
+        for method in methods_of(runs)
         for name, label in _codes(method).items()
     ]
     # All but the last are the same for all cases.
@@ -762,7 +771,7 @@ def _plot_course(axes, runs: Sequence[dict[str, Any]], name: str) -> None:
     for run in runs:
         pace = run["train"]["epochs"] / run["train"]["steps"]
         points = [(point["step"] * pace, point[name]) for point in run["course"]]
-        look = dict(color=COLOURS[run["method"]], linestyle=LINES.get(run["case"], "-"))
+        look = dict(color=_colour(run["method"]), linestyle=LINES.get(run["case"], "-"))
         axes.plot(*zip(*points, strict=True), **look, label=f"{run['case']} {run['method']}")
     axes.set_xlabel("epochs")
 

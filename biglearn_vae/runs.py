@@ -11,7 +11,7 @@ from biglearn_vae import checkpoint, checks, config
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import NAMED_BY_ROOT
 from biglearn_vae.distributed import pick_device
-from biglearn_vae.files import locked, read_json
+from biglearn_vae.files import Busy, locked, read_json
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -177,12 +177,12 @@ def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[di
 
 
 @contextmanager
-def taken(run: Path) -> Iterator[None]:
+def taken(run: Path, cfg: "DictConfig") -> Iterator[None]:
     """Make a run's folder and be the only process that trains in it.
 
     Raises:
-        Busy: if another one does.
-        ValueError: if the folder cannot be made.
+        Busy: if another one does, with these settings.
+        ValueError: if another one does, with others, or the folder cannot be made.
     """
     busy = f"trains in {run}: wait for it, or give name=NAME for another run"
     with ExitStack() as stack:
@@ -191,7 +191,20 @@ def taken(run: Path) -> Iterator[None]:
             stack.enter_context(locked(run, busy))
         except OSError as error:
             raise ValueError(f"{run} cannot be written ({error}): name another folder by output_dir=") from None
+        except Busy as error:
+            if _makes(run, cfg):
+                raise
+            raise ValueError(str(error)) from None
         yield
+
+
+def _makes(run: Path, cfg: "DictConfig") -> bool:
+    """Whether who trains in a folder makes this run there; who has only begun does, as far as its name tells."""
+    try:
+        other = config.saved(run)
+    except ValueError:
+        return True
+    return not differences(other, cfg) and other.trainer.steps >= cfg.trainer.steps
 
 
 def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearnVAE:

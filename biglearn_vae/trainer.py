@@ -33,7 +33,7 @@ from biglearn_vae.distributed import StepRandom, World
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
 
-PLAIN = (int, float, str, tuple, list, type(None))  # what a checkpoint may hold
+PLAIN = (bool, int, float, str, type(None))  # settings that a checkpoint can hold
 OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, which no number hangs on
 
 
@@ -637,9 +637,13 @@ def _tf32_convolutions() -> Iterator[None]:
 
 
 def _settings_of(optim: Optim) -> dict[str, Any]:
-    """Its numbers and words by name; of anything else, which a checkpoint may not hold, how it shows itself."""
-    values = {field.name: getattr(optim, field.name) for field in fields(optim)}
-    return {name: value if isinstance(value, PLAIN) else repr(value) for name, value in values.items()}
+    """By name, those of its settings that are numbers, words or several of these: that a checkpoint can hold."""
+    values = {field.name: getattr(optim, field.name, None) for field in fields(optim)}
+    return {name: value for name, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if type(value) in (list, tuple) else type(value) in PLAIN
 
 
 def _plain_rates(state: dict[str, Any]) -> dict[str, Any]:

@@ -316,7 +316,8 @@ def test_settings_of_ones_own_folder_are_composed_checked_and_explained(own):
         config.compose(["case=wide", "model.dims=3"])
     assert re.search(r"model\.dim=96 +a hundred or so\n", config.help_text("train", ["case=wide"]))
     mine = config.compose(config_name="mine")
-    assert (mine.seed, mine.model.dim, config.main_files()) == (7, 96, ["mine"])
+    assert (mine.seed, mine.model.dim) == (7, 96)
+    assert config.own_main_files(["train"]) == ["mine"] and not config.own_main_files(["evaluate"])
     shown = config.help_text("mine", [])
     assert shown.startswith("All mine.") and re.search(r"seed=7 +of the weights, .*\n", shown)
     config.search_also(None)
@@ -324,12 +325,41 @@ def test_settings_of_ones_own_folder_are_composed_checked_and_explained(own):
         config.resolved(("case=wide",))
 
 
+def test_a_choice_of_ones_own_has_settings_of_its_own(own):
+    (own / "optim").mkdir()
+    lines = "_target_: torch.optim.SGD\nlr: 0.1  # what suits me\nmomentum: 0.5  # of the steps before\n"
+    (own / "optim/sgd.yaml").write_text(lines)
+    (own / "list.yaml").write_text("defaults: [train, _self_]\ndata:\n  image_size:\n    - list\n")
+    config.search_also(own)
+    with pytest.raises(ValueError, match=r"optim\.momentum: optim=muon has no such setting, only optim=sgd"):
+        config.compose(["optim.momentum=0.3"])
+    shown = config.help_text("train", ["optim=sgd"])
+    assert re.search(r"lr=0\.1 +what suits me\n", shown) and "momentum=0.5" in shown
+    assert re.search(r"optim\.lr=0\.002 +peak learning rate of AdamW\n", config.help_text("train", []))
+    assert re.search(r"output_dir=outputs +folder", config.help_text("list", []))
+    (own / "optim/other.yaml").write_text(lines.replace("0.5", "0.25"))
+    config.search_also(own)  # what is new there is seen
+    assert config.compose(["optim=other"]).optim.momentum == 0.25
+    config.search_also(config.folder())
+    assert config.folders() == [config.folder()]
+
+
 def test_a_folder_of_ones_own_that_cannot_be_used(own):
     with pytest.raises(ValueError, match="--config-dir must name a folder, got elsewhere"):
         config.search_also("elsewhere")
     (own / "case/wide.yaml").write_text("# @package _global_\ndefaults:\n  - tiny\n")
     config.search_also(own)
-    with pytest.raises(ValueError, match=r"case/wide\.yaml must have case\.name=wide, by which results go, got tiny"):
+    with pytest.raises(ValueError, match=r"case/wide\.yaml must have case\.name=wide: results go by it, got tiny"):
+        config.compose(["case=wide"])
+    with pytest.raises(ValueError, match=r"case/wide\.yaml must have case\.name=wide"):
+        config.compose(config_name="mine")
+    (own / "case/wide.yaml").write_text("case:\n  name: wide\n")
+    config.search_also(own)
+    with pytest.raises(ValueError, match=r"case\.name=wide, behind a first line # @package _global_: results go by it"):
+        config.compose(["case=wide"])
+    (own / "case/wide.yaml").write_text("# @package _global_\nmodel:\n  dim: [96\n")
+    config.search_also(own)
+    with pytest.raises(ValueError, match=r"case/wide\.yaml, line 4: expected"):
         config.compose(["case=wide"])
     config.search_also(None)
     (own / "case/tiny.yaml").write_text("")

@@ -708,6 +708,13 @@ def test_settings_of_ones_own_folder(here, monkeypatch, capsys):
     assert "error: modle.dim: there is no such setting; did you mean model.dim?" in capsys.readouterr().err
     assert run_here(monkeypatch, "--config-dir=own", "--help") == 0
     assert "celeba_small, tiny, wide\n" in capsys.readouterr().out
+    (here / "own/mine.yaml").write_text("defaults:\n  - train\n  - override case: wide\n  - _self_\n")
+    own = ["--config-dir", "own", "--config-name=mine"]
+    assert run_here(monkeypatch, *own, "-m", "trainer.steps=6,8") == 2
+    assert "a sweep over trainer.steps would use one folder" in capsys.readouterr().err
+    assert run_here(monkeypatch, *own, script="evaluate") == 2
+    assert "--config-name must be evaluate, got 'mine'" in capsys.readouterr().err
+    assert run_here(monkeypatch, *own, *SMALL, "-m", "seed=0,1", "trainer.steps=2", "hydra.job.chdir=true") == 0
     assert run_here(monkeypatch, "run=outputs/run", "images=2", "likelihood_images=0", script="evaluate") == 0
 
 

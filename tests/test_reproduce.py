@@ -173,6 +173,15 @@ def test_chains_are_compared_with_one_pass_of_the_same_seeds(ours):
     assert "| digits | tiny | vae | 0.5 | pseudo-Gibbs | 5 |  | 10.00 | 13.00 |" in text
 
 
+def test_a_method_of_ones_own_is_on_the_page(tmp_path):
+    runs = [run_numbers(seed=seed) | {"method": method} for method in ("mine", "biglearn_u") for seed in (0, 1)]
+    text = results_page.page({"p": runs}, {})
+    assert text.index("| digits | tiny | biglearn_u | 2 |") < text.index("| digits | tiny | mine | 2 |")
+    assert "| digits | tiny | mine | 90.0 ± 0.0 |" in text
+    for name, draw in results_page.plots({"p": runs}).items():
+        draw(tmp_path / name)
+
+
 def test_a_training_too_short_for_its_epochs_has_a_page():
     run = run_numbers()
     run["train"]["epochs"] = 0.0

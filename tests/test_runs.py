@@ -121,11 +121,17 @@ def test_a_sweep_leaves_to_another_process_what_that_trains(here, monkeypatch, c
     assert run_here(monkeypatch, *sweep, "trainer.steps=2") == 0
     (busy,) = (here / "outputs").glob("*-seed1-*")
     capsys.readouterr()
-    with files.locked(busy):
+    with files.locked(busy):  # by one that trains for 2 steps
+        assert run_here(monkeypatch, *sweep) == 2
+    assert f"failed: seed=1: process {os.getpid()} on " in capsys.readouterr().err
+    settings = (busy / "config.yaml").read_text()
+    (busy / "config.yaml").write_text(settings.replace("steps: 2\n", "steps: 24\n"))
+    (busy / "summary.json").unlink()
+    with files.locked(busy):  # by one that goes on with it
         assert run_here(monkeypatch, *sweep) == 0
     out, err = capsys.readouterr()
     assert f"left to another process: seed=1: process {os.getpid()} on " in out and "failed" not in err
-    assert [row["steps"] for row in runs.summaries()] == [24, 2]
+    assert [row["steps"] for row in runs.summaries()] == [24]
     assert run_here(monkeypatch, *sweep) == 0
     assert [row["steps"] for row in runs.summaries()] == [24, 24]
 

@@ -7,7 +7,9 @@ import math
 import signal
 import weakref
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -325,6 +327,21 @@ def test_a_run_goes_on_with_the_numbers_of_its_optimizers_alone(tmp_path, other,
     with pytest.raises(ValueError, match=f"the run in {tmp_path / 'own'} was trained with another optim, whose {says}"):
         make(tmp_path / "own", steps=12, optim=replace(optim, **other)).resume()
     assert make(tmp_path / "own", steps=12, optim=optim).resume() == 6
+
+
+def test_numbers_of_any_type_are_kept_with_a_run_that_goes_on(tmp_path):
+    class Word(StrEnum):
+        COSINE = "cosine"
+
+    @dataclass(frozen=True)
+    class Own(Optim):
+        rule: object = None
+
+    given = dict(lr=np.float64(0.0625), betas=np.array([0.5, 0.75]).tolist(), warmup_steps=np.int64(3))
+    given |= dict(clip_norm=np.float32(1.0), ema_decay=np.float64(0.5), schedule=Word.COSINE)
+    make(tmp_path, steps=6, optim=Own(**given, rule=lambda: 1)).fit()
+    plain = Own(lr=0.0625, betas=(0.5, 0.75), warmup_steps=3, clip_norm=1, ema_decay=0.5, schedule="cosine")
+    assert make(tmp_path, steps=12, optim=plain).resume() == 6
 
 
 def test_the_folder_to_delete_is_that_of_the_run_alone(tmp_path):
