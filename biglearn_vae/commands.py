@@ -9,6 +9,7 @@ import sys
 import time
 import typing
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -59,26 +60,21 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     What the user can mend ends with a line of explanation and exit code 2. HYDRA_FULL_ERROR=1 shows where it arose.
     """
     import hydra
-    from hydra._internal.utils import get_args_parser
 
     failed: list[str] = []
     torch.backends.cudnn.allow_tf32 = False  # what is computed in float32 is float32, in convolutions, too
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
         warnings.simplefilter("ignore")
-    typed = get_args_parser().parse_intermixed_args()
+    typed = _command_line()
     chosen = typed.config_name or config_name
-    # What is relative to this folder, or to ~, which no shell resolves behind "=".
-    own = None if typed.config_dir is None else Path(typed.config_dir).expanduser().resolve()
-    # Hydra itself takes no flag between settings.
-    sys.argv[1:] = typed.overrides + [word for word in _without_folder(sys.argv[1:]) if word not in typed.overrides]
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> None:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
         config.register_resolvers()  # here, since other launchers run this in another process
         try:
-            config.search_also(own)
+            config.search_also(typed.config_dir)
             config.require_all(cfg, config_name, hydra_cfg.runtime.choices)
             task(cfg, hydra_cfg.overrides.task)
         except user_errors() as error:
@@ -90,7 +86,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
 
     try:
         sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
-        config.search_also(own)
+        config.search_also(typed.config_dir)
         if not (typed.config_path or typed.shell_completion):
             programs = PROGRAMS.get(config_name, (config_name,))
             checks.check_choice("--config-name", chosen, (*programs, *config.own_main_files(programs)))
@@ -119,12 +115,19 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     stop()
 
 
-def _without_folder(words: Sequence[str]) -> Iterator[str]:
-    """A command line without --config-dir, of which `config.search_also` tells Hydra."""
-    flags = ("--config-dir", "-cd")
+def _command_line() -> Namespace:
+    """What was typed. To Hydra are left settings, then flags, as it takes none between settings, and no --config-dir,
+    of which `config.search_also` tells it."""
+    from hydra._internal.utils import get_args_parser
+
+    typed, words = get_args_parser().parse_intermixed_args(), sys.argv[1:]
+    sys.argv[1:] = typed.overrides
     for before, word in zip(["", *words], words, strict=False):
-        if before not in flags and word not in flags and not word.startswith("--config-dir="):
-            yield word
+        of_folder = word.startswith("--config-dir") or word == "-cd" or before in ("--config-dir", "-cd")
+        sys.argv += [] if of_folder or word in typed.overrides else [word]
+    if typed.config_dir is not None:  # a job of a sweep may run elsewhere; no shell resolves ~ behind "="
+        typed.config_dir = str(Path(typed.config_dir).expanduser().resolve())
+    return typed
 
 
 def _of_job(error: Exception, words: Sequence[str], typed: Sequence[str]) -> list[str]:
