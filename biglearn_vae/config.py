@@ -34,7 +34,6 @@ from biglearn_vae.patches import Patchify
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
-    from yaml import MarkedYAMLError
 
 # Settings that say where and how, not what is computed; the last two are those of scripts that measure a run.
 PLACE = ("device", "name", "output_dir", "data.root", "data.cache")
@@ -74,15 +73,17 @@ def search_also(own: str | Path | None) -> None:
     """
     from hydra.core.plugins import Plugins
 
-    found = [] if own is None else [Path(own).expanduser().resolve()]
+    path = None if own is None else Path(own).expanduser().resolve()
+    found = [] if path in (None, folder()) else [path]
+    if not found and not _OWN_FOLDERS:  # nothing changes, and nothing has to be read again
+        return
     for path in found:
         if not path.is_dir():
             raise ValueError(f"--config-dir must name a folder, got {own}")
         files = [*sorted(path.glob("*/*.yaml")), *sorted(path.glob("*.yaml"))]
-        hidden = [file for file in files if (folder() / file.relative_to(path)).exists()]
-        if hidden and path != folder():
+        if hidden := [file for file in files if (folder() / file.relative_to(path)).exists()]:
             raise ValueError(f"{hidden[0]} has the name of one of this package, which would be read: rename it")
-    _OWN_FOLDERS[:] = [path for path in found if path != folder()]
+    _OWN_FOLDERS[:] = found
     Plugins.instance().register(_search_path_plugin())
     for function in (_groups, _settings, _explanations, resolved):
         function.cache_clear()
@@ -119,13 +120,8 @@ def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = Fals
         except HydraException as error:
             raise ValueError(str(error).splitlines()[0]) from None
         except MarkedYAMLError as error:
-            raise ValueError(_unreadable(error)) from None
-
-
-def _unreadable(error: "MarkedYAMLError") -> str:
-    """Where a file is no YAML."""
-    mark = error.problem_mark
-    return f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else str(error)
+            mark = error.problem_mark
+            raise ValueError(f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else str(error)) from None
 
 
 def check(words: Sequence[str], config_name: str = "train", sweep: bool = False) -> None:
@@ -284,7 +280,7 @@ def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:
     """Raise a ValueError for a choice of one's own that calls itself otherwise, where results go by its name."""
     from omegaconf import OmegaConf
 
-    for group in chosen.keys() & {"case", "method", "preset"}:
+    for group in (group for group in ("case", "method", "preset") if group in chosen):
         name = OmegaConf.select(cfg, f"{group}.name")
         if name != chosen[group]:
             file, hint = f"{group}/{chosen[group]}.yaml", ", behind a first line # @package _global_"
@@ -454,8 +450,8 @@ def _hints(target: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: hints.get(name, Any) for name in (*parameters, *(names if takes_any else ()))}
 
 
-def require_all(cfg: "DictConfig", config_name: str, chosen: Mapping[str, str] | None = None) -> None:
-    """Raise a ValueError if a setting without a default was not given."""
+def require_all(cfg: "DictConfig", config_name: str, chosen: Mapping[str, str]) -> None:
+    """Raise a ValueError if a setting without a default was not given; `chosen` is the choice of each group."""
     from omegaconf import OmegaConf
 
     missing = sorted(OmegaConf.missing_keys(cfg))

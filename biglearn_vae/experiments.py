@@ -350,7 +350,7 @@ class Campaign:
         log = self.output / self.preset.name / f"{run.name}-{script}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         code = worker.call((script, [f"device={device}", *self._words(run, script)]), log, self._over)
-        if self._over() or (not code and not (self._folder(run) / FILES[script]).exists()):
+        if self._over() or (not code and not self._is_made(run, script)):
             raise Stopped  # in the second case somebody else told the script to stop
         if code:
             why = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
@@ -384,6 +384,13 @@ class Campaign:
                 "output_dir"
             )
 
+    def _is_made(self, run: Run, script: str) -> bool:
+        """Whether a script has left its numbers; while a training goes on, those of fewer steps are still there."""
+        made = self._folder(run) / FILES[script]
+        if script != "train":
+            return made.exists()
+        return read_json(made).get("steps") == self.preset.resolved(run, script)["trainer.steps"]
+
     def _keep(self, run: Run, script: str) -> None:
         """Put what a script left into the run's numbers."""
         folder, known = self._folder(run), read_json(self.path(run))
@@ -392,7 +399,6 @@ class Campaign:
             known["levels"] = dict(run.levels)
         made, asked = read_json(folder / FILES[script]), self.preset.resolved(run, script)
         if script == "train":  # what is there was measured of another network
-            self._check_steps(run)
             known = {key: value for key, value in known.items() if key not in (*FILES, "settings", "config")}
         machine = made.get("environment") or read_json(folder / "environment.json")  # the latter of the training
         machine = {name: machine[name] for name in ("commit", "date", "device", "torch")}

@@ -30,11 +30,8 @@ PAPER = {  # Tables 3 and 4: parameters over 2^20, as printed
     "case4": "23.0081",
     "celeba": "89.9421",
 }
-NO_CODES = {
-    "pixels": "raw pixels",
-    "nearest": "nearest images",
-    "ceiling": "trained with labels",
-}  # what else is probed
+# What else is probed.
+NO_CODES = {"pixels": "raw pixels", "nearest": "nearest images", "ceiling": "trained with labels"}
 BOUNDS = {"joint_nats": "whole", "marginal_nats": "half", "conditional_nats": "other half given it"}
 SIGNIFICANT = 0.05  # how seldom chance alone may give a difference that is called better or worse
 DRAWS = ("a draw", "mean", "diversity", "seconds", "on")
@@ -646,9 +643,7 @@ def _cost_verdicts(of: dict[str, Runs]) -> dict[str, str]:
         for device, ours in _by_device(of[method]).items():
             both = _commits(ours) & _commits(theirs.get(device, []))
             if both:
-                one, two = (
-                    [run for run in of if run["environment"]["commit"] in both] for of in (ours, theirs[device])
-                )
+                one, two = ([r for r in own if r["environment"]["commit"] in both] for own in (ours, theirs[device]))
                 ratio = _fastest_epoch(one) / _fastest_epoch(two)
                 result[f"(v) an epoch of `{method}` against one of `vae` on {device}"] = f"{ratio:.2f} times as long"
     return result

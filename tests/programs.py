@@ -31,6 +31,13 @@ SMALL = [
 ]
 
 
+def own_case(folder: Path, name: str, settings: str = "") -> None:
+    """Put a case into a folder of settings of one's own: as tiny but for these."""
+    (folder / "case").mkdir(parents=True, exist_ok=True)
+    text = f"# @package _global_\ndefaults:\n  - tiny\n  - _self_\ncase:\n  name: {name}\n{settings}"
+    (folder / f"case/{name}.yaml").write_text(text)
+
+
 def run_here(monkeypatch, *words: str, script: str = "train") -> int:
     """A script's main program inside this process: its exit code."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])

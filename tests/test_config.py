@@ -7,6 +7,7 @@ import re
 import zipfile
 
 import pytest
+from programs import own_case
 
 from biglearn_vae import PatchAE, config, count_parameters
 
@@ -293,10 +294,7 @@ def test_a_launcher_is_there_or_has_an_extra(launcher, extra):
 @pytest.fixture
 def own(tmp_path):
     """A folder of the user's own, of settings."""
-    (tmp_path / "case").mkdir()
-    defaults = "defaults:\n  - tiny\n  - _self_\n"
-    case = "case:\n  name: wide\nmodel:\n  dim: 96  # a hundred or so\n"
-    (tmp_path / "case/wide.yaml").write_text(f"# @package _global_\n{defaults}{case}")
+    own_case(tmp_path, "wide", "model:\n  dim: 96  # a hundred or so\n")
     (tmp_path / "mine.yaml").write_text(
         "# All mine.\ndefaults:\n  - train\n  - override case: wide\n  - _self_\nseed: 7\n"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from programs import ROOT, SMALL, assert_same_runs, finish, metrics, run_here, start
+from programs import ROOT, SMALL, assert_same_runs, finish, metrics, own_case, run_here, start
 
 import biglearn_vae as blv
 from biglearn_vae import checkpoint, commands
@@ -700,9 +700,7 @@ def test_what_is_typed_beside_settings(here, monkeypatch, capsys):
 
 
 def test_settings_of_ones_own_folder(here, monkeypatch, capsys):
-    (here / "own/case").mkdir(parents=True)
-    case = "# @package _global_\ndefaults:\n  - tiny\n  - _self_\ncase:\n  name: wide\n"
-    (here / "own/case/wide.yaml").write_text(case)
+    own_case(here / "own", "wide")
     assert run_here(monkeypatch, "--config-dir=own", "case=wide", *SMALL, "name=run") == 0
     assert run_here(monkeypatch, "--config-dir=own", "case=wide", "modle.dim=8") == 2
     assert "error: modle.dim: there is no such setting; did you mean model.dim?" in capsys.readouterr().err

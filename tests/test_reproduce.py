@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import scipy.stats
 from omegaconf import OmegaConf
-from programs import run_here
+from programs import own_case, run_here
 
 from biglearn_vae import checkpoint, config, experiments, results_page
 from biglearn_vae.experiments import Campaign, Preset, Run
@@ -584,9 +585,7 @@ TRAIN = f'["trainer.steps=2","evaluation.images=4","evaluation.valid_images=4","
 
 def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own/case").mkdir(parents=True)
-    case = "# @package _global_\ndefaults:\n  - tiny\n  - _self_\ncase:\n  name: mine\n"
-    (tmp_path / "own/case/mine.yaml").write_text(case)
+    own_case(tmp_path / "own", "mine")
     own = ["--config-dir=own", *WORDS, "preset.seeds.tiny=[]", "+preset.seeds.mine=[0]"]
     words = [*own, f"preset.settings={{train:{TRAIN}}}"]
     assert run_here(monkeypatch, *words, "budget=0.0001", script="reproduce") == 0
@@ -626,6 +625,22 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path):
     assert process.returncode == 0 and "the same command goes on" in output
     latest = checkpoints.parent / "checkpoints/latest.pt"
     assert checkpoint.load(latest)["step"] >= 100  # the training itself was asked to stop, and wrote one
+
+
+def test_the_summary_of_fewer_steps_is_not_that_of_a_training_that_was_told_to_stop(tmp_path):
+    class Told:  # by somebody else: it ends as what was asked to, with exit code 0
+        def call(self, *_):
+            return 0
+
+    campaign = Campaign(preset(), "joint_elbo", tmp_path / "out", tmp_path / "results")
+    run = campaign.runs[0]
+    folder = tmp_path / "out/p" / run.name
+    folder.mkdir(parents=True)
+    for summary, raised in ((None, True), ('{"steps": 2}', True), ('{"steps": 3}', False)):
+        if summary:
+            (folder / "summary.json").write_text(summary)
+        with pytest.raises(experiments.Stopped) if raised else nullcontext():
+            campaign._call(Told(), "cpu", run, "train")
 
 
 def test_a_script_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
