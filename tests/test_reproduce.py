@@ -498,6 +498,11 @@ def preset_of(name: str) -> Preset:
     return Preset(**OmegaConf.to_container(config.compose([f"preset={name}"], "reproduce").preset))
 
 
+@pytest.mark.parametrize("name", config.choices("preset"))
+def test_of_every_preset_fewer_scripts_may_be_called(name):
+    assert config.compose([f"preset={name}", "preset.scripts=[train]"], "reproduce").preset.scripts == ["train"]
+
+
 def test_the_papers_matrix():
     preset = preset_of("paper")
     runs = {(run.data, run.case, run.method, run.seed): run for run in preset.runs()}
