@@ -314,7 +314,8 @@ def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
     from omegaconf import OmegaConf
 
     for name in () if first_step else (*runs.FILES.values(), config.PATCH_AE_FILE):
-        (run / name).unlink(missing_ok=True)  # of a network that this one takes the place of
+        for path in (run / name, *runs.kept_beside(run / name)):
+            path.unlink(missing_ok=True)  # of a network that this one takes the place of
     write_text(run / config.CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
     write_json(run / "environment.json", environment(cfg.device))
     return [
@@ -437,9 +438,8 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     if cfg.passes:
         print(f"samples in {', '.join(map(str, cfg.passes))} passes ...", flush=True)
         result |= measure_samples(vae, splits, cfg, cfg.split, cfg.seed)
-    file = runs.FILES["evaluate"]
-    write_json(run / file, result)
-    print(report(result, run, cfg.split, file))
+    _write_measured(run, "evaluate", result)
+    print(report(result, run, cfg.split, runs.FILES["evaluate"]))
     return result
 
 
@@ -467,11 +467,17 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
         "seconds": round(time.perf_counter() - start, 1),
         "tasks": tasks,
     }
-    path = trained.run / runs.FILES["complete"]
-    write_json(path, result)
+    path = _write_measured(trained.run, "complete", result)
     print(completion.table(result))
     print(f"\n{path}")
     return result
+
+
+def _write_measured(run: Path, script: str, found: dict[str, Any]) -> Path:
+    """Write what a measuring script found, and say where what it found before is kept."""
+    if kept := runs.write_measured(run, script, found):
+        print(f"{kept!s:<60} what was measured before, with other settings or at another step")
+    return run / runs.FILES[script]
 
 
 def _regressor(trained: "_Trained", images: ImageSet, plan: completion.Plan, seed: int) -> dict[completion.Task, float]:
@@ -672,8 +678,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         "metric": metric,
     }
     result |= {name: {str(ratio): score for ratio, score in of.items()} for name, of in scores.items()}
-    path = run / runs.FILES["probe"]
-    write_json(path, result)
+    path = _write_measured(run, "probe", result)
     print(probing.table(result))
     print(f"\n{path!s:<60} these numbers ({time.perf_counter() - started:.0f} s)")
     return result

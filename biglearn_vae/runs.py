@@ -1,6 +1,8 @@
 """Runs: what their folders are called, what is in one, who trains in it, and the model that is loaded from it."""
 
 import hashlib
+import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +13,7 @@ from biglearn_vae import checkpoint, checks, config
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import NAMED_BY_ROOT
 from biglearn_vae.distributed import pick_device
-from biglearn_vae.files import Busy, locked, read_json
+from biglearn_vae.files import Busy, locked, read_json, write_json
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # What each script leaves in a run's folder.
 FILES = {"train": "summary.json", "evaluate": "evaluation.json", "complete": "completion.json", "probe": "probe.json"}
+# What tells one measurement of a script from another.
+MEASUREMENT = ("checkpoint", "step", "settings")
 # Settings of the measurement at the end of training.
 MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
 # Settings in which a run may differ from what it was started with, and still go on.
@@ -174,6 +178,35 @@ def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[di
                 more = {script: read_json(path.parent / FILES[script]) for script in scripts}
                 found.append({"run": str(path.parent)} | settings | numbers | dict(config.leaves(more)))
     return found
+
+
+def write_measured(run: Path, script: str, found: dict[str, Any]) -> Path | None:
+    """Write what a measuring script found into its file, such as probe.json.
+
+    Returns:
+        Where the one before is kept, probe-1.json or so, if it was another measurement, of another step or with other
+        settings: it may have taken hours. None if there is none, or if it was the same.
+    """
+    path, own = run / FILES[script], json.loads(json.dumps(_measurement(found)))
+    for other in sorted(kept_beside(path)):
+        if _measurement(read_json(other)) == own:
+            other.unlink()  # measured anew
+    before, kept = read_json(path), None
+    if before and _measurement(before) != own:
+        numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+        kept = path.replace(next(free for free in numbered if not free.exists()))
+    write_json(path, found)
+    return kept
+
+
+def kept_beside(path: Path) -> Iterator[Path]:
+    """Earlier measurements beside what a script measured last."""
+    pattern = re.compile(re.escape(path.stem) + "-[0-9]+")
+    return (other for other in path.parent.glob(f"{path.stem}-*.json") if pattern.fullmatch(other.stem))
+
+
+def _measurement(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: found.get(name) for name in MEASUREMENT}
 
 
 @contextmanager

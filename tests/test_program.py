@@ -636,7 +636,12 @@ def test_probe_a_run(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *words, "split=valid", "ceiling_steps=3", script="probe") == 0
     again = json.loads((here / "outputs/run/probe.json").read_text())
     assert again.pop("environment")["device"] == result.pop("environment")["device"] and again == result
+    assert not (here / "outputs/run/probe-1.json").exists()
+    capsys.readouterr()
     assert run_here(monkeypatch, *words, "pixels=false", "draws=1", script="probe") == 0
+    assert "probe-1.json" in capsys.readouterr().out
+    kept = json.loads((here / "outputs/run/probe-1.json").read_text())
+    assert kept.pop("environment") and kept == again
     other = json.loads((here / "outputs/run/probe.json").read_text())
     assert "pixels" not in other and "ceiling" not in other and other["settings"]["split"] == "test"
 

@@ -216,10 +216,31 @@ def test_numbers_of_an_earlier_network_do_not_stay_beside_another(here, monkeypa
     assert not {"run", "device", "checkpoint", "data_root"} & set(measured["settings"])
     assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
     assert json.loads((run / "evaluation.json").read_text())["step"] == 24  # of the network then
+    (run / "evaluation-1.json").write_text("{}")
+    (run / "evaluation-of-mine.json").write_text("{}")
     for path in (*(run / "checkpoints").iterdir(), run / "summary.json"):
         path.unlink()
     assert run_here(monkeypatch, *SMALL, "name=run", "seed=1") == 0
     assert not (run / "evaluation.json").exists() and metrics(run)[0]["step"] == 0
+    assert [path.name for path in run.glob("evaluation*")] == ["evaluation-of-mine.json"]
+
+
+def test_measurements_with_other_settings_are_kept_once_each(tmp_path):
+    def found(draws, step=24, **numbers):
+        return {"checkpoint": "best.pt", "step": step, "settings": {"draws": draws, "ratios": (0.1, 0.5)}} | numbers
+
+    def there():
+        known = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+        return {name: (of["step"], of["settings"]["draws"], of["psnr"]) for name, of in known.items()}
+
+    assert runs.write_measured(tmp_path, "probe", found(1, psnr=1)) is None
+    assert runs.write_measured(tmp_path, "probe", found(1, psnr=2)) is None  # the same, measured anew
+    assert there() == {"probe.json": (24, 1, 2)}
+    assert runs.write_measured(tmp_path, "probe", found(9, psnr=3)) == tmp_path / "probe-1.json"
+    assert runs.write_measured(tmp_path, "probe", found(9, step=30, psnr=4)) == tmp_path / "probe-2.json"
+    assert there() == {"probe.json": (30, 9, 4), "probe-1.json": (24, 1, 2), "probe-2.json": (24, 9, 3)}
+    assert runs.write_measured(tmp_path, "probe", found(1, psnr=5)) == tmp_path / "probe-1.json"
+    assert there() == {"probe.json": (24, 1, 5), "probe-1.json": (30, 9, 4), "probe-2.json": (24, 9, 3)}
 
 
 def test_a_finished_run_is_measured_anew_if_that_is_asked_for(here, monkeypatch, capsys):
