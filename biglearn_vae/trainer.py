@@ -34,6 +34,7 @@ from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
 
 PLAIN = (bool, int, float, str, type(None))  # settings that a checkpoint can hold
+SAME = ("seed", "monitor")  # of a trainer, in every part of a run
 OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, which no number hangs on
 
 
@@ -299,13 +300,15 @@ class Trainer:
         """Go on from the newest readable checkpoint of the folder, if any; returns the step.
 
         Raises:
-            ValueError: if there is one of another network, another optimizer or other data, or none that can be read.
+            ValueError: if there is one of another network, optimizer, seed or monitor or of other data, or none that can
+                be read.
         """
         state = checkpoint.load_latest(self.folder) if self.folder else None
         self._goes_on = True
         if state is not None:
             if state["metadata"].get("data") != self.metadata.get("data"):
                 raise ValueError(f"the run in {self._run} was trained on other data: start another run")
+            self._check_same({name: state[name] for name in SAME if name in state}, vars(self), "trainer")
             self._load_weights(self.net, state["net"])
             if self.average is not None:
                 self._load_weights(self.average, state["average"] or state["net"])
@@ -353,13 +356,13 @@ class Trainer:
             moments = distributed.split(state["state"], like)
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    def _check_same(self, kept: dict[str, Any], own: dict[str, Any]) -> None:
-        """Raise a ValueError if the run was trained with another setting of its optimizers, of those that both have."""
+    def _check_same(self, kept: dict[str, Any], own: dict[str, Any], of: str = "optim") -> None:
+        """Raise a ValueError if the run was trained with another setting, of those that both have."""
         for name in sorted((own.keys() & kept.keys()) - {"params", *OF_DEVICE}):
             old, new = (tuple(value) if isinstance(value, list) else value for value in (kept[name], own[name]))
             if old != new:
                 raise ValueError(
-                    f"the run in {self._run} was trained with another optim, whose {name} was {old}, now it is {new}: "
+                    f"the run in {self._run} was trained with another {of}, whose {name} was {old}, now it is {new}: "
                     "give it as it was, or another folder"
                 )
 
@@ -604,6 +607,8 @@ class Trainer:
             "step": self.step,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "seed": int(self.seed),
+            "monitor": str(self.monitor),
             "optim": _settings_of(self.optim),
             "optimizers": [_plain_rates(optimizer.state_dict()) for optimizer in self.optimizers],
             "seconds": self.seconds,

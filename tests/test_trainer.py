@@ -329,6 +329,18 @@ def test_a_run_goes_on_with_the_numbers_of_its_optimizers_alone(tmp_path, other,
     assert make(tmp_path / "own", steps=12, optim=optim).resume() == 6
 
 
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [(dict(seed=4), "seed was 3, now it is 4"), (dict(monitor="valid/joint_elbo"), "monitor was valid/elbo, now it is")],
+)
+def test_a_run_goes_on_with_its_seed_and_what_chooses_its_best_checkpoint(tmp_path, other, says):
+    own = dict(seed=np.int64(3), monitor="valid/elbo")
+    make(tmp_path / "own", steps=6, **own).fit()
+    with pytest.raises(ValueError, match=f"was trained with another trainer, whose {says}"):
+        make(tmp_path / "own", steps=12, **(own | other)).resume()
+    assert make(tmp_path / "own", steps=12, **own).resume() == 6
+
+
 def test_numbers_of_any_type_are_kept_with_a_run_that_goes_on(tmp_path):
     class Word(StrEnum):
         COSINE = "cosine"
