@@ -300,8 +300,8 @@ class Trainer:
         """Go on from the newest readable checkpoint of the folder, if any; returns the step.
 
         Raises:
-            ValueError: if there is one of another network, optimizer, seed or monitor or of other data, or none that can
-                be read.
+            ValueError: if there is one of another network, optimizer, seed or monitor, or of other data, or none that
+                can be read.
         """
         state = checkpoint.load_latest(self.folder) if self.folder else None
         self._goes_on = True

@@ -331,7 +331,7 @@ def test_a_run_goes_on_with_the_numbers_of_its_optimizers_alone(tmp_path, other,
 
 @pytest.mark.parametrize(
     ("other", "says"),
-    [(dict(seed=4), "seed was 3, now it is 4"), (dict(monitor="valid/joint_elbo"), "monitor was valid/elbo, now it is")],
+    [(dict(seed=4), "seed was 3, now it is 4"), (dict(monitor="valid/joint_elbo"), "monitor was valid/elbo, now")],
 )
 def test_a_run_goes_on_with_its_seed_and_what_chooses_its_best_checkpoint(tmp_path, other, says):
     own = dict(seed=np.int64(3), monitor="valid/elbo")
