@@ -27,6 +27,7 @@ from biglearn_vae import (
     results_page,
     runs,
     samples,
+    search,
     stages,
     time_to_quality,
 )
@@ -70,17 +71,19 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     chosen = typed.config_name or config_name
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
-    def run(cfg: "DictConfig") -> None:
+    def run(cfg: "DictConfig") -> Any:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
         config.register_resolvers()  # here, since other launchers run this in another process
         try:
             config.search_also(typed.config_dir)
             config.require_all(cfg, config_name, hydra_cfg.runtime.choices)
-            task(cfg, hydra_cfg.overrides.task)
+            found = task(cfg, hydra_cfg.overrides.task)
+            return search.value(cfg, found) if search.is_search(hydra_cfg) else None
         except user_errors() as error:
             said = _of_job(error, hydra_cfg.overrides.task, typed.overrides)
-            # Other launchers run this in another process, which can only tell by raising.
-            if said and ("HYDRA_FULL_ERROR" in os.environ or "Basic" not in hydra_cfg.launcher._target_):
+            # Other launchers run this in another process, which can only tell by raising; to a search nothing tells it.
+            told = "Basic" in hydra_cfg.launcher._target_ or search.is_search(hydra_cfg)
+            if said and ("HYDRA_FULL_ERROR" in os.environ or not told):
                 raise
             failed.extend(said)
 
@@ -96,7 +99,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             print(config.help_text(chosen, words))
         else:
             if sweep:
-                _refuse_sweep(typed.overrides, config_name)
+                _refuse_sweep(typed.overrides, config_name, chosen)
             run()
     except user_errors() as error:
         if "HYDRA_FULL_ERROR" in os.environ:
@@ -144,11 +147,13 @@ def _of_job(error: Exception, words: Sequence[str], typed: Sequence[str]) -> lis
     return [f"{own}: {error}"]
 
 
-def _refuse_sweep(words: Sequence[str], config_name: str) -> None:
-    """Refuse a sweep under torchrun, and one of which results would be lost (see `runs.refuse_shared_folders`)."""
+def _refuse_sweep(words: Sequence[str], script: str, config_name: str) -> None:
+    """Refuse a sweep under torchrun, one of which results would be lost (see `runs.refuse_shared_folders`), and one
+    that searches in vain (see `search.check`)."""
     if under_torchrun():
         raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
-    runs.refuse_shared_folders(words, config_name)
+    runs.refuse_shared_folders(words, script)
+    search.check(words, config_name)
 
 
 def _complain(messages: list[str]) -> None:
@@ -362,19 +367,20 @@ def _commit() -> str | None:
 
 def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) -> dict[str, Any]:
     """Let the stage measure the best checkpoint and draw it, and write the summary."""
-    best_step, measured = stage.finish(run, splits)
+    best, measured = stage.finish(run, splits)
     seen = trainer.step * trainer.batches.batch_size
     summary = {
         "name": run.name,
         "parameters": count_parameters(trainer.net),
         "steps": trainer.step,
         "epochs": float(f"{seen / len(splits.train):.6g}"),  # of a short training not 0
-        "best_step": best_step,
+        "best_step": best["step"],
         "seconds": round(trainer.seconds, 3),
         "precision": trainer.precision,
         "data_note": splits.note,
         "compile_seconds": round(trainer.compile_seconds, 3),
         "images_per_second": round(seen / max(trainer.seconds - trainer.compile_seconds, 1e-9), 1),
+        **best["metrics"],  # on validation images, by which to choose
     } | measured
     write_json(run / runs.FILES["train"], summary)
     return summary

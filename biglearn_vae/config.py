@@ -37,14 +37,18 @@ if TYPE_CHECKING:
 
 # Settings that say where and how, not what is computed; the last two are those of scripts that measure a run.
 PLACE = ("device", "name", "output_dir", "data.root", "data.cache")
-PLACE += ("trainer.accumulate", "trainer.compile", "trainer.cuda_graph", "trainer.shard", "run", "data_root")
+PLACE += ("trainer.accumulate", "trainer.compile", "trainer.cuda_graph", "trainer.shard", "optimized_metric")
+PLACE += ("run", "data_root")
 EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
 EVALUATION_COUNTS += ("statistics_images",)
 CONFIG_FILE = "config.yaml"
 _ONE_HYDRA = threading.Lock()
 _OWN_FOLDERS: list[Path] = []  # of the user, beside this package's
-# Launchers of Hydra, each with the extra of this package that installs it.
-LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"}
+# Plugins of Hydra, each with the extra of this package that installs it.
+PLUGINS = {
+    "hydra/launcher": {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"},
+    "hydra/sweeper": {"optuna": "search"},
+}
 PATCH_AE, PATCH_AE_FILE = "patch_ae", "patch_ae.pt"  # the method of stage 1, and what it leaves in its run's folder
 
 
@@ -107,6 +111,12 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     return _compose(overrides, config_name)
 
 
+def with_sweeper(words: Sequence[str], config_name: str) -> "DictConfig":
+    """The settings of a sweep without what it sweeps over, of words that were checked, with Hydra's own in `hydra`."""
+    fixed = [o.input_line for o in parsed(words) if not o.is_sweep_override()]
+    return _compose(fixed, config_name, with_hydra=True)
+
+
 def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = False) -> "DictConfig":
     """Those of overrides that were checked, with Hydra's own if asked for."""
     from hydra import compose as hydra_compose
@@ -138,9 +148,10 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
             for several values without -m.
     """
     overrides = parsed(words)
-    for launcher in (value for o in overrides if o.key_or_group == "hydra/launcher" for value in values_of(o)):
-        _check_launcher(launcher)
-    searches = any(o.key_or_group == "hydra/sweeper" for o in overrides)
+    plugins = [(o.key_or_group, name) for o in overrides if o.key_or_group in PLUGINS for name in values_of(o)]
+    for group, name in plugins:
+        _check_plugin(group, name)
+    searches = any(group == "hydra/sweeper" and name != "basic" for group, name in plugins)
     overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
     for override in overrides:
         _check_values(override, sweep, searches)
@@ -166,15 +177,15 @@ def _check_values(override: "Override", sweep: bool, searches: bool) -> None:
         )
 
 
-def _check_launcher(name: Any) -> None:
+def _check_plugin(group: str, name: Any) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
     with _own_hydra():
-        known = GlobalHydra.instance().config_loader().get_group_options("hydra/launcher")
+        known = GlobalHydra.instance().config_loader().get_group_options(group)
     if name not in known:
-        extra = LAUNCHERS.get(name)
-        hint = f": pip install -e '.[{extra}]' adds it" if extra else f"; extras have {', '.join(LAUNCHERS)}"
-        raise ValueError(f"hydra/launcher must be one of {', '.join(sorted(known))}, got {name!r}{hint}")
+        extra = PLUGINS[group].get(name)
+        hint = f": pip install -e '.[{extra}]' adds it" if extra else f"; extras have {', '.join(PLUGINS[group])}"
+        raise ValueError(f"{group} must be one of {', '.join(sorted(known))}, got {name!r}{hint}")
 
 
 def parsed(words: Sequence[str]) -> "list[Override]":

@@ -32,12 +32,14 @@ class Stage(Protocol):
     Attributes:
         net, loss: what the Trainer takes, the network on the training device.
         monitor: the number of `validate` whose largest value makes the best checkpoint.
+        metrics: the numbers that `validate` always gives.
         metadata: more of it for every checkpoint.
     """
 
     net: nn.Module
     loss: Any
     monitor: str
+    metrics: tuple[str, ...]
     metadata: dict[str, Any]
 
     def __init__(self, cfg: "DictConfig", run: Path, device: torch.device): ...
@@ -48,8 +50,8 @@ class Stage(Protocol):
     def validate(self, net: nn.Module, images: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
         """Numbers and pictures of the validation images, by name."""
 
-    def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
-        """Measure the best checkpoint of a run, and leave what it is for: its step, and numbers for the summary."""
+    def finish(self, run: Path, splits: Splits) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Measure the best checkpoint of a run, and leave what it is for: that, and numbers for the summary."""
 
     @staticmethod
     def report(summary: dict[str, Any], run: Path) -> str:
@@ -65,6 +67,7 @@ class VAEStage:
     """A BigLearn-VAE, on pixels or on the codes of a PatchAE, which then is part of every checkpoint."""
 
     monitor = "valid/elbo"
+    metrics = ("valid/elbo", "valid/joint_elbo", "valid/joint_reconstruction", "valid/joint_kl", "valid/psnr_0.5")
 
     def __init__(self, cfg: "DictConfig", run: Path, device: torch.device):
         self.cfg, self.device = cfg, device
@@ -98,14 +101,14 @@ class VAEStage:
         vae = BigLearnVAE(net, self.tokens, prior=self.loss.prior)
         return validate(vae, images, self.loss, self.cfg.evaluation.valid_draws)
 
-    def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
+    def finish(self, run: Path, splits: Splits) -> tuple[dict[str, Any], dict[str, Any]]:
         vae, state, _ = runs.load_with_state(run, str(self.device), "best")
         measured = measure(vae, self.loss, splits, self.cfg.evaluation)
         if read_json(run / runs.FILES["train"]).get("best_step") != state["step"]:  # others are of an older network
             for path in (run / FIGURES_PAGE).parent.glob("*.png"):
                 path.unlink()
         draw(vae, splits, run, FIRST_FIGURES)
-        return state["step"], measured
+        return state, measured
 
     @staticmethod
     def report(summary: dict[str, Any], run: Path) -> str:
@@ -131,6 +134,7 @@ class PatchAEStage:
     """A PatchAE, stage 1 of the two-stage pipeline (Appendix B)."""
 
     monitor = "valid/psnr"
+    metrics = ("valid/psnr",)
 
     def __init__(self, cfg: "DictConfig", run: Path, device: torch.device):
         self.cfg, self.device, self.metadata = cfg, device, {}
@@ -146,7 +150,7 @@ class PatchAEStage:
         title = "Validation images and their reconstructions"
         return numbers, {"reconstruction": pictures.reconstruction(net, images[:6], title=title)}
 
-    def finish(self, run: Path, splits: Splits) -> tuple[int, dict[str, Any]]:
+    def finish(self, run: Path, splits: Splits) -> tuple[dict[str, Any], dict[str, Any]]:
         settings = self.cfg.evaluation
         state, path = runs.checkpoint_of(run, "best")
         net = config.patch_ae(self.cfg)
@@ -159,7 +163,7 @@ class PatchAEStage:
         page.parent.mkdir(parents=True, exist_ok=True)
         Pictures.save(page.with_name("reconstruction.png"), pictures.reconstruction(net, splits.test[:6]))
         write_text(page, pictures.page(run.name, ["reconstruction"]))
-        return state["step"], {f"test_{name}": value for name, value in scores.items()}
+        return state, {f"test_{name}": value for name, value in scores.items()}
 
     @staticmethod
     def report(summary: dict[str, Any], run: Path) -> str:

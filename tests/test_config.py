@@ -232,7 +232,6 @@ def test_words_of_a_sweep():
     config.check(["case=glob(*)", "seed=range(3)", "hydra/launcher=basic", "hydra.launcher.n_jobs=4"], sweep=True)
     with pytest.raises(ValueError, match=r"gives an interval, .* such as loss.beta=0.1,1 or 'loss.beta=range\(1,5\)'"):
         config.check(["loss.beta=interval(0.1,1)"], sweep=True)
-    config.check(["loss.beta=interval(0.1,1)", "hydra/sweeper=optuna"], sweep=True)
     for words in (["case=case1,case9"], ["data=mnist,digits", "data.root=x"], ["optim.rate=1,2"]):
         with pytest.raises(ValueError, match=r"case9|data=digits has no such setting|optim\.rate: there"):
             config.check(words, sweep=True)
@@ -280,15 +279,17 @@ def test_the_wheel_carries_the_configs(tmp_path):
     assert file.startswith(str(tmp_path)) and folder.startswith(str(tmp_path)) and dim == "512"
 
 
-@pytest.mark.parametrize(("launcher", "extra"), config.LAUNCHERS.items())
-def test_a_launcher_is_there_or_has_an_extra(launcher, extra):
-    plugin = f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher"
-    words = [f"hydra/launcher={launcher}"]
+@pytest.mark.parametrize(
+    ("group", "name", "extra"), [(group, *item) for group, extras in config.PLUGINS.items() for item in extras.items()]
+)
+def test_a_plugin_is_there_or_has_an_extra(group, name, extra):
+    plugin = f"hydra_plugins.hydra_{name.split('_')[0]}_{group.split('/')[1]}"
+    words = [f"{group}={name}"]
     if importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec(plugin):
         return config.check(words, sweep=True)
     with pytest.raises(ValueError) as caught:
         config.check(words, sweep=True)
-    assert f"got '{launcher}': pip install -e '.[{extra}]' adds it" in str(caught.value)
+    assert f"got '{name}': pip install -e '.[{extra}]' adds it" in str(caught.value)
 
 
 @pytest.fixture
