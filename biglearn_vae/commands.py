@@ -68,7 +68,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     if not _is_main():
         warnings.simplefilter("ignore")
     typed = _command_line()
-    chosen = typed.config_name or config_name
+    words, chosen = list(typed.overrides), typed.config_name or config_name
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> Any:
@@ -80,7 +80,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             found = task(cfg, hydra_cfg.overrides.task)
             return search.value(cfg, found) if search.is_search(hydra_cfg) else None
         except user_errors() as error:
-            said = _of_job(error, hydra_cfg.overrides.task, typed.overrides)
+            said = _of_job(error, hydra_cfg.overrides.task, words)
             # Other launchers run this in another process, which can only tell by raising; to a search nothing tells it.
             told = "Basic" in hydra_cfg.launcher._target_ or search.is_search(hydra_cfg)
             if said and ("HYDRA_FULL_ERROR" in os.environ or not told):
@@ -88,18 +88,20 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             failed.extend(said)
 
     try:
-        sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
         config.search_also(typed.config_dir)
+        sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
         if not (typed.config_path or typed.shell_completion):
             programs = PROGRAMS.get(config_name, (config_name,))
             checks.check_choice("--config-name", chosen, (*programs, *config.own_main_files(programs)))
-            config.check(typed.overrides, chosen, sweep)
+            in_file, swept = config.sweep_in_file(chosen)
+            sweep = sweep or in_file
+            words = [*(swept if sweep else ()), *words]
+            config.check(words, chosen, sweep)
         if typed.help:
-            words = [o.input_line for o in config.parsed(typed.overrides) if not o.is_sweep_override()]
-            print(config.help_text(chosen, words))
+            print(config.help_text(chosen, [o.input_line for o in config.parsed(words) if not o.is_sweep_override()]))
         else:
             if sweep:
-                _refuse_sweep(typed.overrides, config_name, chosen)
+                _refuse_sweep(words, config_name, chosen)
             run()
     except user_errors() as error:
         if "HYDRA_FULL_ERROR" in os.environ:
@@ -133,10 +135,10 @@ def _command_line() -> Namespace:
     return typed
 
 
-def _of_job(error: Exception, words: Sequence[str], typed: Sequence[str]) -> list[str]:
+def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str]) -> list[str]:
     """What went wrong, with the words that a job of a sweep has for itself, shown at once, as the other jobs may take
     days; nothing if another process does what this job was to do."""
-    swept = {o.key_or_group for o in config.parsed(typed) if o.is_sweep_override()}
+    swept = {o.key_or_group for o in config.parsed(sweep) if o.is_sweep_override()}
     own = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept)
     if not own:
         return [str(error)]

@@ -89,7 +89,7 @@ def search_also(own: str | Path | None) -> None:
             raise ValueError(f"{hidden[0]} has the name of one of this package, which would be read: rename it")
     _OWN_FOLDERS[:] = found
     Plugins.instance().register(_search_path_plugin())
-    for function in (_groups, _settings, _explanations, resolved):
+    for function in (_as_written, _settings, _explanations, resolved):
         function.cache_clear()
 
 
@@ -109,6 +109,14 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
         raise ValueError(f"expected a list of settings, such as {overrides.split()}, got the text {overrides!r}")
     check(overrides, config_name)
     return _compose(overrides, config_name)
+
+
+def sweep_in_file(config_name: str) -> tuple[bool, list[str]]:
+    """What a settings file of one's own says of a sweep: whether it is one without -m (hydra.mode: MULTIRUN), and over
+    what (hydra.sweeper.params), as words of a command line."""
+    hydra = _as_written(config_name).hydra
+    params = hydra.sweeper.get("params") or {}
+    return getattr(hydra.mode, "name", None) == "MULTIRUN", [f"{name}={values}" for name, values in params.items()]
 
 
 def with_sweeper(words: Sequence[str], config_name: str) -> "DictConfig":
@@ -151,7 +159,8 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
     plugins = [(o.key_or_group, name) for o in overrides if o.key_or_group in PLUGINS for name in values_of(o)]
     for group, name in plugins:
         _check_plugin(group, name)
-    searches = any(group == "hydra/sweeper" and name != "basic" for group, name in plugins)
+    sweeper = dict([("hydra/sweeper", _as_written(config_name).hydra.runtime.choices["hydra/sweeper"]), *plugins])
+    searches = sweeper["hydra/sweeper"] != "basic"
     overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
     for override in overrides:
         _check_values(override, sweep, searches)
@@ -219,9 +228,14 @@ def values_of(override: "Override") -> list[Any]:
 
 
 @functools.cache
+def _as_written(config_name: str) -> "DictConfig":
+    """A settings file without words of a command line, to look at only, with Hydra's own settings in `hydra`."""
+    return _compose((), config_name, with_hydra=True)
+
+
 def _groups(config_name: str) -> dict[str, list[str]]:
     """The groups of settings of a program, each with its choices."""
-    chosen = _compose((), config_name, with_hydra=True).hydra.runtime.choices
+    chosen = _as_written(config_name).hydra.runtime.choices
     return {Path(name).name: choices(name) for name in sorted(chosen) if not name.startswith("hydra/")}
 
 

@@ -63,7 +63,7 @@ def check(words: Sequence[str], config_name: str) -> None:
     if direction is not None:  # of Optuna's; other sweepers have other names for it
         several = hasattr(direction, "__len__") and not isinstance(direction, str)
         _check_directions(names, direction if several else [direction])
-    for name, settings in _measured_differently(names, [*_swept(words), *(cfg.hydra.sweeper.get("params") or {})]):
+    for name, settings in _measured_differently(names, _swept(words)):
         warnings.warn(
             f"{name} is measured with each run's own {settings}, over which this searches, so it does not tell which "
             f"is better: optimized_metric={stages.of(cfg).metrics[-1]} does",

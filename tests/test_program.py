@@ -721,6 +721,32 @@ def test_settings_of_ones_own_folder(here, monkeypatch, capsys):
     assert run_here(monkeypatch, "run=outputs/run", "images=2", "likelihood_images=0", script="evaluate") == 0
 
 
+def test_a_sweep_in_a_file_of_ones_own(here, monkeypatch, capsys):
+    own = ["--config-dir=own", "--config-name=mine", *SMALL]
+    (here / "own").mkdir()
+
+    def write(mode, **params):
+        lines = "".join(f"      {name.replace('__', '.')}: {values}\n" for name, values in params.items())
+        text = f"defaults: [train, _self_]\nhydra:\n  mode: {mode}\n  sweeper:\n    params:\n{lines}"
+        (here / "own/mine.yaml").write_text(text)
+
+    for params, expected in {
+        ("trainer__steps", "2,4"): "a sweep over trainer.steps would use one folder",
+        ("trainer__stepz", "2,4"): "trainer.stepz: there is no such setting",
+        ("optim__lr", "interval(1,2)"): "gives an interval, of which a sweep cannot take every value",
+    }.items():
+        write("MULTIRUN", **dict([params]))
+        assert run_here(monkeypatch, *own) == 2
+        assert expected in capsys.readouterr().err
+    write("MULTIRUN", seed="0,1", model__z_dim="4,x")
+    assert run_here(monkeypatch, *own) == 2
+    assert len(list((here / "outputs").glob("*/summary.json"))) == 2
+    assert "error: seed=0 model.z_dim=x: " in capsys.readouterr().err
+    write("RUN", seed="0,1")
+    assert run_here(monkeypatch, *own, "-m", "name=x") == 2
+    assert "name=x would be the folder of several runs of a sweep over seed" in capsys.readouterr().err
+
+
 def test_flags_may_come_anywhere(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL[:4], "-m", *SMALL[4:], "seed=0,1") == 0
     assert len(list((here / "outputs").glob("*/summary.json"))) == 2
