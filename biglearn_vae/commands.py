@@ -11,7 +11,7 @@ import typing
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,44 +67,41 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
         warnings.simplefilter("ignore")
-    typed = _command_line()
-    words, chosen = list(typed.overrides), typed.config_name or config_name
+    typed, full_error = _command_line(), "HYDRA_FULL_ERROR" in os.environ
+    sweep, chosen = list(typed.overrides) if typed.multirun else None, typed.config_name or config_name
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> Any:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
         config.register_resolvers()  # here, since other launchers run this in another process
+        searches = sweep is not None and search.is_search(hydra_cfg)
         try:
             config.search_also(typed.config_dir)
             config.require_all(cfg, config_name, hydra_cfg.runtime.choices)
-            found = task(cfg, hydra_cfg.overrides.task)
-            return search.value(cfg, found) if search.is_search(hydra_cfg) else None
+            if searches:
+                return search.value(cfg, _once_free(task, cfg, hydra_cfg.overrides.task))
+            task(cfg, hydra_cfg.overrides.task)
         except user_errors() as error:
-            said = _of_job(error, hydra_cfg.overrides.task, words)
-            # Other launchers run this in another process, which can only tell by raising; to a search nothing tells it.
-            told = "Basic" in hydra_cfg.launcher._target_ or search.is_search(hydra_cfg)
-            if said and ("HYDRA_FULL_ERROR" in os.environ or not told):
+            said = _of_job(error, hydra_cfg.overrides.task, sweep)
+            if searches and not full_error:  # which gets nothing of this one, and goes on
+                return
+            # Other launchers run this in another process, which can only tell by raising.
+            if said and (full_error or "Basic" not in hydra_cfg.launcher._target_):
                 raise
             failed.extend(said)
 
     try:
         config.search_also(typed.config_dir)
-        sweep = typed.multirun or "hydra.mode=MULTIRUN" in typed.overrides
         if not (typed.config_path or typed.shell_completion):
-            programs = PROGRAMS.get(config_name, (config_name,))
-            checks.check_choice("--config-name", chosen, (*programs, *config.own_main_files(programs)))
-            in_file, swept = config.sweep_in_file(chosen)
-            sweep = sweep or in_file
-            words = [*(swept if sweep else ()), *words]
-            config.check(words, chosen, sweep)
+            sweep = _checked(typed, config_name, chosen)
         if typed.help:
-            print(config.help_text(chosen, [o.input_line for o in config.parsed(words) if not o.is_sweep_override()]))
+            print(config.help_text(chosen, config.fixed(sweep or typed.overrides)))
         else:
-            if sweep:
-                _refuse_sweep(words, config_name, chosen)
-            run()
+            searches = sweep is not None and _is_checked_search(sweep, config_name, chosen)
+            with _raising() if searches else nullcontext():
+                run()
     except user_errors() as error:
-        if "HYDRA_FULL_ERROR" in os.environ:
+        if full_error:
             raise
         failed.append(str(error))
     except KeyboardInterrupt:  # outside of training, which takes it for itself
@@ -118,6 +115,48 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     if failed:
         _complain_and_exit(failed)
     stop()
+
+
+def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | None:
+    """See that what was typed are settings; the words of a sweep, those of the settings file included, None if it is
+    none."""
+    programs = PROGRAMS.get(script, (script,))
+    checks.check_choice("--config-name", config_name, (*programs, *config.own_main_files(programs)))
+    in_file, swept = config.sweep_in_file(config_name)
+    given = {override.key_or_group: override for override in config.parsed(typed.overrides)}
+    if "hydra.mode" in given:
+        in_file = given["hydra.mode"].value() == "MULTIRUN"
+    words = [*(word for word in swept if word.partition("=")[0].lstrip("+") not in given), *typed.overrides]
+    if not (typed.multirun or in_file):
+        config.check(typed.overrides, config_name)
+        return None
+    config.check(words, config_name, sweep=True)
+    return words
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Let Hydra raise what a sweeper says of itself, such as that no run was completed, not print where it arose."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _once_free(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]) -> Any:
+    """What a task returns, once no other process does the same, as another terminal with the same search does."""
+    said = False
+    while True:
+        try:
+            return task(cfg, words)
+        except Busy as error:
+            if not said:
+                print(f"waiting for another process: {str(error).partition(': ')[0]}", flush=True)
+            said = True
+            time.sleep(10)
 
 
 def _command_line() -> Namespace:
@@ -135,10 +174,10 @@ def _command_line() -> Namespace:
     return typed
 
 
-def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str]) -> list[str]:
+def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None) -> list[str]:
     """What went wrong, with the words that a job of a sweep has for itself, shown at once, as the other jobs may take
     days; nothing if another process does what this job was to do."""
-    swept = {o.key_or_group for o in config.parsed(sweep) if o.is_sweep_override()}
+    swept = {o.key_or_group for o in config.parsed(sweep or []) if o.is_sweep_override()}
     own = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept)
     if not own:
         return [str(error)]
@@ -149,13 +188,13 @@ def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str]) -> lis
     return [f"{own}: {error}"]
 
 
-def _refuse_sweep(words: Sequence[str], script: str, config_name: str) -> None:
-    """Refuse a sweep under torchrun, one of which results would be lost (see `runs.refuse_shared_folders`), and one
-    that searches in vain (see `search.check`)."""
+def _is_checked_search(words: Sequence[str], script: str, config_name: str) -> bool:
+    """Whether a sweep searches; refuses one under torchrun, one of which results would be lost (see
+    `runs.refuse_shared_folders`), and one that searches in vain (see `search.check`)."""
     if under_torchrun():
         raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
     runs.refuse_shared_folders(words, script)
-    search.check(words, config_name)
+    return search.check(words, config_name)
 
 
 def _complain(messages: list[str]) -> None:
@@ -197,6 +236,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     """
     config.check_evaluation(cfg.evaluation, "evaluation.")
     config.check_seed(cfg.seed)
+    search.metrics(cfg)
     checks.whole_number("trainer.steps", cfg.trainer.steps, 1)
     hints = {"device": str, "name": str | int | None, "output_dir": str, "init_from": str | None}
     config.check_types(hints, {name: cfg.get(name) for name in hints}, "")

@@ -121,8 +121,12 @@ def sweep_in_file(config_name: str) -> tuple[bool, list[str]]:
 
 def with_sweeper(words: Sequence[str], config_name: str) -> "DictConfig":
     """The settings of a sweep without what it sweeps over, of words that were checked, with Hydra's own in `hydra`."""
-    fixed = [o.input_line for o in parsed(words) if not o.is_sweep_override()]
-    return _compose(fixed, config_name, with_hydra=True)
+    return _compose(fixed(words), config_name, with_hydra=True)
+
+
+def fixed(words: Sequence[str]) -> list[str]:
+    """Those words of a sweep that have one value."""
+    return [override.input_line for override in parsed(words) if not override.is_sweep_override()]
 
 
 def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = False) -> "DictConfig":
@@ -159,6 +163,8 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
     plugins = [(o.key_or_group, name) for o in overrides if o.key_or_group in PLUGINS for name in values_of(o)]
     for group, name in plugins:
         _check_plugin(group, name)
+        if not sweep and name != "basic":
+            raise ValueError(f"{group}={name} is for a sweep: it needs -m")
     sweeper = dict([("hydra/sweeper", _as_written(config_name).hydra.runtime.choices["hydra/sweeper"]), *plugins])
     searches = sweeper["hydra/sweeper"] != "basic"
     overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
@@ -192,7 +198,7 @@ def _check_plugin(group: str, name: Any) -> None:
     with _own_hydra():
         known = GlobalHydra.instance().config_loader().get_group_options(group)
     if name not in known:
-        extra = PLUGINS[group].get(name)
+        extra = PLUGINS[group].get(str(name))
         hint = f": pip install -e '.[{extra}]' adds it" if extra else f"; extras have {', '.join(PLUGINS[group])}"
         raise ValueError(f"{group} must be one of {', '.join(sorted(known))}, got {name!r}{hint}")
 

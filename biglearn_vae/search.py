@@ -1,7 +1,7 @@
 """What a sweeper of Hydra that searches, such as Optuna's, is told of each training, and what it may search for."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from biglearn_vae import checks, config, stages
@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 
 # Of the numbers of validation images those that are the better the larger they are; of others it depends.
 LARGER_IS_BETTER = ("elbo", "reconstruction", "psnr")
-# Settings that a number is measured with, so that runs that differ in them are not told apart by it.
-MEASURED_WITH = {"valid/elbo": ("loss", "masks", "method"), "valid/joint_elbo": ("loss",)}
+# Settings that a number is measured with, so that it does not tell apart the runs that differ in them.
+MEASURED_WITH = {
+    "valid/elbo": ("loss.beta", "loss.prior", "loss._target_", "masks", "method"),
+    "valid/joint_elbo": ("loss.beta", "loss.prior", "loss._target_"),
+}
+ALL_MEASURED_WITH = ("data", "tokens", "missing", "missing_unit", "evaluation")
 
 
 def metrics(cfg: "DictConfig") -> list[str]:
@@ -44,8 +48,8 @@ def value(cfg: "DictConfig", summary: dict[str, Any]) -> float | list[float]:
     return values[0] if len(values) == 1 else values
 
 
-def check(words: Sequence[str], config_name: str) -> None:
-    """See that a sweep whose sweeper searches looks for something, and not for the worst; nothing for other sweeps.
+def check(words: Sequence[str], config_name: str) -> bool:
+    """Whether the sweeper of a sweep searches; if so, see that it looks for something, and not for the worst.
 
     Args:
         words: of its command line.
@@ -56,19 +60,20 @@ def check(words: Sequence[str], config_name: str) -> None:
     """
     cfg = config.with_sweeper(words, config_name)
     if not is_search(cfg.hydra):
-        return
+        return False
     if "optimized_metric" not in cfg:
         raise ValueError("hydra/sweeper= searches by a number that scripts/train.py alone gives: leave it out")
-    names, direction = metrics(cfg), cfg.hydra.sweeper.get("direction")
-    if direction is not None:  # of Optuna's; other sweepers have other names for it
-        several = hasattr(direction, "__len__") and not isinstance(direction, str)
-        _check_directions(names, direction if several else [direction])
-    for name, settings in _measured_differently(names, _swept(words)):
-        warnings.warn(
-            f"{name} is measured with each run's own {settings}, over which this searches, so it does not tell which "
-            f"is better: optimized_metric={stages.of(cfg).metrics[-1]} does",
-            stacklevel=2,
-        )
+    swept, sweeper = _swept(words), cfg.hydra.sweeper
+    if not (swept or sweeper.get("search_space") or sweeper.get("custom_search_space")):
+        raise ValueError("there is nothing to search over: give settings several values, or an interval(LOW,HIGH)")
+    names = metrics(cfg)
+    if "direction" in sweeper:  # Optuna's; other sweepers have other names for it
+        several = hasattr(sweeper.direction, "__len__") and not isinstance(sweeper.direction, str)
+        _check_directions(names, sweeper.direction if several else [sweeper.direction])
+    for name in names:
+        if own := [part for part in _measured_with(name) if any(f"{key}.".startswith(f"{part}.") for key in swept)]:
+            _warn(name, own, stages.of(cfg).metrics)
+    return True
 
 
 def is_search(hydra: "DictConfig") -> bool:
@@ -85,6 +90,7 @@ def _check_directions(names: Sequence[str], directions: Sequence[Any]) -> None:
             f"[{','.join(['maximize'] * len(names))}], got {', '.join(words) or 'none'}"
         )
     for name, word in zip(names, words, strict=True):
+        checks.check_choice("hydra.sweeper.direction", word, ("minimize", "maximize"))
         if name.endswith(LARGER_IS_BETTER) and word != "maximize":
             raise ValueError(
                 f"hydra.sweeper.direction={word} would look for the worst {name}: give hydra.sweeper.direction=maximize"
@@ -92,12 +98,24 @@ def _check_directions(names: Sequence[str], directions: Sequence[Any]) -> None:
 
 
 def _swept(words: Sequence[str]) -> list[str]:
-    return [override.key_or_group for override in config.parsed(words) if override.is_sweep_override()]
+    from hydra.core.override_parser.types import Glob
+
+    swept = [override for override in config.parsed(words) if override.is_sweep_override()]
+    if patterns := [override.input_line for override in swept if isinstance(override.value(), Glob)]:
+        raise ValueError(f"{patterns[0]} cannot be searched over: name the choices, NAME=A,B")
+    return [override.key_or_group for override in swept]
 
 
-def _measured_differently(names: Sequence[str], swept: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each number that is measured with what is searched over, and that."""
-    for name in names:
-        own = [part for part in MEASURED_WITH.get(name, ()) if any(f"{key}.".startswith(f"{part}.") for key in swept)]
-        if own:
-            yield name, " and ".join(own)
+def _measured_with(name: str) -> tuple[str, ...]:
+    return (*MEASURED_WITH.get(name, ()), *ALL_MEASURED_WITH)
+
+
+def _warn(name: str, settings: Sequence[str], others: Sequence[str]) -> None:
+    """Say that a number does not compare runs that differ in these settings, and which does."""
+    better = [other for other in reversed(others) if not set(settings) & set(_measured_with(other))]
+    hint = f": optimized_metric={better[0]} does" if better else ""
+    warnings.warn(
+        f"{name} is measured with each run's own {', '.join(settings)}, over which this searches, so it does not tell "
+        f"which is better{hint}",
+        stacklevel=2,
+    )

@@ -731,7 +731,7 @@ def test_a_sweep_in_a_file_of_ones_own(here, monkeypatch, capsys):
         (here / "own/mine.yaml").write_text(text)
 
     for params, expected in {
-        ("trainer__steps", "2,4"): "a sweep over trainer.steps would use one folder",
+        ("trainer__accumulate", "1,2"): "a sweep over trainer.accumulate would use one folder",
         ("trainer__stepz", "2,4"): "trainer.stepz: there is no such setting",
         ("optim__lr", "interval(1,2)"): "gives an interval, of which a sweep cannot take every value",
     }.items():
@@ -742,6 +742,13 @@ def test_a_sweep_in_a_file_of_ones_own(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *own) == 2
     assert len(list((here / "outputs").glob("*/summary.json"))) == 2
     assert "error: seed=0 model.z_dim=x: " in capsys.readouterr().err
+    assert run_here(monkeypatch, *own, "hydra.mode=RUN", "optim.lr=1,2") == 2
+    assert "gives several values: a sweep over them needs -m" in capsys.readouterr().err
+    write("RUN", seed="0,1", trainer__steps="2,4")
+    assert (
+        run_here(monkeypatch, *own, "-m", "trainer.steps=2", "output_dir=other", "model.z_dim=4") == 0
+    )  # what is typed
+    assert len(list((here / "other").glob("*/summary.json"))) == 2
     write("RUN", seed="0,1")
     assert run_here(monkeypatch, *own, "-m", "name=x") == 2
     assert "name=x would be the folder of several runs of a sweep over seed" in capsys.readouterr().err

@@ -1,6 +1,9 @@
 """Searches: a sweeper of Hydra that proposes settings is told how good each run is, on validation images."""
 
 import json
+import os
+import time
+from contextlib import ExitStack
 
 import pytest
 import yaml
@@ -8,7 +11,8 @@ from omegaconf import OmegaConf
 from programs import SMALL, metrics, run_here
 
 import biglearn_vae as blv
-from biglearn_vae import config, search, stages
+from biglearn_vae import config, runs, search, stages
+from biglearn_vae.files import locked
 
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
 MAXIMIZE = "hydra.sweeper.direction=maximize"
@@ -53,6 +57,9 @@ def test_what_a_sweeper_is_told():
         (["optimized_metric=[valid/elbo,valid/joint_kl]", MAXIMIZE], "such as [maximize,maximize], got maximize"),
         (["optimized_metric=[valid/elbo,valid/joint_kl]", "hydra.sweeper.direction=[maximize,minimize]"], None),
         (["optimized_metric=valid/joint_kl"], None),
+        (["optimized_metric=valid/joint_kl", "hydra.sweeper.direction=max"], "must be minimize or maximize, got 'max'"),
+        (["hydra.sweeper.direction=null"], "must be minimize or maximize, got 'None'"),
+        (["method=glob(*)", MAXIMIZE], "method=glob(*) cannot be searched over"),
         ([MAXIMIZE], None),
     ],
 )
@@ -60,7 +67,8 @@ def test_a_search_for_the_worst_is_refused(optuna, words, expected):
     words = ["optim.lr=interval(1e-4,1e-2)", *OPTUNA, *words]
     config.check(words, "train", sweep=True)
     if expected is None:
-        return search.check(words, "train")
+        assert search.check(words, "train")
+        return
     with pytest.raises(ValueError) as caught:
         search.check(words, "train")
     assert expected in str(caught.value)
@@ -69,15 +77,29 @@ def test_a_search_for_the_worst_is_refused(optuna, words, expected):
 def test_a_number_that_depends_on_what_is_searched_over_is_warned_of(optuna, recwarn):
     words = [*OPTUNA, MAXIMIZE, "loss.beta=interval(0.001,0.1)", "masks.joint=0,0.1", "optim.lr=1e-3,1e-2"]
     search.check(words, "train")
-    assert "valid/elbo is measured with each run's own loss and masks" in str(recwarn.pop().message)
+    said = str(recwarn.pop().message)
+    assert "valid/elbo is measured with each run's own loss.beta, masks, over which" in said
+    assert said.endswith(": optimized_metric=valid/psnr_0.5 does")
     search.check([*words, "optimized_metric=valid/psnr_0.5"], "train")
-    search.check([*words[5:], "seed=0,1"], "train")  # of Hydra's own sweeper, which tries all
+    search.check([*words[:5], "loss.beta_warmup_steps=choice(10,20)"], "train")  # with which nothing is measured
+    assert not search.check([*words[5:], "seed=0,1"], "train")  # of Hydra's own sweeper, which tries all
     assert not recwarn.list
+    search.check([*words[:5], "missing=0,0.5", "optimized_metric=valid/psnr_0.5"], "train")
+    assert str(recwarn.pop().message).endswith(
+        "own missing, over which this searches, so it does not tell which is better"
+    )
 
 
 def test_only_a_training_can_be_searched(optuna):
     with pytest.raises(ValueError, match=r"a number that scripts/train.py alone gives"):
         search.check([*OPTUNA, MAXIMIZE, "run=a,b"], "evaluate")
+
+
+def test_a_search_over_nothing_and_a_search_that_is_no_sweep(optuna):
+    with pytest.raises(ValueError, match="there is nothing to search over"):
+        search.check([*OPTUNA, MAXIMIZE, "optim.lr=1"], "train")
+    with pytest.raises(ValueError, match=r"hydra/sweeper=optuna is for a sweep: it needs -m"):
+        config.compose(["hydra/sweeper=optuna"])
 
 
 def test_a_sweeper_that_is_not_installed_is_named():
@@ -100,7 +122,28 @@ def test_a_search_finds_the_best_run_and_goes_on_where_it_was(optuna, here, monk
     again = ["hydra.sweeper.n_trials=3", "optimized_metric=valid/elbo"]
     saved = here / rows[0]["run"] / "config.yaml"
     saved.write_text(saved.read_text().replace("beta: 0.01", "beta: 0.02"))
-    assert run_here(monkeypatch, *words, *again) == 2
+    assert run_here(monkeypatch, *words, *again) == 0
     said = capsys.readouterr()
     assert said.out.count("is finished: 24 steps") == 1 and said.out.count("training outputs") == 1
     assert "holds a run with other settings (loss.beta: 0.02, now 0.01)" in said.err
+
+
+def test_a_search_of_which_every_run_fails_says_so_in_a_line(optuna, here, monkeypatch, capsys):
+    words = ["-m", *OPTUNA, MAXIMIZE, *SMALL, "model.heads=3", "optim.lr=interval(1e-4,1e-1)"]
+    assert run_here(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert said.count("failed: optim.lr=") == 2 and "error: No trials are completed yet." in said
+    assert "ValueError: No trials" not in said and "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_a_search_waits_for_what_another_process_trains(optuna, here, monkeypatch, capsys):
+    words = [*SMALL, "optim.lr=0.001"]
+    run = here / "outputs" / runs.name_of(config.compose(words), words)
+    run.mkdir(parents=True)
+    with ExitStack() as other:
+        other.enter_context(locked(run, "trains"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: other.close())
+        search_words = ["-m", *OPTUNA, MAXIMIZE, *SMALL, "optim.lr=choice(0.001)", "hydra.sweeper.n_trials=1"]
+        assert run_here(monkeypatch, *search_words) == 0
+    assert capsys.readouterr().out.count("waiting for another process: ") == 1
+    assert (run / "summary.json").exists() and (here / "outputs/optimization_results.yaml").exists()
