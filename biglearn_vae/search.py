@@ -25,8 +25,10 @@ def metrics(cfg: "DictConfig") -> list[str]:
     Raises:
         ValueError: for one that is not measured there.
     """
+    from omegaconf import OmegaConf
+
     given = cfg.optimized_metric
-    names = [given] if isinstance(given, str) or given is None else list(given)
+    names = list(given) if OmegaConf.is_list(given) else [given]
     for name in names or [given]:
         checks.check_choice("optimized_metric", name, stages.of(cfg).metrics)
     return names

@@ -43,7 +43,13 @@ def test_what_a_sweeper_is_told():
     assert search.value(two, summary) == [-2.0, 14.0]
     with pytest.raises(ValueError, match=r"summary.json of run has no valid/joint_kl, being of an earlier version"):
         search.value(one, {"name": "run"})
-    for word, got in {"null": "None", "[]": r"\[\]", "test_joint_elbo": "'test_joint_elbo'", "[1]": "1"}.items():
+    for word, got in {
+        "null": "None",
+        "[]": r"\[\]",
+        "test_joint_elbo": "'test_joint_elbo'",
+        "[1]": "1",
+        "5": "5",
+    }.items():
         with pytest.raises(ValueError, match=rf"optimized_metric must be valid/elbo, .* got {got}"):
             search.metrics(config.compose([f"optimized_metric={word}"]))
 
