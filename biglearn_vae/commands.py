@@ -11,7 +11,7 @@ import typing
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,7 @@ from biglearn_vae.models import MaskedViT, count_parameters
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.stages import draw, measure, report, size_text
 from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
+from biglearn_vae.workers import defaults
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -67,14 +68,13 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not _is_main():
         warnings.simplefilter("ignore")
-    typed, full_error = _command_line(), "HYDRA_FULL_ERROR" in os.environ
+    typed, full_error, searches = _command_line(), "HYDRA_FULL_ERROR" in os.environ, False
     sweep, chosen = list(typed.overrides) if typed.multirun else None, typed.config_name or config_name
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> Any:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
         config.register_resolvers()  # here, since other launchers run this in another process
-        searches = sweep is not None and search.is_search(hydra_cfg)
         try:
             config.search_also(typed.config_dir)
             config.require_all(cfg, config_name, hydra_cfg.runtime.choices)
@@ -98,7 +98,8 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             print(config.help_text(chosen, config.fixed(sweep or typed.overrides)))
         else:
             searches = sweep is not None and _is_checked_search(sweep, config_name, chosen)
-            with _raising() if searches else nullcontext():
+            # What a sweeper says of itself, such as that no run was completed, Hydra raises then, and prints no trace.
+            with defaults({"HYDRA_FULL_ERROR": "1"} if searches else {}):
                 run()
     except user_errors() as error:
         if full_error:
@@ -126,24 +127,10 @@ def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | Non
     given = {override.key_or_group: override for override in config.parsed(typed.overrides)}
     if "hydra.mode" in given:
         in_file = given["hydra.mode"].value() == "MULTIRUN"
-    words = [*(word for word in swept if word.partition("=")[0].lstrip("+") not in given), *typed.overrides]
-    if not (typed.multirun or in_file):
-        config.check(typed.overrides, config_name)
-        return None
-    config.check(words, config_name, sweep=True)
-    return words
-
-
-@contextmanager
-def _raising() -> Iterator[None]:
-    """Let Hydra raise what a sweeper says of itself, such as that no run was completed, not print where it arose."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+    sweep = typed.multirun or in_file
+    of_file = [word for word in swept if word.partition("=")[0].lstrip("+") not in given] if sweep else []
+    config.check([*of_file, *typed.overrides], config_name, sweep)
+    return [*of_file, *typed.overrides] if sweep else None
 
 
 def _once_free(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]) -> Any:
@@ -177,7 +164,7 @@ def _command_line() -> Namespace:
 def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None) -> list[str]:
     """What went wrong, with the words that a job of a sweep has for itself, shown at once, as the other jobs may take
     days; nothing if another process does what this job was to do."""
-    swept = {o.key_or_group for o in config.parsed(sweep or []) if o.is_sweep_override()}
+    swept = config.swept(sweep or [])
     own = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept)
     if not own:
         return [str(error)]

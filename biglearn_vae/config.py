@@ -119,6 +119,12 @@ def sweep_in_file(config_name: str) -> tuple[bool, list[str]]:
     return getattr(hydra.mode, "name", None) == "MULTIRUN", [f"{name}={values}" for name, values in params.items()]
 
 
+def is_search(words: Sequence[str], config_name: str) -> bool:
+    """Whether a sweep of these words has a sweeper that proposes settings, as Hydra's own, "basic", does not."""
+    typed = [value for o in parsed(words) if o.key_or_group == "hydra/sweeper" for value in values_of(o)]
+    return [_as_written(config_name).hydra.runtime.choices["hydra/sweeper"], *typed][-1] != "basic"
+
+
 def with_sweeper(words: Sequence[str], config_name: str) -> "DictConfig":
     """The settings of a sweep without what it sweeps over, of words that were checked, with Hydra's own in `hydra`."""
     return _compose(fixed(words), config_name, with_hydra=True)
@@ -127,6 +133,11 @@ def with_sweeper(words: Sequence[str], config_name: str) -> "DictConfig":
 def fixed(words: Sequence[str]) -> list[str]:
     """Those words of a sweep that have one value."""
     return [override.input_line for override in parsed(words) if not override.is_sweep_override()]
+
+
+def swept(words: Sequence[str]) -> "dict[str, Override]":
+    """Those words of a sweep that have several values, by the names of their settings."""
+    return {override.key_or_group: override for override in parsed(words) if override.is_sweep_override()}
 
 
 def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = False) -> "DictConfig":
@@ -165,8 +176,7 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
         _check_plugin(group, name)
         if not sweep and name != "basic":
             raise ValueError(f"{group}={name} is for a sweep: it needs -m")
-    sweeper = dict([("hydra/sweeper", _as_written(config_name).hydra.runtime.choices["hydra/sweeper"]), *plugins])
-    searches = sweeper["hydra/sweeper"] != "basic"
+    searches = is_search(words, config_name)
     overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
     for override in overrides:
         _check_values(override, sweep, searches)

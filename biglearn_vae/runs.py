@@ -66,8 +66,7 @@ def refuse_shared_folders(words: Sequence[str], script: str) -> None:
         words: of its command line.
         script: train, patch_ae, evaluate, ...
     """
-    overrides = config.parsed(words)
-    swept = {o.key_or_group: o for o in overrides if o.is_sweep_override()}
+    overrides, swept = config.parsed(words), config.swept(words)
     if script in MEASURING and (other := [key for key in swept if key not in MEASURING[script]]):
         raise ValueError(
             f"a sweep over {other[0]} would keep the last result alone, in the run's folder: sweep over run=, or start "

@@ -60,9 +60,9 @@ def check(words: Sequence[str], config_name: str) -> bool:
     Raises:
         ValueError: if it does not, before the first training.
     """
-    cfg = config.with_sweeper(words, config_name)
-    if not is_search(cfg.hydra):
+    if not config.is_search(words, config_name):
         return False
+    cfg = config.with_sweeper(words, config_name)
     if "optimized_metric" not in cfg:
         raise ValueError("hydra/sweeper= searches by a number that scripts/train.py alone gives: leave it out")
     swept, sweeper = _swept(words), cfg.hydra.sweeper
@@ -76,11 +76,6 @@ def check(words: Sequence[str], config_name: str) -> bool:
         if own := [part for part in _measured_with(name) if any(f"{key}.".startswith(f"{part}.") for key in swept)]:
             _warn(name, own, stages.of(cfg).metrics)
     return True
-
-
-def is_search(hydra: "DictConfig") -> bool:
-    """Whether Hydra's settings name a sweeper that wants to know what came of a job, as its own does not."""
-    return "BasicSweeper" not in hydra.sweeper._target_
 
 
 def _check_directions(names: Sequence[str], directions: Sequence[Any]) -> None:
@@ -100,12 +95,13 @@ def _check_directions(names: Sequence[str], directions: Sequence[Any]) -> None:
 
 
 def _swept(words: Sequence[str]) -> list[str]:
+    """The settings that are searched over."""
     from hydra.core.override_parser.types import Glob
 
-    swept = [override for override in config.parsed(words) if override.is_sweep_override()]
-    if patterns := [override.input_line for override in swept if isinstance(override.value(), Glob)]:
-        raise ValueError(f"{patterns[0]} cannot be searched over: name the choices, NAME=A,B")
-    return [override.key_or_group for override in swept]
+    for override in config.swept(words).values():
+        if isinstance(override.value(), Glob):
+            raise ValueError(f"{override.input_line} cannot be searched over: name the choices, NAME=A,B")
+    return [*config.swept(words)]
 
 
 def _measured_with(name: str) -> tuple[str, ...]:

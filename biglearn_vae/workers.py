@@ -82,14 +82,14 @@ class Worker:
             context = multiprocessing.get_context("spawn")
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, self._function))
-            with theirs, _STARTING, _defaults(self._environment), _without_interrupts():
+            with theirs, _STARTING, defaults(self._environment), _without_interrupts():
                 process.start()
             self._process, self._connection = process, ours
         return self._connection
 
 
 @contextmanager
-def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
+def defaults(variables: Mapping[str, str]) -> Iterator[None]:
     """Variables of the environment for a while, those that it does not have."""
     new = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(new)

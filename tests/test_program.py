@@ -745,9 +745,8 @@ def test_a_sweep_in_a_file_of_ones_own(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *own, "hydra.mode=RUN", "optim.lr=1,2") == 2
     assert "gives several values: a sweep over them needs -m" in capsys.readouterr().err
     write("RUN", seed="0,1", trainer__steps="2,4")
-    assert (
-        run_here(monkeypatch, *own, "-m", "trainer.steps=2", "output_dir=other", "model.z_dim=4") == 0
-    )  # what is typed
+    typed = ["trainer.steps=2", "output_dir=other", "model.z_dim=4"]  # the first in place of what the file has
+    assert run_here(monkeypatch, *own, "-m", *typed) == 0
     assert len(list((here / "other").glob("*/summary.json"))) == 2
     write("RUN", seed="0,1")
     assert run_here(monkeypatch, *own, "-m", "name=x") == 2
