@@ -41,7 +41,7 @@ from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, Tensor
 from biglearn_vae.models import MaskedViT, count_parameters
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.stages import draw, measure, report, size_text
-from biglearn_vae.trainer import Trainer, TrainingError, choose_precision
+from biglearn_vae.trainer import Interrupted, Trainer, TrainingError, choose_precision
 from biglearn_vae.workers import defaults
 
 if TYPE_CHECKING:
@@ -62,27 +62,26 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     What the user can mend ends with a line of explanation and exit code 2. HYDRA_FULL_ERROR=1 shows where it arose.
     """
     import hydra
+    from omegaconf import OmegaConf
 
     failed: list[str] = []
-    torch.backends.cudnn.allow_tf32 = False  # what is computed in float32 is float32, in convolutions, too
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    if not _is_main():
-        warnings.simplefilter("ignore")
+    _prepare()
     typed, full_error, searches = _command_line(), "HYDRA_FULL_ERROR" in os.environ, False
     sweep, chosen = list(typed.overrides) if typed.multirun else None, typed.config_name or config_name
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> Any:
         hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
+        words = OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)  # NAME=${OTHER} as it was typed
         config.register_resolvers()  # here, since other launchers run this in another process
         try:
             config.search_also(typed.config_dir)
             config.require_all(cfg, config_name, hydra_cfg.runtime.choices)
             if searches:
-                return search.value(cfg, _once_free(task, cfg, hydra_cfg.overrides.task))
-            task(cfg, hydra_cfg.overrides.task)
+                return search.value(cfg, _once_free(task, cfg, words))
+            task(cfg, words)
         except user_errors() as error:
-            said = _of_job(error, hydra_cfg.overrides.task, sweep)
+            said = _of_job(error, words, sweep)
             if searches and not full_error:  # which gets nothing of this one, and goes on
                 return
             # Other launchers run this in another process, which can only tell by raising.
@@ -104,7 +103,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     except user_errors() as error:
         if full_error:
             raise
-        failed.append(str(error))
+        failed.append(config.in_a_line(error))
     except KeyboardInterrupt:  # outside of training, which takes it for itself
         resumes = "; the same command goes on from the last checkpoint, if any" if config_name == "train" else ""
         failed.append(f"interrupted{resumes}")
@@ -116,6 +115,14 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     if failed:
         _complain_and_exit(failed)
     stop()
+
+
+def _prepare() -> None:
+    """What holds for a whole program."""
+    torch.backends.cudnn.allow_tf32 = False  # what is computed in float32 is float32, in convolutions, too
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if not _is_main():
+        warnings.simplefilter("ignore")
 
 
 def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | None:
@@ -165,14 +172,14 @@ def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None)
     """What went wrong, with the words that a job of a sweep has for itself, shown at once, as the other jobs may take
     days; nothing if another process does what this job was to do."""
     swept = config.swept(sweep or [])
-    own = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept)
+    own, said = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept), config.in_a_line(error)
     if not own:
-        return [str(error)]
+        return [said]
     if isinstance(error, Busy):
         print(f"left to another process: {own}: {str(error).partition(': ')[0]}", flush=True)
         return []
-    print(f"failed: {own}: {error}", file=sys.stderr, flush=True)
-    return [f"{own}: {error}"]
+    print(f"failed: {own}: {said}", file=sys.stderr, flush=True)
+    return [f"{own}: {said}"]
 
 
 def _is_checked_search(words: Sequence[str], script: str, config_name: str) -> bool:
@@ -250,12 +257,9 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
             say(f"warning: {warning}")
         loggers = _open(run, cfg, first) if world.is_main else []
         try:
-            completed = trainer.fit(loggers)
-        finally:
-            for logger in loggers:
-                logger.close()
-        if not completed:
-            say(f"stopped at step {trainer.step} of {trainer.steps}; a checkpoint is written, the same command goes on")
+            _fit(trainer, loggers)
+        except Interrupted as stopped:
+            say(f"{stopped}, the same command goes on")
             sys.exit(0)
         summary = _finish(run, stage, trainer, splits) if world.is_main else None
     world.barrier()
@@ -264,6 +268,14 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if trainer.interrupted:  # at the last step: this run is done, but a sweep must not go on
         sys.exit(0)
     return summary
+
+
+def _fit(trainer: Trainer, loggers: list[Logger]) -> None:
+    try:
+        trainer.fit(loggers)
+    finally:
+        for logger in loggers:
+            logger.close()
 
 
 def _unfinished_warm_ups(cfg: "DictConfig") -> Iterator[str]:

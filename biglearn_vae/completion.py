@@ -205,8 +205,7 @@ def regressor_psnr(
         evaluate_every=steps,
         checkpoint_every=steps,
     )
-    if not trainer.fit():
-        raise KeyboardInterrupt
+    trainer.fit()
     vae = BigLearnVAE(trainer.result, tokenizer)
 
     def complete(x: Tensor, S: Tensor) -> Tensor:

@@ -150,11 +150,30 @@ def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = Fals
     with _own_hydra():
         try:
             return hydra_compose(config_name, list(overrides), return_hydra_config=with_hydra)
-        except HydraException as error:
-            raise ValueError(str(error).splitlines()[0]) from None
-        except MarkedYAMLError as error:
-            mark = error.problem_mark
-            raise ValueError(f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else str(error)) from None
+        except (HydraException, MarkedYAMLError) as error:
+            raise ValueError(in_a_line(error)) from None
+
+
+def in_a_line(error: Exception) -> str:
+    """What went wrong, in a line also where Hydra, OmegaConf or YAML say it: of a settings file, mostly."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
+
+    first, *others = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        # Not where: of a choice that a file overrides, Hydra names another file.
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        there = ", ".join(choices(group))
+        of = f"{group} must be one of {there}, got {name}" if there else "there is no such file of settings"
+        return f"a defaults list has {group}/{name}: {of}"
+    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {first}"
+    if isinstance(error, HydraException):
+        return " ".join([first, *others[:1]]).rstrip()
+    return str(error)
 
 
 def check(words: Sequence[str], config_name: str = "train", sweep: bool = False) -> None:
@@ -322,9 +341,11 @@ def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:
     from omegaconf import OmegaConf
 
     for group in (group for group in ("case", "method", "preset") if group in chosen):
+        file, hint = f"{group}/{chosen[group]}.yaml", ", behind a first line # @package _global_"
+        if OmegaConf.is_list(cfg[group]):
+            raise ValueError(f"{file} must hold lines NAME: VALUE, got a list")
         name = OmegaConf.select(cfg, f"{group}.name")
         if name != chosen[group]:
-            file, hint = f"{group}/{chosen[group]}.yaml", ", behind a first line # @package _global_"
             raise ValueError(
                 f"{file} must have {group}.name={chosen[group]}{'' if group == 'preset' or name else hint}: results go "
                 f"by it, got {name}"

@@ -472,8 +472,7 @@ def train_ceiling(
         world=World(device=vae.device),
         precision="auto",
     )
-    if not trainer.fit(loggers):
-        raise KeyboardInterrupt
+    trainer.fit(loggers)
     return trainer.net.eval()
 
 

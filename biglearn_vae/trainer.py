@@ -42,6 +42,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says where and what to try."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a training early, after a step and its checkpoint."""
+
+
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -366,17 +370,17 @@ class Trainer:
                     "give it as it was, or another folder"
                 )
 
-    def fit(self, loggers: Iterable[Logger] = ()) -> bool:
-        """Train to the last step. Returns False if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written.
-
-        `interrupted` says afterwards whether there was such a signal, be it at the last step.
+    def fit(self, loggers: Iterable[Logger] = ()) -> None:
+        """Train to the last step; where it was interrupted, it goes on if it is called again.
 
         Raises:
+            Interrupted: a KeyboardInterrupt, if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written if it has
+                a folder. It is not raised at the last step: `interrupted` says whether there was such a signal.
             ValueError: if the folder holds a run and `resume` was not called, as its checkpoints would be lost.
             TrainingError: if the loss is not finite, or a step cannot be recorded as a CUDA graph.
         """
         self._check_folder()
-        self.loggers = list(loggers)
+        self.loggers, self.interrupted = list(loggers), False
         with Interruption() as interruption:
             over = self.step >= self.steps and self._evaluated != self.step  # stopped between two evaluations
             if self.world.any(over or self.best == -math.inf):  # or at the start, or the best checkpoint is lost
@@ -403,7 +407,9 @@ class Trainer:
                 if stop:
                     break
         self._forget_graph()  # and the memory that it holds
-        return self.step >= self.steps
+        if self.step < self.steps:
+            kept = "; a checkpoint is written" if self.folder else ""
+            raise Interrupted(f"stopped at step {self.step} of {self.steps}{kept}")
 
     @contextmanager
     def _kept_if_it_fails(self) -> Iterator[None]:

@@ -369,6 +369,28 @@ def test_a_folder_of_ones_own_that_cannot_be_used(own):
     assert config.folders() == [config.folder()]
 
 
+@pytest.mark.parametrize(
+    "lines, said",
+    {
+        "defaults: [tinyy]": "a defaults list has case/tinyy: case must be one of case1, .*, tiny, wide, got tinyy",
+        "defaults: [tiny, {override /optim: sgd}]": "a defaults list has optim/sgd: optim must be one .*, got sgd",
+        "defaults: [tiny, {/mine: own}]": "a defaults list has mine/own: there is no such file of settings",
+        "defaults: [{override /optim: paper}, tiny]": "Override 'optim : paper' is defined before .* Overrides must be",
+        "defaults: tiny": "Invalid defaults list in 'case/wide', defaults must be a list",
+        "hydra:\n  sweeper:\n    parms: {seed: 1}": "In 'case/wide': ConfigKeyError .*: Key 'parms' not in",
+        "- tiny": "In 'case/wide': ConfigTypeError .*: Cannot merge DictConfig with ListConfig",
+        "# @package case\n- tiny": "case/wide.yaml must hold lines NAME: VALUE, got a list",
+        "case:\n\tname: wide": "case/wide.yaml, line 3: found character",
+    }.items(),
+)
+def test_what_is_wrong_with_a_file_of_ones_own_is_said_in_a_line(own, lines, said):
+    (own / "case/wide.yaml").write_text(lines if lines[0] == "#" else f"# @package _global_\n{lines}\n")
+    config.search_also(own)
+    with pytest.raises(ValueError, match=said) as caught:
+        config.compose(["case=wide"])
+    assert "\n" not in str(caught.value)
+
+
 def test_settings_in_one_text_are_refused():
     with pytest.raises(ValueError, match=r"expected a list of settings, such as \['case=case1'\], got the text"):
         config.compose("case=case1")

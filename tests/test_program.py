@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from programs import ROOT, SMALL, assert_same_runs, finish, metrics, own_case, run_here, start
 
 import biglearn_vae as blv
@@ -719,6 +720,14 @@ def test_settings_of_ones_own_folder(here, monkeypatch, capsys):
     assert "--config-name must be evaluate, got 'mine'" in capsys.readouterr().err
     assert run_here(monkeypatch, *own, *SMALL, "-m", "seed=0,1", "trainer.steps=2", "hydra.job.chdir=true") == 0
     assert run_here(monkeypatch, "run=outputs/run", "images=2", "likelihood_images=0", script="evaluate") == 0
+
+
+def test_a_setting_may_be_that_of_another(here, monkeypatch, capsys):
+    assert run_here(monkeypatch, *SMALL, "trainer.steps=2", "name=run", "model.z_dim=${model.dim}") == 0
+    config = OmegaConf.load("outputs/run/config.yaml")
+    assert config.model.z_dim == 16 == config.model.dim
+    assert run_here(monkeypatch, *SMALL, "model.z_dim=${model.dims}") == 2
+    assert "\nerror: model.z_dim: Interpolation key 'model.dims' not found\n" in capsys.readouterr().err
 
 
 def test_a_sweep_in_a_file_of_ones_own(here, monkeypatch, capsys):

@@ -29,7 +29,7 @@ from biglearn_vae import (
 from biglearn_vae.data import Batches
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.loggers import Logger
-from biglearn_vae.trainer import choose_compile, choose_cuda_graph, choose_precision
+from biglearn_vae.trainer import Interrupted, choose_compile, choose_cuda_graph, choose_precision
 
 OPTIM = Optim(lr=0.05, warmup_steps=3, schedule="cosine", clip_norm=1.0, ema_decay=0.9)
 
@@ -114,7 +114,7 @@ def assert_same(a, b):
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, lost, optim):
     make = functools.partial(make_trainer, optim=optim)
     whole, log = make(tmp_path / "a"), Recorder()
-    assert whole.fit([log])
+    whole.fit([log])
 
     def dies(net, batch, *, random, step):
         if step == lost:
@@ -127,7 +127,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, lost, op
     second, resumed = Recorder(), make(tmp_path / "b")
     start = resumed.resume()
     assert start == lost // 6 * 6
-    assert resumed.fit([second])
+    resumed.fit([second])
     assert_same(whole, resumed)
     assert log.rows == [row for row in first.rows if row[0] <= start] + second.rows
     best = [checkpoint.load(tmp_path / name / checkpoint.BEST) for name in "ab"]
@@ -138,7 +138,8 @@ def test_more_steps_continue_a_finished_run(tmp_path):
     make(tmp_path, steps=6).fit()
     longer = make(tmp_path, steps=20)
     assert longer.resume() == 6
-    assert longer.fit() and longer.step == 20
+    longer.fit()
+    assert longer.step == 20
 
 
 class Signalled(Points):
@@ -157,13 +158,17 @@ class Signalled(Points):
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, number):
     before = signal.getsignal(number)
     stopped = make(tmp_path, batches=Signalled(number))
-    assert stopped.fit() is False
-    assert stopped.step == 10 and signal.getsignal(number) == before
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 10 of 20; a checkpoint is written"):
+        stopped.fit()
+    assert stopped.step == 10 and stopped.interrupted and signal.getsignal(number) == before
     whole, resumed = make(tmp_path / "whole"), make(tmp_path)
     assert resumed.resume() == 10
     whole.fit()
     resumed.fit()
     assert_same(whole, resumed)
+    stopped.fit()  # in the process that was interrupted, too
+    assert not stopped.interrupted
+    assert_same(whole, stopped)
 
 
 @pytest.mark.parametrize("bad", [0, 7, 13])
@@ -263,20 +268,25 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path):
         make(tmp_path, steps=2).fit()
     assert checkpoint.load_latest(tmp_path)["step"] == 6
     first.steps = 8  # the trainer whose run it is goes on
-    assert first.fit() and checkpoint.load_latest(tmp_path)["step"] == 8
+    first.fit()
+    assert checkpoint.load_latest(tmp_path)["step"] == 8
 
 
 @pytest.mark.parametrize("steps", [9, 10])
 def test_a_run_that_was_stopped_and_is_called_finished_is_evaluated_where_it_stopped(tmp_path, steps):
     partly = make(tmp_path / "run", evaluate_every=100, batches=Signalled(signal.SIGTERM))
-    assert partly.fit() is False and partly.step == 10
+    with pytest.raises(Interrupted):
+        partly.fit()
+    assert partly.step == 10
     log, closed = Recorder(), make(tmp_path / "run", steps=steps, evaluate_every=100)
     closed.resume()
-    assert closed.fit([log]) and [step for step, row in log.rows if "valid/elbo" in row] == [10]
+    closed.fit([log])
+    assert [step for step, row in log.rows if "valid/elbo" in row] == [10]
     assert checkpoint.load(tmp_path / "run" / checkpoint.BEST)["step"] == 10
     again = make(tmp_path / "run", steps=steps, evaluate_every=100)
     again.resume()
-    assert again.fit([log]) and [step for step, row in log.rows if "valid/elbo" in row] == [10]  # once
+    again.fit([log])
+    assert [step for step, row in log.rows if "valid/elbo" in row] == [10]  # once
 
 
 def test_what_an_evaluation_gives_is_checked():
@@ -383,7 +393,7 @@ def test_what_fails_beside_a_step_loses_no_step(tmp_path, fails):
         trainer.fit([Full()])
     again = make(tmp_path / "run", checkpoint_every=100)
     assert again.resume() == trainer.step == (15 if fails == "logger" else 16)
-    assert again.fit()
+    again.fit()
     whole = make()
     whole.fit()
     assert_same(whole, again)
