@@ -1,6 +1,8 @@
 """Checkpoints: tensors and readable settings in one file, written atomically, loaded without running code."""
 
+import errno
 import hashlib
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from torch import nn
 from biglearn_vae.files import replacing
 
 LATEST, PREVIOUS, BEST = "latest.pt", "previous.pt", "best.pt"
+FRESH = "fresh.pt"  # is there for a moment, while it takes the place of the latest
+RESUMABLE = (FRESH, LATEST, PREVIOUS)  # from the newest on
 DIGEST_SIZE = 32  # bytes behind the archive of each file
 
 
@@ -18,16 +22,28 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint so that at every moment `path` is either the old one or the new one, whole."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
+        with replacing(path, alone=True) as partial, partial.open("wb") as file:
             torch.save(state, file)
             file.flush()
             file.write(_digest(partial))
     except (OSError, RuntimeError) as error:  # on a full disk torch raises the second
+        full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
         why = str(error).splitlines()[0]
-        hint = (
-            "does another process train in this folder" if isinstance(error, FileNotFoundError) else "is the disk full"
-        )
-        raise OSError(f"could not write {path}, {hint}? ({why})") from error
+        raise OSError(f"could not write {path}{', is the disk full?' if full else ''} ({why})") from error
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Raise a ValueError for what no checkpoint could be read back with."""
+    for name, value in metadata.items():
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        except Exception:  # a pickle can raise anything
+            raise ValueError(
+                f"metadata must be tensors, numbers, words, lists and dictionaries of these, for a checkpoint to hold "
+                f"them: {name!r} is {value!r:.100} ({type(value).__name__})"
+            ) from None
 
 
 def _digest(path: Path, without: int = 0) -> bytes:
@@ -42,7 +58,7 @@ def _digest(path: Path, without: int = 0) -> bytes:
 
 def save_latest(folder: Path, state: dict[str, Any]) -> None:
     """Write `latest.pt`, keeping the one before as `previous.pt`."""
-    latest, fresh = folder / LATEST, folder / "fresh.pt"
+    latest, fresh = folder / LATEST, folder / FRESH
     save(fresh, state)
     if latest.exists():
         latest.replace(folder / PREVIOUS)
@@ -71,13 +87,27 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
 
 
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint, without reading its tensors; None if it is not there or cannot be read."""
+    try:
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:  # a damaged pickle can raise anything
+        return None
+    return step if isinstance(step, int) else None
+
+
+def steps_in(folder: Path) -> int:
+    """The steps of the newest checkpoint to go on from; 0 if there is none."""
+    return max(step_of(folder / name) or 0 for name in RESUMABLE)
+
+
 def is_resumable(folder: Path) -> bool:
     """Whether the folder has a checkpoint to go on from."""
-    return (folder / LATEST).exists() or (folder / PREVIOUS).exists()
+    return any((folder / name).exists() for name in RESUMABLE)
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The newest readable of `latest.pt` and `previous.pt`, or None if there is neither.
+    """The newest readable of those to go on from, or None if there is none.
 
     A file that cannot be read is reported in a warning.
 
@@ -85,7 +115,7 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         ValueError: if there are files and none can be read.
     """
     problems = []
-    for name in (LATEST, PREVIOUS):
+    for name in RESUMABLE:
         if not (folder / name).exists():
             continue
         try:

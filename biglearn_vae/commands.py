@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import typing
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,6 +48,7 @@ from biglearn_vae.workers import defaults
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+_TYPED: list[str] = []  # the command line, of which Hydra and its launchers leave another
 PROGRAMS = {"train": ("train", config.PATCH_AE)}  # the settings files that a script takes, where there are several
 
 
@@ -81,7 +83,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
                 return search.value(cfg, _once_free(task, cfg, words))
             task(cfg, words)
         except user_errors() as error:
-            said = _of_job(error, words, sweep)
+            said = _of_job(error, words, sweep, searches)
             if searches and not full_error:  # which gets nothing of this one, and goes on
                 return
             # Other launchers run this in another process, which can only tell by raising.
@@ -159,6 +161,7 @@ def _command_line() -> Namespace:
     from hydra._internal.utils import get_args_parser
 
     typed, words = get_args_parser().parse_intermixed_args(), sys.argv[1:]
+    _TYPED[:] = words
     sys.argv[1:] = typed.overrides
     for before, word in zip(["", *words], words, strict=False):
         of_folder = word.startswith("--config-dir") or word == "-cd" or before in ("--config-dir", "-cd")
@@ -168,11 +171,13 @@ def _command_line() -> Namespace:
     return typed
 
 
-def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None) -> list[str]:
+def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None, searches: bool) -> list[str]:
     """What went wrong, with the words that a job of a sweep has for itself, shown at once, as the other jobs may take
     days; nothing if another process does what this job was to do."""
-    swept = config.swept(sweep or [])
-    own, said = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept), config.in_a_line(error)
+    swept, said = config.swept(sweep or []), config.in_a_line(error)
+    own = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept)
+    if searches and not own:  # the sweeper has a list of its own, of what it searches over
+        own = " ".join(words)
     if not own:
         return [said]
     if isinstance(error, Busy):
@@ -242,6 +247,9 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if done := finished(run, cfg):
         say(_finished_text(run, cfg, done))
         return done
+    if world.is_main and run.is_dir():
+        with runs.taken(run, cfg):  # if it is not free, that is known before the data is read
+            pass
     stage = stages.of(cfg)(cfg, run, world.device)
     splits = _dataset(cfg, world)
     trainer = _trainer(cfg, run, stage, splits, world)
@@ -271,11 +279,10 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
 
 
 def _fit(trainer: Trainer, loggers: list[Logger]) -> None:
-    try:
-        trainer.fit(loggers)
-    finally:
+    with ExitStack() as ends:
         for logger in loggers:
-            logger.close()
+            ends.callback(logger.close)  # each, also if another one cannot
+        trainer.fit(loggers)
 
 
 def _unfinished_warm_ups(cfg: "DictConfig") -> Iterator[str]:
@@ -376,7 +383,7 @@ def environment(device: str) -> dict[str, Any]:
     """Where a run was made: versions, machine, commit, command."""
     chosen = pick_device(device)
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join([sys.argv[0], shlex.join(_TYPED or sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -416,6 +423,7 @@ def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) ->
         "steps": trainer.step,
         "epochs": float(f"{seen / len(splits.train):.6g}"),  # of a short training not 0
         "best_step": best["step"],
+        "evaluation": runs.measured_with(stage.cfg),
         "seconds": round(trainer.seconds, 3),
         "precision": trainer.precision,
         "data_note": splits.note,
@@ -593,7 +601,7 @@ def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
     from omegaconf import OmegaConf
 
     hints = {"figures": list[str] | str | None, "images": int | None, "delta": float | None}
-    values = {name: OmegaConf.to_container(cfg)[name] for name in hints}
+    values = {name: OmegaConf.to_container(cfg, resolve=True)[name] for name in hints}
     config.check_types(hints, values, "")
     if values["images"] is not None:
         checks.whole_number("images", values["images"], 1)
@@ -737,7 +745,7 @@ def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
 
     hints = {"split": str, "seed": int, "ratios": list[float], "draws": int, "pixels": bool | None}
     hints |= {"train_images": int | None, "test_images": int | None, "ceiling_steps": int, "neighbours": int | None}
-    container: dict[str, Any] = OmegaConf.to_container(cfg)
+    container: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     values = {name: container[name] for name in hints}
     config.check_types(hints, values, "")
     config.check_evaluation(cfg, everything=True)

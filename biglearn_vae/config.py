@@ -566,7 +566,7 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
 
     hints = {"ratios": list[float], "passes": list[int] | None, "annealing_steps": int | None}
     hints |= dict.fromkeys(EVALUATION_COUNTS, int)
-    values = {name: value for name, value in OmegaConf.to_container(settings).items() if name in hints}
+    values = {name: value for name, value in OmegaConf.to_container(settings, resolve=True).items() if name in hints}
     check_types(hints, values, where.rstrip("."))
     for name, value in values.items():
         if name == "ratios" and (
@@ -760,7 +760,7 @@ def _saved_in_checkpoint(run: Path) -> "DictConfig":
     """The settings in the newest readable checkpoint of a run; a LookupError if there is none."""
     from omegaconf import OmegaConf
 
-    for name in (checkpoint.LATEST, checkpoint.PREVIOUS, checkpoint.BEST):
+    for name in (*checkpoint.RESUMABLE, checkpoint.BEST):
         try:
             return OmegaConf.create(checkpoint.load(run / "checkpoints" / name)["metadata"]["config"])
         except ValueError:  # not there, or damaged
@@ -775,17 +775,37 @@ def check_seed(seed: Any) -> None:
 
 
 def typed(value: Any) -> str:
-    """A value as one types it behind NAME=."""
-    return "null" if value is None else str(value).replace(" ", "")
+    """A value as one types it behind NAME=, for a reader."""
+    return "null" if value is None else str(value).replace(" ", "") if isinstance(value, list) else str(value)
+
+
+def word(name: str, value: Any) -> str:
+    """NAME=VALUE as Hydra reads it: in quotes where it would take the value for something else."""
+    plain, value = f"{name}={typed(value)}", str(value) if isinstance(value, Path) else value
+    if not isinstance(value, str):
+        return plain
+    with suppress(ValueError):
+        if parsed([plain])[0].value() == value:
+            return plain
+    # Only in front of a quotation mark a backslash stands for something else, and then has to be doubled.
+    return f'{name}="' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', '\\"'), value) + '"'
+
+
+def shell_word(name: str, value: Any) -> str:
+    """`word`, to be typed in a shell."""
+    return shlex.quote(word(name, value))
 
 
 def data_words(cfg: "DictConfig") -> str:
     """What names these data on a command line, cut and sized as here."""
+    from omegaconf import OmegaConf
+
     words, usual = [f"data={cfg.data.name}"], compose([f"data={cfg.data.name}"]).data
     names = (["root"] if cfg.data.name in data.NAMED_BY_ROOT else []) + ["image_size", "patch_size", "channels", "crop"]
     for name in names:
         if name in cfg.data and (name == "root" or cfg.data[name] != usual.get(name)):
-            words.append(shlex.quote(f"data.{name}={typed(cfg.data[name])}"))
+            shown = OmegaConf.to_container(cfg.data)[name]
+            words.append(shell_word(f"data.{name}", shown))
     return " ".join(words)
 
 

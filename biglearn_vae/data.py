@@ -34,8 +34,8 @@ class ImageSet:
         recorded: boolean (N, rows, columns), which cells of a grid on each image were ever recorded, or None for all.
 
     Raises:
-        ValueError: for pixels of another type or number of axes, labels that are no whole numbers, and labels or
-            `recorded` of other images.
+        ValueError: for pixels of another type or number of axes or with channels last, labels that are no whole
+            numbers, cells that do not divide the images, and labels or `recorded` of other images.
     """
 
     pixels: Tensor
@@ -50,10 +50,26 @@ class ImageSet:
         for name, part in (("labels", self.labels), ("recorded", self.recorded)):
             if part is not None and (not isinstance(part, Tensor) or len(part) != len(self.pixels)):
                 raise ValueError(f"expected {name} of the {len(self.pixels)} images, got {checks.described(part)}")
+        if min(self.pixels.shape[1:3]) > 4 >= self.pixels.shape[3]:
+            raise ValueError(
+                f"expected pixels of shape (N, C, H, W), got {checks.described(self.pixels)}, whose channels seem to "
+                "come last: pixels.permute(0, 3, 1, 2)"
+            )
+        if self.recorded is not None:
+            self._check_recorded(self.recorded)
         if self.labels is not None and (self.labels.is_floating_point() or self.labels.ndim not in (1, 2)):
             raise ValueError(
                 "expected labels as whole numbers, classes (N,) or attributes (N, A), got "
                 f"{checks.described(self.labels)}: labels.long() makes whole numbers"
+            )
+
+    def _check_recorded(self, recorded: Tensor) -> None:
+        rows, columns = self.pixels.shape[2:]
+        cells = recorded.shape[1:] if recorded.dtype == torch.bool else ()
+        if len(cells) != 2 or 0 in cells or rows % cells[0] or columns % cells[1]:
+            raise ValueError(
+                f"expected recorded as booleans (N, rows, columns), of cells that divide images of {rows} x {columns} "
+                f"pixels, got {checks.described(recorded)}"
             )
 
     def __len__(self) -> int:

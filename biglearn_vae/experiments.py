@@ -328,8 +328,6 @@ class Campaign:
         worker, device = idle.get()
         try:
             for script in self._lacking(run):
-                if script == "train":
-                    self._check_steps(run)
                 self._call(worker, device, run, script)
                 self._keep(run, script)
         except (ValueError, OSError, KeyError) as error:  # of one run, not to end the others, which may take days
@@ -345,12 +343,11 @@ class Campaign:
         if self._over():
             raise Stopped
         print(f"{script} {run.name}\n", end="", flush=True)  # in one piece: other workers' threads print, too
-        if script != "train":  # what is there is of another network or other settings
-            (self._folder(run) / FILES[script]).unlink(missing_ok=True)
+        before = self._found(run, script)
         log = self.output / self.preset.name / f"{run.name}-{script}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         code = worker.call((script, [f"device={device}", *self._words(run, script)]), log, self._over)
-        if self._over() or (not code and not self._is_made(run, script)):
+        if self._over() or (not code and not self._is_made(run, script, before)):
             raise Stopped  # in the second case somebody else told the script to stop
         if code:
             why = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
@@ -361,11 +358,11 @@ class Campaign:
         """The command line of a script for a run, but for the device."""
         own = self.preset.words(run, script)
         if script != "train":
-            root = [] if self.data_root is None else [f"data_root={self.data_root}"]
-            return [f"run={self._folder(run)}", *root, *own]
-        root = [] if self.data_root is None or run.data == "digits" else [f"data.root={self.data_root}"]
+            root = [] if self.data_root is None else [config.word("data_root", self.data_root)]
+            return [config.word("run", self._folder(run)), *root, *own]
+        root = [] if self.data_root is None or run.data == "digits" else [config.word("data.root", self.data_root)]
         folder = self._folder(run)
-        return [*run.words(), f"output_dir={folder.parent}", f"name={folder.name}", *root, *own]
+        return [*run.words(), config.word("output_dir", folder.parent), f"name={folder.name}", *root, *own]
 
     def _folder(self, run: Run) -> Path:
         return self.output / self.preset.name / run.name
@@ -374,22 +371,21 @@ class Campaign:
         asked = self._stop.is_set() or self._interruption.requested
         return asked or (self._deadline is not None and time.monotonic() > self._deadline)
 
-    def _check_steps(self, run: Run) -> None:
-        """Raise a ValueError if its folder holds a longer run, which training does not go back from."""
-        folder, asked = self._folder(run), self.preset.resolved(run, "train")["trainer.steps"]
-        steps = read_json(folder / FILES["train"]).get("steps", 0)
-        if steps > asked:
-            raise ValueError(
-                f"{folder} holds a run of {steps} steps, the preset has {asked}: delete the folder or give another "
-                "output_dir"
-            )
-
-    def _is_made(self, run: Run, script: str) -> bool:
-        """Whether a script has left its numbers; while a training goes on, those of fewer steps are still there."""
+    def _found(self, run: Run, script: str) -> tuple[int, int] | None:
+        """What tells the file that a script has left from any other; None if there is none."""
         made = self._folder(run) / FILES[script]
+        if not made.exists():
+            return None
+        found = made.stat()
+        return found.st_ino, found.st_mtime_ns
+
+    def _is_made(self, run: Run, script: str, before: tuple[int, int] | None) -> bool:
+        """Whether a script has left its numbers since; while a training goes on, those of fewer steps are still there,
+        and one that was done leaves them as they are."""
         if script != "train":
-            return made.exists()
-        return read_json(made).get("steps") == self.preset.resolved(run, script)["trainer.steps"]
+            return self._found(run, script) not in (None, before)
+        steps = read_json(self._folder(run) / FILES[script]).get("steps")
+        return steps == self.preset.resolved(run, script)["trainer.steps"]
 
     def _keep(self, run: Run, script: str) -> None:
         """Put what a script left into the run's numbers."""

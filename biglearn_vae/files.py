@@ -5,16 +5,20 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what then takes the place of `path`; if writing fails, `path` stays as it is."""
-    partial = path.with_suffix(".partial")
+def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
+    """Where to write what then takes the place of `path`; if writing fails, `path` stays as it is.
+
+    Args:
+        alone: whether no other process writes this file. Then what is left of one that was killed is written over.
+    """
+    partial = path.with_suffix(".partial") if alone else path.with_suffix(f".{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
@@ -49,6 +53,21 @@ def to_disk(file: BinaryIO | TextIO) -> None:
     """Wait until an open file is on the disk, so that what is written later never tells of what a crash has lost."""
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextmanager
+def followed(folder: Path) -> Iterator[Callable[[], bool]]:
+    """What says whether a folder is still the one that it is now: not deleted, nor made anew by somebody else."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)  # while it is, no other folder can get its number
+    except OSError:  # Windows opens no folders
+        yield folder.is_dir
+        return
+    try:
+        own = os.fstat(opened)
+        yield lambda: folder.is_dir() and os.path.samestat(own, folder.stat())
+    finally:
+        os.close(opened)
 
 
 class Busy(ValueError):

@@ -109,8 +109,11 @@ class Optim:
     @staticmethod
     @torch.no_grad()
     def update_average(average: nn.Module, net: nn.Module, change: float | Tensor) -> None:
-        """Move the average of a network's weights towards them, by this share (a tensor: ()) of the way."""
+        """Move the average of a network's weights towards them, by this share (a tensor: ()) of the way; what else it
+        knows, such as the statistics of a BatchNorm, it takes over."""
         means, weights = list(average.parameters()), list(net.parameters())
+        if buffers := list(average.buffers()):
+            torch._foreach_copy_(buffers, list(net.buffers()))
         if not isinstance(change, Tensor):
             torch._foreach_lerp_(means, weights, change)
             return

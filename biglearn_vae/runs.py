@@ -108,9 +108,9 @@ def _changes(old: "DictConfig", new: "DictConfig") -> dict[str, tuple[Any, Any]]
     return {key: (before.get(key, "absent"), after.get(key, "absent")) for key in config.changed(before, after)}
 
 
-def _measured_so(old: "DictConfig", new: "DictConfig") -> bool:
-    """Whether a run was measured as is asked for now."""
-    return not set(_changes(old, new)) & set(MEASURED_WITH)
+def measured_with(cfg: "DictConfig") -> dict[str, Any]:
+    """The settings of the measurement at the end of training, by their last names."""
+    return {key.rpartition(".")[2]: value for key, value in config.leaves(cfg) if key in MEASURED_WITH}
 
 
 def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
@@ -122,6 +122,7 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
     resumable, found = checkpoint.is_resumable(run / "checkpoints"), read_json(run / FILES["train"])
     # A damaged summary counts as none: it is made again from the checkpoint.
     steps = found["steps"] if isinstance(found.get("steps"), int) else 0
+    trained = max(steps, checkpoint.steps_in(run / "checkpoints"))
     if not resumable and not steps:  # no run, or one that ended before its first checkpoint
         return None
     old = config.saved(run)
@@ -131,17 +132,19 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
             f"{run} holds a run with other settings ({'; '.join(changed[:4])}{more}). "
             "Give name=NAME for another run, or delete the folder."
         )
-    if steps > cfg.trainer.steps != old.trainer.steps:  # as it was, it was stopped and then asked for what there was
+    if trained > cfg.trainer.steps:
+        end = "" if trained == steps else f", trainer.steps={trained} to end it there,"
         raise ValueError(
-            f"{run} holds a run of {steps} steps, more than the {cfg.trainer.steps} asked for, which it cannot go back "
-            "to. Give name=NAME for another run, or delete the folder."
+            f"{run} holds a run of {trained} steps, more than the {cfg.trainer.steps} asked for, which it cannot go "
+            f"back to. Give name=NAME for another run{end} or delete the folder."
         )
     # Moved, or other images under the same name: what is read will tell.
     same_place = cfg.data.name not in NAMED_BY_ROOT or config.data_root(old.data.root) == config.data_root(
         cfg.data.root
     )
-    whole = not resumable or (run / "checkpoints" / checkpoint.BEST).exists()
-    if steps >= cfg.trainer.steps and same_place and whole and _measured_so(old, cfg):
+    best_step = checkpoint.step_of(run / "checkpoints" / checkpoint.BEST) if resumable else found.get("best_step")
+    of_this = found.get("evaluation") == measured_with(cfg) and found.get("best_step") == best_step
+    if steps == trained == cfg.trainer.steps and same_place and of_this:
         return found
     if not resumable:
         raise ValueError(
@@ -187,15 +190,16 @@ def write_measured(run: Path, script: str, found: dict[str, Any]) -> Path | None
         settings: it may have taken hours. None if there is none, or if it was the same.
     """
     path, own = run / FILES[script], json.loads(json.dumps(_measurement(found)))
-    for other in sorted(kept_beside(path)):
-        if _measurement(read_json(other)) == own:
-            other.unlink()  # measured anew
+    again = [other for other in sorted(kept_beside(path)) if _measurement(read_json(other)) == own]
     before, kept = read_json(path), None
     if before and _measurement(before) != own:
         numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
-        kept = path.replace(next(free for free in numbered if not free.exists()))
+        kept = next(free for free in numbered if not free.exists())
+        write_json(kept, before)
     write_json(path, found)
-    return kept
+    for other in again:  # only now: writing may fail
+        other.unlink()
+    return kept.replace(again[0]) if kept and again else kept
 
 
 def kept_beside(path: Path) -> Iterator[Path]:
@@ -263,7 +267,8 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     """Like `load`, with the checkpoint that the model is from and its path."""
     cfg = config.saved(run)
     if cfg.method.name == config.PATCH_AE:
-        raise ValueError(f"{run} is a PatchAE, stage 1: train a BigLearn-VAE on its codes with tokens.run={run}")
+        word = config.shell_word("tokens.run", Path(run))
+        raise ValueError(f"{run} is a PatchAE, stage 1: train a BigLearn-VAE on its codes with {word}")
     state, path = checkpoint_of(run, which)
     tokens = config.tokenizer(cfg, state["metadata"].get("tokenizer"))
     net = config.network(cfg, tokens)
@@ -284,6 +289,6 @@ def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any],
     check_which(which)
     folder = Path(run).expanduser() / "checkpoints"
     path = folder / {"best": checkpoint.BEST, "latest": checkpoint.LATEST}[which]
-    if which == "latest" and not path.exists():  # killed between two renames
-        path = folder / checkpoint.PREVIOUS
+    if which == "latest":  # or another, if it was killed between two renames
+        path = next((folder / name for name in checkpoint.RESUMABLE if (folder / name).exists()), path)
     return checkpoint.load(path), path

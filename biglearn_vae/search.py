@@ -1,5 +1,6 @@
 """What a sweeper of Hydra that searches, such as Optuna's, is told of each training, and what it may search for."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ def check(words: Sequence[str], config_name: str) -> bool:
     """
     if not config.is_search(words, config_name):
         return False
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna's, which says what it imports
     cfg = config.with_sweeper(words, config_name)
     if "optimized_metric" not in cfg:
         raise ValueError("hydra/sweeper= searches by a number that scripts/train.py alone gives: leave it out")

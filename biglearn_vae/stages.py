@@ -174,6 +174,7 @@ class PatchAEStage:
         saved = config.saved(run)
         case = "case=celeba" if saved.data.name == "celeba" else "case=case1 tokens=patch_ae"
         seams = [summary.get(f"test_{name}") for name in ("seam_ratio", "seam_ratio_of_images")]
+        code = config.shell_word("tokens.run", run)
         compared = "differences across patch borders over those inside: {:.3f} in reconstructions, {:.3f} in the images"
         return "\n".join(
             [
@@ -184,7 +185,7 @@ class PatchAEStage:
                 "",
                 *_files(files, run),
                 "",
-                f"next: python scripts/train.py {case} {config.data_words(saved)} {shlex.quote(f'tokens.run={run}')}",
+                f"next: python scripts/train.py {case} {config.data_words(saved)} {code}",
             ]
         )
 
@@ -271,7 +272,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
         "checkpoints/best.pt": "the model",
     }
     after = ("evaluate", "figures") if file == "summary.json" else ("complete", "probe", "figures")
-    scripts = [f"python scripts/{name}.py {shlex.quote(f'run={run}')}" for name in after]
+    scripts = [f"python scripts/{name}.py {config.shell_word('run', run)}" for name in after]
     return "\n".join(
         [
             *_head(result),

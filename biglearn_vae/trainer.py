@@ -30,11 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 from biglearn_vae import checkpoint, checks, distributed
 from biglearn_vae.cuda_graph import NotRecorded, StepGraph
 from biglearn_vae.distributed import StepRandom, World
+from biglearn_vae.files import followed
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
 
 PLAIN = (bool, int, float, str, type(None))  # settings that a checkpoint can hold
-SAME = ("seed", "monitor")  # of a trainer, in every part of a run
 OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, which no number hangs on
 
 
@@ -171,7 +171,15 @@ def _measured(found: Any) -> tuple[dict[str, float], dict[str, Any]]:
             "evaluate must return numbers and pictures, two dictionaries by name, such as ({'valid/elbo': -1.5}, {}), "
             f"got {found!r:.80}"
         )
-    return found
+    numbers, pictures = found
+    try:  # a checkpoint can hold none of numpy's
+        return {name: float(value) for name, value in numbers.items()}, pictures
+    except (TypeError, ValueError):
+        raise ValueError(f"what evaluate gives first must be numbers by name, got {numbers!r:.200}") from None
+
+
+def _load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    net.load_state_dict(distributed.split(weights, net.state_dict()))
 
 
 class Trainer:
@@ -235,6 +243,7 @@ class Trainer:
         self.steps, self.seed, self.monitor = steps, seed, monitor
         self.folder = _checked_folder(folder)
         self.world, self.metadata = world or World(), metadata or {}
+        checkpoint.check_metadata(self.metadata)
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
@@ -258,6 +267,8 @@ class Trainer:
         self.optimizers = optim.optimizers(net, capturable=self.on_graph)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self._evaluated = -1  # the last step at which it was
+        self._best_is_lost = False
+        self._is_there: Callable[[], bool] = lambda: True  # the folder
         self._goes_on = False  # from what is in the folder, if anything is
         self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
         self._compiles = self.compiled
@@ -304,40 +315,56 @@ class Trainer:
         """Go on from the newest readable checkpoint of the folder, if any; returns the step.
 
         Raises:
-            ValueError: if there is one of another network, optimizer, seed or monitor, or of other data, or none that
-                can be read.
+            ValueError: if there is one of another network, optimizer, seed, monitor or batch size, or of other data (as
+                `metadata["data"]` tells them apart), or none that can be read. Then nothing is changed.
         """
         state = checkpoint.load_latest(self.folder) if self.folder else None
-        self._goes_on = True
         if state is not None:
-            if state["metadata"].get("data") != self.metadata.get("data"):
-                raise ValueError(f"the run in {self._run} was trained on other data: start another run")
-            self._check_same({name: state[name] for name in SAME if name in state}, vars(self), "trainer")
-            self._load_weights(self.net, state["net"])
-            if self.average is not None:
-                self._load_weights(self.average, state["average"] or state["net"])
-            self._check_same(state.get("optim", {}), _settings_of(self.optim))
-            self._load_optimizers(state["optimizers"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            # Without a best checkpoint, the next evaluation makes one.
-            self.best = state["best"] if (self.folder / checkpoint.BEST).exists() else -math.inf
-            self._evaluated = state.get("evaluated", -1)
-            self.compile_seconds = state.get("compile_seconds", 0.0)
-            self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
-            self._reported = tuple(state["reported"])
-            self.precision = state.get("precision", "float32")
-            self._forget_graph()  # which knows the moments that these took the place of
+            self._check_resumable(state)
+            self._load(state)
         step = torch.tensor(self.step, dtype=torch.float64, device=self.world.device)  # whose sum is exact
         if self.world.any(self.world.mean(step).item() != self.step):
             raise ValueError(f"the processes would go on from different steps: all must see the same {self.folder}")
+        self._goes_on = True
         return self.step
 
-    def _load_weights(self, net: nn.Module, weights: dict[str, Tensor]) -> None:
-        source = self.folder / checkpoint.LATEST
-        checkpoint.check_weights(net, weights, source)
-        net.load_state_dict(distributed.split(weights, net.state_dict()))
+    def _check_resumable(self, state: dict[str, Any]) -> None:
+        if state["metadata"].get("data") != self.metadata.get("data"):
+            raise ValueError(f"the run in {self._run} was trained on other data: start another run")
+        own = {"seed": self.seed, "monitor": self.monitor, "batch_size": self.batches.batch_size}
+        self._check_same(state, own, "trainer")
+        for net in filter(None, (self.net, self.average)):
+            checkpoint.check_weights(net, state["net"], self.folder / checkpoint.LATEST)
+        self._check_same(state.get("optim", {}), _settings_of(self.optim))
+        self._check_optimizers(state["optimizers"])
 
-    def _load_optimizers(self, states: list[dict[str, Any]]) -> None:
+    def _load(self, state: dict[str, Any]) -> None:
+        _load_weights(self.net, state["net"])
+        if self.average is not None:
+            _load_weights(self.average, state["average"] or state["net"])
+        self._load_optimizers(state["optimizers"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best, self._best_is_lost = self._best_of(state)
+        self._evaluated = state.get("evaluated", -1)
+        self.compile_seconds = state.get("compile_seconds", 0.0)
+        self._names, self._pending = state["names"], list(state["pending"].to(self.world.device))
+        self._reported = tuple(state["reported"])
+        self.precision = state.get("precision", "float32")
+        self._forget_graph()  # which knows the moments that these took the place of
+
+    def _best_of(self, state: dict[str, Any]) -> tuple[float, bool]:
+        """What a better checkpoint than the best one must exceed, and whether that has to be made anew at once."""
+        path = self.folder / checkpoint.BEST
+        try:
+            step = checkpoint.load(path)["step"]
+        except ValueError as error:
+            if path.exists():
+                warnings.warn(f"{error}; it is made anew", stacklevel=4)
+            return -math.inf, True
+        # One of a later step is of a course that was cut off: the next one takes its place, on this course the same.
+        return (state["best"] if step <= state["step"] else -math.inf), False
+
+    def _check_optimizers(self, states: list[dict[str, Any]]) -> None:
         kept = [[len(group["params"]) for group in state["param_groups"]] for state in states]
         own = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
         if kept != own:
@@ -348,6 +375,9 @@ class Trainer:
         for optimizer, state in zip(self.optimizers, states, strict=True):
             for own_group, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
                 self._check_same({name: value for name, value in group.items() if name != "lr"}, own_group)
+
+    def _load_optimizers(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             groups = [  # how a step is computed is a matter of this device, not of that on which it was kept
                 kept | {name: own[name] for name in OF_DEVICE if name in own}
@@ -381,19 +411,17 @@ class Trainer:
         """
         self._check_folder()
         self.loggers, self.interrupted = list(loggers), False
-        with Interruption() as interruption:
-            over = self.step >= self.steps and self._evaluated != self.step  # stopped between two evaluations
-            if self.world.any(over or self.best == -math.inf):  # or at the start, or the best checkpoint is lost
+        with Interruption() as interruption, self._followed():
+            if self.world.any(self._is_due("evaluate", self._evaluated) or self._best_is_lost):
                 self._evaluate()
-            if over:
-                self._save_latest()
+                if self.step >= self.steps:  # it was stopped between two evaluations, or the last one failed
+                    self._save_latest()
             while self.step < self.steps:
                 self._train_step()
-                last = self.step == self.steps
                 with self._kept_if_it_fails():
-                    if last or self.step % self.every["report"] == 0:
+                    if self._is_due("report"):
                         self._report()
-                    if last or self.step % self.every["evaluate"] == 0:
+                    if self._is_due("evaluate"):
                         self._evaluate()
                 # Processes must stop at the same step, so with several the flag is shared, now and then.
                 stop = (
@@ -401,15 +429,33 @@ class Trainer:
                     if self.world.size == 1
                     else self.step % 10 == 0 and self.world.any(interruption.requested)
                 )
-                self.interrupted |= stop
-                if last or stop or self.step % self.every["checkpoint"] == 0:
+                if stop or self._is_due("checkpoint"):
                     self._save_latest()
                 if stop:
                     break
+            self.interrupted = self.world.any(interruption.requested)
         self._forget_graph()  # and the memory that it holds
         if self.step < self.steps:
             kept = "; a checkpoint is written" if self.folder else ""
             raise Interrupted(f"stopped at step {self.step} of {self.steps}{kept}")
+
+    def _is_due(self, name: str, done: int = -1) -> bool:
+        """Whether something is done at this step, at which it was not done yet."""
+        return self.step != done and (self.step >= self.steps or self.step % self.every[name] == 0)
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """Let `_check_is_there` know what folder the checkpoints go to."""
+        if self.folder is None or not self.world.is_main:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with followed(self.folder) as self._is_there:
+            yield
+
+    def _check_is_there(self) -> None:
+        if not self._is_there():
+            raise TrainingError(f"{self.folder} was deleted while this process trained there: it writes nothing more")
 
     @contextmanager
     def _kept_if_it_fails(self) -> Iterator[None]:
@@ -418,7 +464,7 @@ class Trainer:
             yield
         except TrainingError:  # the weights are spoilt
             raise
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             if self.world.size == 1:  # the others would wait for this one, which has to write with them
                 with suppress(OSError, TrainingError):  # what went wrong first is what to tell
                     self._save_latest()
@@ -560,7 +606,6 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._wait()
-        self._evaluated = self.step
         result = self._whole_result() if self.evaluate is not None else None
         if result is not None and self.world.is_main:
             result.eval()
@@ -578,7 +623,7 @@ class Trainer:
                     f"evaluate gave is {numbers}"
                 )
             if value > self.best and self.folder is not None:
-                self.best = value
+                self._check_is_there()
                 state = {
                     "step": self.step,
                     "net": result.state_dict(),
@@ -586,6 +631,8 @@ class Trainer:
                     "metadata": self.metadata,
                 }
                 checkpoint.save(self.folder / checkpoint.BEST, state)
+                self.best = value
+        self._evaluated, self._best_is_lost = self.step, False
         self.world.barrier()
 
     def _whole_result(self) -> nn.Module | None:
@@ -605,6 +652,7 @@ class Trainer:
             self._pending = list(self._pending_values().to(self.world.device))
         state = distributed.gathered(self._state(), self.world)
         if self.world.is_main:
+            self._check_is_there()
             checkpoint.save_latest(self.folder, state)
         self.world.barrier()
 
@@ -615,6 +663,7 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
             "seed": int(self.seed),
             "monitor": str(self.monitor),
+            "batch_size": self.batches.batch_size,
             "optim": _settings_of(self.optim),
             "optimizers": [_plain_rates(optimizer.state_dict()) for optimizer in self.optimizers],
             "seconds": self.seconds,

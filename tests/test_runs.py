@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+import re
 import signal
 import time
 
 import pytest
+import torch
 from programs import SMALL, assert_same_runs, finish, metrics, run_here, start
 
-from biglearn_vae import checkpoint, config, files, runs
+from biglearn_vae import checkpoint, commands, config, files, runs
+from biglearn_vae.files import read_json
 
 
 def test_run_names():
@@ -111,9 +114,42 @@ def test_two_processes_do_not_train_in_one_folder(here, monkeypatch, capsys):
     assert f"process {first.pid} on " in said and "trains in outputs/run: wait for it" in said
     first.send_signal(signal.SIGTERM)
     assert "a checkpoint is written" in finish(first)
-    for _ in range(2):  # what was stopped is finished where it is, and then is
-        assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=1") == 0
+    assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=1") == 2
+    end = re.search(r"more than the 1 asked for.* (trainer\.steps=\d+) to end it there", capsys.readouterr().err)[1]
+    for _ in range(2):
+        assert run_here(monkeypatch, *SMALL, "name=run", end) == 0
     assert "is finished" in capsys.readouterr().out and len(runs.summaries()) == 1
+
+
+def test_a_summary_is_of_the_run_as_it_is_and_as_it_is_asked_for(here, monkeypatch, capsys):
+    run, words = here / "outputs/run", [*SMALL, "name=run"]
+    assert run_here(monkeypatch, *words) == 0
+    whole = read_json(run / "summary.json")
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    def asked_for_in_vain(*more):
+        with monkeypatch.context() as patch:
+            patch.setattr(commands, "_finish", cut)
+            assert run_here(patch, *words, *more) == 2
+
+    # Cut off while it was measured with more draws, what was measured with fewer is no answer.
+    asked_for_in_vain("evaluation.draws=4")
+    assert runs.summaries()[0]["evaluation.draws"] == 2  # as its numbers are
+    assert run_here(monkeypatch, *words, "evaluation.draws=4") == 0
+    more = read_json(run / "summary.json")
+    assert more["inpainting_psnr"] != whole["inpainting_psnr"] and more["test_joint_elbo"] == whole["test_joint_elbo"]
+    # Trained on, it is no run of as many steps as its summary says.
+    asked_for_in_vain("trainer.steps=30")
+    assert run_here(monkeypatch, *words) == 2
+    assert "holds a run of 30 steps, more than the 24 asked for" in capsys.readouterr().err
+    # With another best checkpoint than the one measured neither.
+    assert run_here(monkeypatch, *words, "trainer.steps=30") == 0
+    best = checkpoint.load(run / "checkpoints/best.pt")
+    checkpoint.save(run / "checkpoints/best.pt", best | {"step": 7})
+    assert run_here(monkeypatch, *words, "trainer.steps=30") == 0
+    assert read_json(run / "summary.json")["best_step"] == 7
 
 
 def test_a_sweep_leaves_to_another_process_what_that_trains(here, monkeypatch, capsys):
@@ -241,6 +277,9 @@ def test_measurements_with_other_settings_are_kept_once_each(tmp_path):
     assert there() == {"probe.json": (30, 9, 4), "probe-1.json": (24, 1, 2), "probe-2.json": (24, 9, 3)}
     assert runs.write_measured(tmp_path, "probe", found(1, psnr=5)) == tmp_path / "probe-1.json"
     assert there() == {"probe.json": (24, 1, 5), "probe-1.json": (30, 9, 4), "probe-2.json": (24, 9, 3)}
+    with pytest.raises(TypeError):  # what cannot be written takes the place of nothing
+        runs.write_measured(tmp_path, "probe", found(9, step=30, psnr=torch.ones(1)))
+    assert {(30, 9, 4), (24, 1, 5), (24, 9, 3)} <= set(there().values())
 
 
 def test_a_finished_run_is_measured_anew_if_that_is_asked_for(here, monkeypatch, capsys):
