@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 import re
@@ -165,8 +166,10 @@ def test_load_latest_without_latest(tmp_path, recwarn):
     # What a kill between the two renames of `save_latest` leaves.
     for step in (1, 2):
         checkpoint.save_latest(tmp_path, example(step))
-    (tmp_path / checkpoint.LATEST).unlink()
-    assert_same(checkpoint.load_latest(tmp_path), example(1))
+    (tmp_path / checkpoint.LATEST).rename(tmp_path / checkpoint.FRESH)
+    (tmp_path / checkpoint.PREVIOUS).write_bytes(b"damaged")  # which then took the place of the good one
+    assert_same(checkpoint.load_latest(tmp_path), example(2))
+    assert checkpoint.steps_in(tmp_path) == 2 and checkpoint.step_of(tmp_path / checkpoint.PREVIOUS) is None
     assert not recwarn
     checkpoint.save_latest(tmp_path, example(5))
     assert_same(checkpoint.load_latest(tmp_path), example(5))
@@ -183,6 +186,17 @@ def test_load_latest_with_both_damaged(tmp_path):
     (tmp_path / checkpoint.PREVIOUS).unlink()
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "latest.pt"))):
         checkpoint.load_latest(tmp_path)
+
+
+def test_why_a_file_cannot_be_written_is_said_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"could not write .*file/a\.pt \(.*File exists"):
+        checkpoint.save(tmp_path / "file/a.pt", example())
+    for error in (OSError(errno.ENOSPC, "No space left"), RuntimeError("PytorchStreamWriter failed writing file")):
+        monkeypatch.setattr(torch, "save", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(OSError, match=r"could not write .*a\.pt, is the disk full\? \("):
+            checkpoint.save(tmp_path / "a.pt", example())
+    assert names(tmp_path) == ["file"]
 
 
 def test_load_names_a_missing_file(tmp_path):

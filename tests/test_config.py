@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import math
 import re
+import shlex
 import zipfile
 
 import pytest
@@ -389,6 +390,31 @@ def test_what_is_wrong_with_a_file_of_ones_own_is_said_in_a_line(own, lines, sai
     with pytest.raises(ValueError, match=said) as caught:
         config.compose(["case=wide"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a/b.c-d_1",
+        "my images",
+        "out (1)",
+        "a,b",
+        "2024",
+        "null",
+        "1e3",
+        "ünter",
+        'a"b',
+        "back\\slash",
+        "end\\",
+        "~/x",
+        "a=b",
+    ],
+)
+def test_words_are_read_as_they_were_meant(value):
+    (override,) = config.parsed([config.word("data.root", value)])
+    assert override.value() == value
+    assert shlex.split(config.shell_word("data.root", value)) == [config.word("data.root", value)]
+    assert config.word("a", [1, 2]) == "a=[1,2]" and config.word("a", None) == "a=null"
 
 
 def test_settings_in_one_text_are_refused():

@@ -283,6 +283,17 @@ def test_fingerprint_of_many_images_sees_the_first_and_the_count(count):
 # --- data of which something was never recorded ---
 
 
+@pytest.mark.parametrize("cells", [(16,), (1, 8, 8), (3, 4), (0, 4), (16, 16)])
+def test_cells_that_are_none_of_the_images_are_refused(cells):
+    pixels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"expected recorded as booleans \(N, rows, columns\), of cells that divide"):
+        ImageSet(pixels, recorded=torch.ones(20, *cells, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"of 8 x 8 pixels, got torch\.int64 \(20, 4, 4\)"):
+        ImageSet(pixels, recorded=torch.ones(20, 4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"whose channels seem to come last: pixels\.permute\(0, 3, 1, 2\)"):
+        ImageSet(pixels.permute(0, 2, 3, 1))
+
+
 def test_unrecorded_pixels_are_nan_and_the_others_as_they_are():
     whole = ImageSet(random_set(20))  # (20, 3, H, W)
     height, width = whole.pixels.shape[-2:]

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import math
+import shutil
 import signal
 import weakref
 from dataclasses import asdict, dataclass, replace
@@ -375,28 +376,159 @@ def test_the_folder_to_delete_is_that_of_the_run_alone(tmp_path):
             make(folder).resume()
 
 
-@pytest.mark.parametrize("fails", ["logger", "evaluation"])
-def test_what_fails_beside_a_step_loses_no_step(tmp_path, fails):
+@pytest.mark.parametrize("fails", [15, 16, 20])  # a logger, the evaluation, the last one
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_fails_beside_a_step_loses_no_step_and_is_made_up_for(tmp_path, fails, error):
     class Full(Recorder):
         def scalars(self, step, values):
-            if fails == "logger" and step == 15:
-                raise OSError("No space left on device")
+            super().scalars(step, values)
+            if fails == step == 15:
+                raise error
 
     def evaluate(net):
-        if fails == "evaluation" and trainer.step == 16:
-            raise OSError("No space left on device")
+        if fails == trainer.step != 15:
+            raise error
         return distance(net)
 
-    trainer = make(tmp_path / "run", checkpoint_every=100)
+    trainer, first, second, log = make(tmp_path / "run", checkpoint_every=100), Full(), Recorder(), Recorder()
     trainer.evaluate = evaluate
-    with pytest.raises(OSError, match="No space left"):
-        trainer.fit([Full()])
-    again = make(tmp_path / "run", checkpoint_every=100)
-    assert again.resume() == trainer.step == (15 if fails == "logger" else 16)
-    again.fit()
-    whole = make()
-    whole.fit()
+    with pytest.raises(error):
+        trainer.fit([first])
+    again, whole = make(tmp_path / "run", checkpoint_every=100), make(tmp_path / "whole")
+    assert again.resume() == trainer.step == fails
+    again.fit([second])
+    whole.fit([log])
     assert_same(whole, again)
+    assert first.rows + second.rows == log.rows
+    best = [checkpoint.load(tmp_path / name / checkpoint.BEST) for name in ("run", "whole")]
+    assert best[0]["step"] == best[1]["step"] and best[0]["metrics"] == best[1]["metrics"]
+    assert checkpoint.load(tmp_path / "run" / checkpoint.LATEST)["evaluated"] == 20
+
+
+def valued(folder, values, **options):
+    """A trainer whose evaluation at each step gives these values."""
+    trainer = make(folder, evaluate_every=1, **options)
+    trainer.evaluate = lambda net: ({"valid/elbo": values[trainer.step]}, {})
+    return trainer
+
+
+def test_the_best_checkpoint_is_of_the_course_that_goes_on(tmp_path):
+    class Killed(Points):
+        def __call__(self, step):
+            if step == 7:
+                raise SystemExit
+            return super().__call__(step)
+
+    for rest, best in ((5.0, 6), (1.0, 7)):  # as before, or on another device, say
+        folder = tmp_path / str(best)
+        with pytest.raises(SystemExit):  # the latest checkpoint is of step 6, the best one of 7
+            valued(folder, [0, 1, 2, 3, 3, 3, 4 if best == 6 else 2, 9], batches=Killed()).fit()
+        assert checkpoint.load(folder / checkpoint.BEST)["step"] == 7
+        resumed = valued(folder, [None] * 7 + [rest] + [0.5] * 20)
+        assert resumed.resume() == 6
+        resumed.fit()
+        assert checkpoint.load(folder / checkpoint.BEST)["step"] == 7 and resumed.best == rest
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_made_up_for(tmp_path):
+    trainer = valued(tmp_path, [0, 1, 2, 3, 2.5, 2])
+    partial = tmp_path / "best.partial"
+
+    def evaluate(net, found=trainer.evaluate):
+        if trainer.step == 3:
+            partial.mkdir()  # where the file would be written
+        return found(net)
+
+    trainer.evaluate = evaluate
+    with pytest.raises(OSError, match=r"could not write .*best\.pt"):
+        trainer.fit()
+    partial.rmdir()
+    again = valued(tmp_path, [0, 1, 2, 3, 2.5, 2], steps=5)
+    assert again.resume() == 3 and again.best == trainer.best == 2
+    again.fit()
+    assert again.best == 3 and checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 3
+
+
+def test_a_damaged_best_checkpoint_is_made_anew(tmp_path):
+    make(tmp_path, steps=8).fit()
+    (tmp_path / checkpoint.BEST).write_bytes(b"damaged")
+    again = make(tmp_path, steps=8)
+    with pytest.warns(UserWarning, match=r"best\.pt is not a readable checkpoint.*; it is made anew"):
+        again.resume()
+    again.fit()
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 8
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        (dict(metadata={"data": "other"}), "was trained on other data"),
+        (dict(seed=1), "whose seed was 0, now it is 1"),
+        (dict(optim=replace(OPTIM, lr=0.5)), "whose lr was"),
+        (dict(optim=replace(OPTIM, muon_lr=0.5)), "whose muon_lr was"),
+    ],
+)
+def test_a_refused_resume_changes_nothing_and_is_no_leave_to_train(tmp_path, other, said):
+    make(tmp_path, steps=6).fit()
+    kept = checkpoint.load_latest(tmp_path)["net"]
+    trainer = make(tmp_path, **other)
+    with pytest.raises(ValueError, match=said):
+        trainer.resume()
+    assert trainer.step == 0
+    assert all(own.equal(fresh) for own, fresh in zip(trainer.net.parameters(), network().parameters(), strict=True))
+    with pytest.raises(ValueError, match="holds a run, whose checkpoints would be lost"):
+        trainer.fit()
+    assert checkpoint.load_latest(tmp_path)["net"].keys() == kept.keys()
+
+
+def test_another_batch_size_is_another_training(tmp_path):
+    class Fewer(Points):
+        batch_size = 2
+
+    make(tmp_path, steps=6).fit()
+    with pytest.raises(ValueError, match=f"whose batch_size was {Points.batch_size}, now it is 2"):
+        make(tmp_path, batches=Fewer()).resume()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_was_deleted_is_not_written_into(tmp_path, again):
+    def evaluate(net):
+        if trainer.step == 8:
+            shutil.rmtree(tmp_path / "run")
+            if again:  # by another training
+                (tmp_path / "run").mkdir()
+        return distance(net)
+
+    trainer = make(tmp_path / "run")
+    trainer.evaluate = evaluate
+    with pytest.raises(TrainingError, match="run was deleted while this process trained there"):
+        trainer.fit()
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    trainer = make(tmp_path, steps=2)
+    trainer.evaluate = lambda net: ({"valid/elbo": np.float64(1), "accuracy": np.float32(0.5)}, {})
+    trainer.fit()
+    assert make(tmp_path).resume() == 2
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["metrics"] == {"valid/elbo": 1.0, "accuracy": 0.5}
+    with pytest.raises(ValueError, match=r"metadata must be tensors, numbers.*'a' is .*float64"):
+        make(metadata={"a": np.float64(1)})
+    with pytest.raises(ValueError, match=r"metadata must be .*: 'a' is <module 'math'"):
+        make(metadata={"a": math})
+
+
+def test_the_average_of_a_network_has_its_statistics():
+    class Normed(nn.Sequential):
+        pass
+
+    torch.manual_seed(0)
+    net = Normed(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optim = Optim(lr=0.01, ema_decay=0.9)
+    trainer = Trainer(net, noisy_squares, Points(), optim, steps=5)
+    trainer.fit()
+    for name, own in net.named_buffers():
+        assert own.equal(trainer.result.get_buffer(name)) and own.any()
 
 
 def test_any_optimizer_of_torch_can_be_given():
