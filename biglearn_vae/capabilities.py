@@ -82,7 +82,8 @@ class BigLearnVAE:
     (B, 1, H, W), one for all or one for each; a patch counts as observed if all of its pixels are. What lies outside S
     has no influence and may be NaN. Where the sizes fit both, data are images, which tokens of a single grey image may
     seem to be, and masks are of patches: where W = L one of pixels for all is (1, H, W). `seed` makes a result
-    repeatable. No gradients pass through; through `net` and `tokenizer` they do.
+    repeatable, of as many images in one call; without one `torch.manual_seed` does. No gradients pass through; through
+    `net` and `tokenizer` they do.
 
     All methods raise ValueError for data or masks of another shape or type, an empty batch, NaN or infinite values in
     observed patches, and pixels there of an absolute value above 10, as in images that were not divided by 255; of
@@ -157,6 +158,12 @@ class BigLearnVAE:
             raise ValueError(f"{path} is not a model that BigLearnVAE.save wrote{hint}") from None
         except ValueError as error:  # of another version, say
             raise ValueError(f"{path}: {error}") from None
+
+    def to(self, *where: torch.device | str | torch.dtype) -> "BigLearnVAE":
+        """Move network and tokenizer to a device, and the network to another precision; returns the model itself."""
+        self.net.to(*where)
+        self.tokenizer.to(self.device)
+        return self
 
     def __repr__(self) -> str:
         rows, columns = self.grid
@@ -419,8 +426,10 @@ class BigLearnVAE:
         fits one). In expectation the bound grows with K, and never exceeds the truth.
 
         Args:
-            T: what is asked for, by default all that is not given; not empty, disjoint from S.
-            given: S, what is conditioned on; by default nothing.
+            T: what is asked for, by default all patches that are not given; not empty, disjoint from S.
+            given: S, what is conditioned on; by default nothing. A patch counts as given if all of its pixels do, so
+                that of one of which some pixels are given, all are asked for. Of parts of an image a network that was
+                trained with method=vae knows nothing: see `evaluation.conditional_log_prob_joint`.
             samples: K.
             variance: of the observations.
             unit: "nats", or "bits_per_dim": the negative bound in bits for each of the |T| D numbers.
@@ -601,7 +610,8 @@ class BigLearnVAE:
         if S is None:
             return torch.full((batch, self.num_tokens), default, device=self.device)
         if not checks.is_mask(S):
-            advice = "; S.bool() makes one of zeros and ones" if isinstance(S, Tensor) else ""
+            numbers = isinstance(S, Tensor) and bool(((S == 0) | (S == 1)).all())
+            advice = "; S.bool() makes one of zeros and ones" if numbers else ""
             raise ValueError(
                 f"expected a boolean mask, a tensor with True = observed, got {checks.described(S)}{advice}"
             )

@@ -82,6 +82,12 @@ def check_seed(seed: int | None) -> None:
         raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
 
 
+def seed_or_drawn(seed: int | None) -> int:
+    """A seed, or without one a number that `torch.manual_seed` determines, as it does what torch itself draws."""
+    check_seed(seed)
+    return int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
+
+
 def check_grid(grid: Iterable[int]) -> tuple[int, int]:
     """Rows and columns of patches; a ValueError unless they are two numbers from 1 on."""
     numbers = whole_numbers(grid, 1)

@@ -737,6 +737,11 @@ def saved(run: str | Path) -> "DictConfig":
         needed = ("data", "model", "loss") if stage_1 else ("data", "case", "method", "model", "loss", "masks")
         missing = [group for group in needed if group not in cfg]
     except LookupError:
+        if any(path.parent.glob("*.pt")) and not (path.parent / "checkpoints").exists():
+            raise ValueError(
+                f"{run} has no {CONFIG_FILE}: it is the folder of a Trainer of your own, whose resume() goes on with it; "
+                "blv.load takes a file of BigLearnVAE.save"
+            ) from None
         where = (path.parent.parent, Path("outputs"))
         if path.parent.is_file():
             raise ValueError(

@@ -166,8 +166,13 @@ def parts(images: Images, device: torch.device, rows: int | None = None) -> Iter
     On a terminal, a bar shows how far it is where that takes more than a few seconds.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or something else is given.
     """
+    if images.ndim not in (3, 4) if isinstance(images, Tensor) else hasattr(images, "__array__"):
+        raise ValueError(
+            "expected images, a tensor (N, C, H, W) or an ImageSet, or tokens (N, L, D), "
+            f"got {checks.described(images)}"
+        )
     if not len(images):
         raise ValueError("expected at least one image, got none")
     from tqdm import tqdm

@@ -38,14 +38,23 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
     Args:
         images: N of them.
-        loss: whose beta (the final one), prior and q(S, T) are used.
+        loss: whose beta (the final one), prior and q(S, T) are used; the prior must be the model's.
         joint: S empty and T everything, the JointELBO (Eq. 1); else (S, T) is drawn from the loss's q(S, T), with
             ratios of each image's own, whatever the batches of training share: one pair for all would be a single task.
 
     Returns:
-        elbo, reconstruction and kl per image, without the constant of N(mu, I), the KL not weighted by beta; and
-        elbo_nats, with the constant. Images of which nothing was recorded do not count.
+        By name, means over the images: reconstruction, without the constant of N(mu, I); kl, as it is; elbo, which is
+        reconstruction - beta kl; and elbo_nats, with the constant, which is a bound on the log-likelihood under
+        N(mu, I) for beta = 1 alone (`BigLearnVAE.log_prob` is one). Images of which nothing was recorded do not count.
+
+    Raises:
+        ValueError: if the loss has another prior than the model.
     """
+    if getattr(loss, "prior", vae.prior) != vae.prior:
+        raise ValueError(
+            f"the loss has the {loss.prior} prior, the model the {vae.prior} one, as it was trained: give the loss "
+            f'prior="{vae.prior}"'
+        )
     random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
     loss, found = copy.copy(loss), []
     if isinstance(loss.masks, MaskSampler):
@@ -251,11 +260,12 @@ def hidden_masks(count: int, grid: tuple[int, int], tasks: Sequence[Task], seed:
 
 def check_tasks(tasks: Sequence[Task]) -> None:
     """Raise a ValueError unless these are shares of patches in [0, 1) or names of `SHAPES`, at least one."""
-    known = (task in SHAPES if isinstance(task, str) else 0 <= task < 1 for task in tasks)
-    if not tasks or not all(known):
+    several = isinstance(tasks, list | tuple)
+    known = (task in SHAPES if isinstance(task, str) else 0 <= task < 1 for task in (tasks if several else ()))
+    if not several or not tasks or not all(known):
         raise ValueError(
-            f"expected shares in [0, 1), as something must be hidden, or some of {', '.join(SHAPES)}, at least one, "
-            f"got {list(tasks)}"
+            f"expected shares in [0, 1), as something must be hidden, or some of {', '.join(SHAPES)}, in a list of at "
+            f"least one, got {tasks}"
         )
 
 
@@ -282,6 +292,11 @@ _Error = tuple[float, int]  # the sum of squared errors, and of how many numbers
 
 
 def _squared_error(completed: Tensor, images: Tensor, hidden: Tensor) -> _Error:
+    if completed.shape != images.shape or hidden.shape[-2:] != images.shape[-2:]:
+        raise ValueError(
+            f"expected completions of the size of the images, {tuple(images.shape)}, and a mask of pixels of them, as "
+            f"vae.pixel_mask(~S) makes it, got {checks.described(completed)} and {checks.described(hidden)}"
+        )
     error = (completed - images)[hidden.expand_as(images)].double().square()
     return error.sum().item(), error.numel()
 
@@ -507,6 +522,7 @@ def _psnr_by_task(
     rows: int,
 ) -> dict[Task, float]:
     """PSNR by task of complete(x, S, k), completions of the k-th part of the images, so many rows each."""
+    check_tasks(ratios)
     errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
     for k, (x, tasks) in enumerate(tasks_in_parts(vae, images, ratios, seed, rows)):
         for ratio, (S, T) in tasks.items():
@@ -626,8 +642,7 @@ def annealed_log_prob(
 
     Args:
         images: (N, C, H, W) in [0, 1]; what is in neither T nor S may be anything.
-        T: what is asked for, by default all that is not given; not empty, disjoint from S.
-        given: S, what is conditioned on; by default nothing.
+        T, given: see `BigLearnVAE.log_prob`.
         samples: K, chains of each image.
         variance: of the observations, by default that of `vae`.
         steps: of the annealing, each 3.75 decodings with gradients for every sample, and more for each of fewer than 16
@@ -710,6 +725,8 @@ def _annealed(
     steps: int,
 ) -> LogProb:
     """log p(x_T | x_S) from p(z | x_{S u T}), or from p(z | x_S), from which the way is longer at its beginning."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("annealing follows gradients: take torch.no_grad() in place of torch.inference_mode()")
     variance = checked_variance(vae, variance)
     rows, estimates = max(1, vae.chunk // max(annealing.PILOT, samples)), []
     for k, (x, s, t) in enumerate(zip(images.split(rows), S.split(rows), T.split(rows), strict=True)):

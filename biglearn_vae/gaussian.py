@@ -46,7 +46,7 @@ class DiagGaussian:
         Args:
             noise: standard normal numbers (..., Z), or several for each, (K, ..., Z); drawn here if not given.
             draws: adds a leading axis of that length to what is drawn here.
-            seed: makes the noise repeatable.
+            seed: makes the noise repeatable; without one `torch.manual_seed` does.
 
         Raises:
             ValueError: if noise is given of another shape, or together with draws or a seed; for draws below 1, or a
@@ -59,16 +59,27 @@ class DiagGaussian:
             noise = normal(shape, like=self.mean, seed=seed)
         elif draws is not None or seed is not None:
             raise ValueError("give noise, or draws and a seed to draw it by, not both")
-        elif noise.shape[noise.ndim - self.mean.ndim :] != self.mean.shape:
-            raise ValueError(f"noise must be {tuple(self.mean.shape)}, or several of these, got {tuple(noise.shape)}")
+        elif not isinstance(noise, Tensor) or noise.shape[noise.ndim - self.mean.ndim :] != self.mean.shape:
+            raise ValueError(
+                f"noise must be a tensor {tuple(self.mean.shape)}, or several of these, got {checks.described(noise)}; "
+                "draws=10 draws so many"
+            )
         return self.mean + self.std * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; mean, diag(var)) in nats, summed over Z: (...,)."""
+        """log N(z; mean, diag(var)) in nats, summed over Z: (...,).
+
+        Args:
+            z: (..., Z), of other sizes in front of Z if they broadcast to those of the mean.
+        """
+        if not isinstance(z, Tensor) or z.shape[-1:] != self.mean.shape[-1:]:
+            raise ValueError(f"expected a tensor z (..., {self.mean.shape[-1]}), got {checks.described(z)}")
         return -0.5 * ((z - self.mean).square() / self.var + self.logvar + LOG_2PI).sum(-1)
 
     def kl(self, other: "DiagGaussian | None" = None) -> Tensor:
         """KL[self || other] in nats, summed over Z: (...,). Without `other`, to N(0, I)."""
+        if not isinstance(other, DiagGaussian | None):
+            raise ValueError(f"expected another DiagGaussian, got {type(other).__name__}")
         if other is None:
             return 0.5 * (self.mean.square() + self.var - 1 - self.logvar).sum(-1)
         ratio = (self.logvar - other.logvar).exp()
@@ -95,7 +106,4 @@ def normal(shape, *, like: Tensor, seed: int | None = None) -> Tensor:
 def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
     """For noise. On CPUs normal numbers are made of uniform ones: of the same seed, `masks.random` would choose
     patches by the very numbers that become z, so the seed is another here."""
-    checks.check_seed(seed)
-    result = torch.Generator(device)
-    result.manual_seed(int(seed) ^ NOISE) if seed is not None else result.seed()
-    return result
+    return torch.Generator(device).manual_seed(checks.seed_or_drawn(seed) ^ NOISE)

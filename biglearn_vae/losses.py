@@ -268,6 +268,8 @@ def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     x, given = batch if pair else (batch, None)
     if not isinstance(x, Tensor) or x.ndim != 3:
         raise ValueError(f"expected tokens (B, L, D), got {checks.described(x)}; `Patchify` makes them of images")
+    if not x.is_floating_point():
+        raise ValueError(f"expected floating-point tokens (B, L, D), got {checks.described(x)}: of images in [0, 1]")
     recorded = masks.recorded(x)
     if given is None:
         return x, recorded

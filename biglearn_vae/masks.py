@@ -148,17 +148,15 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
 
 
 def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = None) -> Tensor:
-    """Masks (B, L) in which a random `ratio` of the patches, rounded, is observed: the same ones for the same seed."""
+    """Masks (B, L) in which a random `ratio` of the patches, rounded, is observed: the same ones for the same seed, or,
+    without one, after the same `torch.manual_seed`."""
     shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
     seen = round(checks.real_number("ratio", ratio, "[0, 1]") * shape[1])
     return torch.rand(shape, generator=_generator(seed)).argsort(dim=-1) < seen
 
 
 def _generator(seed: int | None) -> torch.Generator:
-    checks.check_seed(seed)
-    result = torch.Generator()
-    result.manual_seed(int(seed)) if seed is not None else result.seed()
-    return result
+    return torch.Generator().manual_seed(checks.seed_or_drawn(seed))
 
 
 def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:

@@ -92,8 +92,10 @@ class PatchAE(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) with values in [0, 1] -> standardised codes (B, L, D)."""
-        codes = self._codes(self.patches.cut(images).flatten(0, 1))
-        return ((codes - self.code_mean) / self.code_std).view(len(images), self.num_tokens, self.token_dim)
+        pixels = images.to(self.code_std)  # of a network of another precision, which gets the codes in its own
+        codes = self._codes(self.patches.cut(pixels).flatten(0, 1))
+        codes = ((codes - self.code_mean) / self.code_std).view(len(images), self.num_tokens, self.token_dim)
+        return codes.to(images) if images.is_floating_point() else codes
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Standardised codes (B, L, D) -> images (B, C, H, W) in [0, 1]."""
@@ -101,9 +103,9 @@ class PatchAE(nn.Module):
             raise ValueError(
                 f"expected tokens of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(tokens.shape)}"
             )
-        codes = (tokens * self.code_std + self.code_mean).view(-1, *self.map_shape)
+        codes = (tokens.to(self.code_std) * self.code_std + self.code_mean).view(-1, *self.map_shape)
         patches = torch.cat([self.decoder(part) for part in codes.split(PATCHES_AT_ONCE)])
-        return self.patches.join(patches.unflatten(0, (len(tokens), self.num_tokens))).clamp(0, 1)
+        return self.patches.join(patches.unflatten(0, (len(tokens), self.num_tokens))).clamp(0, 1).to(tokens)
 
     def _codes(self, patches: Tensor) -> Tensor:
         """Patches (N, C, P, P) -> codes (N, D), not standardised."""

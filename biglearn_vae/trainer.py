@@ -146,7 +146,7 @@ def _checked_folder(folder: str | Path | None) -> Path | None:
     return None if folder is None else Path(folder)
 
 
-def _check(net: nn.Module, optim: Any, batches: Any, counts: dict[str, int]) -> None:
+def _check(net: nn.Module, optim: Any, batches: Any, metadata: dict[str, Any], counts: dict[str, int]) -> None:
     """Raise a ValueError for what a trainer cannot be made of."""
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ValueError(
@@ -162,6 +162,7 @@ def _check(net: nn.Module, optim: Any, batches: Any, counts: dict[str, int]) -> 
         )
     for name, value in counts.items():
         checks.whole_number(name, value, 1)
+    checkpoint.check_metadata(metadata)
 
 
 def _measured(found: Any) -> tuple[dict[str, float], dict[str, Any]]:
@@ -238,12 +239,11 @@ class Trainer:
     ):
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
         intervals = {f"{name}_every": value for name, value in self.every.items()}
-        _check(net, optim, batches, dict(steps=steps, accumulate=accumulate, **intervals))
+        _check(net, optim, batches, metadata or {}, dict(steps=steps, accumulate=accumulate, **intervals))
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
         self.steps, self.seed, self.monitor = steps, seed, monitor
         self.folder = _checked_folder(folder)
         self.world, self.metadata = world or World(), metadata or {}
-        checkpoint.check_metadata(self.metadata)
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
@@ -266,10 +266,8 @@ class Trainer:
                 distributed.shard(module, self.world)
         self.optimizers = optim.optimizers(net, capturable=self.on_graph)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
-        self._evaluated = -1  # the last step at which it was
-        self._best_is_lost = False
-        self._is_there: Callable[[], bool] = lambda: True  # the folder
-        self._goes_on = False  # from what is in the folder, if anything is
+        self._evaluated, self._best_is_lost = -1, False  # the last step at which it was
+        self._goes_on, self._is_there = False, lambda: True  # from what is in the folder, if anything is; the folder
         self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
         self._compiles = self.compiled
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
@@ -402,6 +400,10 @@ class Trainer:
 
     def fit(self, loggers: Iterable[Logger] = ()) -> None:
         """Train to the last step; where it was interrupted, it goes on if it is called again.
+
+        Args:
+            loggers: of `loggers`, or of one's own: `Progress(steps)` prints how the loss falls, `MetricsFile`,
+                `TensorBoard` and `Pictures` write into files.
 
         Raises:
             Interrupted: a KeyboardInterrupt, if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written if it has

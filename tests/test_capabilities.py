@@ -1229,6 +1229,38 @@ def test_a_model_without_a_variance_wants_one_in_each_call():
     assert vae.log_prob(pictures(vae), variance=0.1).isfinite().all()
 
 
+def test_without_a_seed_torch_manual_seed_makes_everything_repeatable(vae):
+    x, S = pictures(vae), some(vae)
+    calls = {
+        "sample": lambda: vae.sample(2),
+        "passes": lambda: vae.sample(2, passes=3),
+        "inpaint": lambda: vae.inpaint(x, S, passes=2),
+        "log_prob": lambda: vae.log_prob(x, samples=4),
+        "masks": lambda: masks.random(5, 12, 0.5),
+        "codes": lambda: vae.encode(x).sample(),
+    }
+    for name, call in calls.items():
+        torch.manual_seed(5)
+        one, other = call(), call()
+        assert not one.equal(other), name
+        torch.manual_seed(5)
+        assert call().equal(one), name
+    before = torch.get_rng_state()
+    vae.log_prob(x, samples=4, seed=0), vae.sample(2, seed=0, passes=2), masks.random(5, 12, 0.5, seed=0)
+    assert torch.get_rng_state().equal(before)  # with a seed nothing else is touched
+
+
+def test_a_model_moves_as_a_whole():
+    tokens = PatchAE(image_size=16, patch_size=8, channels=1, width=8)
+    vae = BigLearnVAE(UniversalViT(grid=(2, 2), token_dim=tokens.token_dim, dim=16, depth=1, z_dim=2, heads=2), tokens)
+    x = torch.rand(3, 1, 16, 16)
+    before = vae.encode(x).mean
+    assert vae.to(torch.float64) is vae and vae.dtype == torch.float64
+    torch.testing.assert_close(vae.encode(x).mean, before.double(), rtol=1e-4, atol=1e-5)
+    assert vae.inpaint(x, torch.tensor([True, False, False, True]), seed=0).dtype == torch.float64
+    assert vae.to("cpu", torch.float32).encode(x).mean.equal(before)
+
+
 def test_unknown_unit():
     vae = make()
     with pytest.raises(ValueError, match=message("unit must be nats or bits_per_dim, got 'bits'")):

@@ -67,6 +67,10 @@ def test_joint_elbo(vae, prior):
     expected = direct_elbo(vae, tokens, nothing, ~nothing, noise, 0.37, prior)
     # The warm-up and q(S, T) have no say in the final joint number.
     loss = BigLearnELBO(0.37, MaskSampler((5, 1), (1, 5)), prior, beta_warmup_steps=1000)
+    if prior != vae.prior:
+        with pytest.raises(ValueError, match="the loss has the standard prior, the model the learned one"):
+            evaluation.elbo(vae, x, loss)
+    vae = BigLearnVAE(vae.net, vae.tokenizer, prior=prior)
     assert evaluation.elbo(vae, x, loss, seed=4) == pytest.approx(expected, rel=1e-5)
 
 
@@ -645,3 +649,19 @@ def test_what_was_never_recorded_is_no_wrong_pixel(recwarn):
     with pytest.raises(ValueError, match="got values from 0 to 300"):
         x[0, 0, 7, :2] = torch.tensor([0.0, 300.0])
         evaluation.inpainting_psnr(vae, x, [0.5], draws=2)
+
+
+def test_what_no_psnr_is_of_is_refused(vae):
+    x = pictures(vae)
+    hidden = vae.pixel_mask(torch.ones(vae.num_tokens, dtype=torch.bool))
+    assert evaluation.psnr(x, x, hidden) == math.inf
+    for completed, mask in ((x[..., 1:], hidden), (x, torch.ones(vae.num_tokens, dtype=torch.bool))):
+        with pytest.raises(ValueError, match=r"expected completions of the size of the images, .*vae.pixel_mask"):
+            evaluation.psnr(completed, x, mask)
+    with pytest.raises(ValueError, match=r"in a list of at least one, got 0\.5"):
+        evaluation.inpainting_psnr(vae, x, 0.5)
+    for images in (x.numpy(), x[0, 0]):
+        with pytest.raises(ValueError, match="expected images, a tensor"):
+            evaluation.inpainting_psnr(vae, images, [0.5])
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"take torch\.no_grad\(\)"):
+        evaluation.annealed_log_prob(vae, x, samples=2, steps=2)

@@ -93,7 +93,7 @@ def test_noise_of_another_shape_is_refused():
     q, noise = gaussian(0), gaussian(1).mean
     assert q.sample(torch.stack([noise, noise])).shape == (2, *noise.shape)
     for wrong in (noise[0], noise[:1], noise[:, :-1]):
-        with pytest.raises(ValueError, match=r"noise must be \(4, .*\), or several of these, got"):
+        with pytest.raises(ValueError, match=r"noise must be a tensor \(4, .*\), or several of these, got"):
             q.sample(wrong)
     for also in (dict(draws=5), dict(seed=0)):
         with pytest.raises(ValueError, match="not both"):
@@ -109,3 +109,14 @@ def test_noise_is_independent_of_the_masks_of_the_same_seed():
     for moment in (z, z.square()):
         pairs = torch.corrcoef(torch.cat([S, moment], 1).T)[:L, L:]
         assert pairs.abs().max() < 5 / math.sqrt(5000)
+
+
+def test_what_is_no_distribution_nor_noise_nor_code_of_it_is_refused():
+    q = DiagGaussian(torch.zeros(4, 6), torch.zeros(4, 6))
+    with pytest.raises(ValueError, match=r"noise must be a tensor \(4, 6\), .* got int; draws=10 draws so many"):
+        q.sample(10)
+    with pytest.raises(ValueError, match="expected another DiagGaussian, got Normal"):
+        q.kl(torch.distributions.Normal(0, 1))
+    for z in (torch.zeros(4, 1), torch.zeros(4, 5), 0.0):
+        with pytest.raises(ValueError, match=r"expected a tensor z \(\.\.\., 6\), got"):
+            q.log_prob(z)
