@@ -739,8 +739,8 @@ def saved(run: str | Path) -> "DictConfig":
     except LookupError:
         if any(path.parent.glob("*.pt")) and not (path.parent / "checkpoints").exists():
             raise ValueError(
-                f"{run} has no {CONFIG_FILE}: it is the folder of a Trainer of your own, whose resume() goes on with it; "
-                "blv.load takes a file of BigLearnVAE.save"
+                f"{run} has no {CONFIG_FILE}: it is the folder of a Trainer of your own, whose resume() goes on with "
+                "it; blv.load takes a file of BigLearnVAE.save"
             ) from None
         where = (path.parent.parent, Path("outputs"))
         if path.parent.is_file():
