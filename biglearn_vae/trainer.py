@@ -409,7 +409,7 @@ class Trainer:
             Interrupted: a KeyboardInterrupt, if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written if it has
                 a folder. It is not raised at the last step: `interrupted` says whether there was such a signal.
             ValueError: if the folder holds a run and `resume` was not called, as its checkpoints would be lost.
-            TrainingError: if the loss is not finite, or a step cannot be recorded as a CUDA graph.
+            TrainingError: if the loss is not finite, the folder was deleted, or a step cannot be a CUDA graph.
         """
         self._check_folder()
         self.loggers, self.interrupted = list(loggers), False

@@ -48,4 +48,4 @@ def test_the_committed_outputs_are_of_the_same_cells(executed):
 def test_it_visits_every_capability():
     source = "\n".join(cell.source for cell in code_cells(nbformat.read(TOUR, as_version=4)))
     public = {name for name, member in vars(BigLearnVAE).items() if callable(member) and not name.startswith("_")}
-    assert {name for name in public if f"vae.{name}(" not in source} == {"log_weights", "observe"}
+    assert {name for name in public if f"vae.{name}(" not in source} == {"log_weights", "observe", "to"}

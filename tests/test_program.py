@@ -4,6 +4,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -726,6 +727,8 @@ def test_a_setting_may_be_that_of_another(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "trainer.steps=2", "name=run", "model.z_dim=${model.dim}") == 0
     config = OmegaConf.load("outputs/run/config.yaml")
     assert config.model.z_dim == 16 == config.model.dim
+    command = json.loads(Path("outputs/run/environment.json").read_text())["command"]
+    assert shlex.split(command) == ["train.py", *SMALL, "trainer.steps=2", "name=run", "model.z_dim=${model.dim}"]
     assert run_here(monkeypatch, *SMALL, "model.z_dim=${model.dims}") == 2
     assert "\nerror: model.z_dim: Interpolation key 'model.dims' not found\n" in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ from programs import own_case, run_here
 
 from biglearn_vae import checkpoint, config, experiments, results_page
 from biglearn_vae.experiments import Campaign, Preset, Run
+from biglearn_vae.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"tiny": 1, "case1": 2, "celeba_small": 3, "case3": 4, "case4": 5, "celeba": 6}  # their order
@@ -646,6 +647,29 @@ def test_the_summary_of_fewer_steps_is_not_that_of_a_training_that_was_told_to_s
             (folder / "summary.json").write_text(summary)
         with pytest.raises(experiments.Stopped) if raised else nullcontext():
             campaign._call(Told(), "cpu", run, "train")
+
+
+def test_what_was_measured_before_is_no_measurement_of_now_and_stays(tmp_path):
+    campaign = Campaign(preset(), "probe", tmp_path / "out", tmp_path / "results")
+    run = campaign.runs[0]
+    made = tmp_path / "out/p" / run.name / "probe.json"
+    made.parent.mkdir(parents=True)
+    made.write_text("{}")
+
+    class Measures:
+        def __init__(self, text):
+            self.text = text
+
+        def call(self, *_):
+            if self.text:
+                write_json(made, {"as": self.text})
+            return 0
+
+    with pytest.raises(experiments.Stopped):
+        campaign._call(Measures(""), "cpu", run, "probe")
+    assert made.read_text() == "{}"
+    campaign._call(Measures("asked for"), "cpu", run, "probe")
+    assert read_json(made) == {"as": "asked for"}
 
 
 def test_a_script_that_fails_is_quoted(tmp_path, monkeypatch, capsys):

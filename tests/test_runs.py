@@ -121,6 +121,14 @@ def test_two_processes_do_not_train_in_one_folder(here, monkeypatch, capsys):
     assert "is finished" in capsys.readouterr().out and len(runs.summaries()) == 1
 
 
+def test_that_a_run_is_busy_is_known_before_the_data_is_read(here, monkeypatch, capsys):
+    (here / "outputs/run").mkdir(parents=True)
+    monkeypatch.setattr(commands, "_dataset", lambda *_: pytest.fail("the data is read"))
+    with files.locked(here / "outputs/run"):
+        assert run_here(monkeypatch, *SMALL, "name=run") == 2
+    assert "trains in outputs/run" in capsys.readouterr().err
+
+
 def test_a_summary_is_of_the_run_as_it_is_and_as_it_is_asked_for(here, monkeypatch, capsys):
     run, words = here / "outputs/run", [*SMALL, "name=run"]
     assert run_here(monkeypatch, *words) == 0
