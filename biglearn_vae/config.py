@@ -805,12 +805,12 @@ def data_words(cfg: "DictConfig") -> str:
     """What names these data on a command line, cut and sized as here."""
     from omegaconf import OmegaConf
 
-    words, usual = [f"data={cfg.data.name}"], compose([f"data={cfg.data.name}"]).data
+    own, usual = OmegaConf.to_container(cfg.data, resolve=True), compose([f"data={cfg.data.name}"]).data
+    words = [f"data={cfg.data.name}"]
     names = (["root"] if cfg.data.name in data.NAMED_BY_ROOT else []) + ["image_size", "patch_size", "channels", "crop"]
     for name in names:
-        if name in cfg.data and (name == "root" or cfg.data[name] != usual.get(name)):
-            shown = OmegaConf.to_container(cfg.data)[name]
-            words.append(shell_word(f"data.{name}", shown))
+        if name in own and (name == "root" or own[name] != usual.get(name)):
+            words.append(shell_word(f"data.{name}", own[name]))
     return " ".join(words)
 
 

@@ -8,6 +8,7 @@ N images, L tokens, D token dimension.
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -522,8 +523,7 @@ def _psnr_by_task(
     rows: int,
 ) -> dict[Task, float]:
     """PSNR by task of complete(x, S, k), completions of the k-th part of the images, so many rows each."""
-    check_tasks(ratios)
-    errors: dict[Task, list[_Error]] = {ratio: [] for ratio in ratios}
+    errors: dict[Task, list[_Error]] = defaultdict(list)
     for k, (x, tasks) in enumerate(tasks_in_parts(vae, images, ratios, seed, rows)):
         for ratio, (S, T) in tasks.items():
             errors[ratio].append(_squared_error(complete(x, S, k), x, vae.pixel_mask(T)))

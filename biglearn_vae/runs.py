@@ -100,12 +100,9 @@ def _refuse_shared_runs(swept: "dict[str, Override]", name: "list[Override]", da
 
 def differences(old: "DictConfig", new: "DictConfig") -> list[str]:
     """The settings in which two configurations differ, apart from those that may: "optim.lr: 0.1, now 0.2"."""
-    return [f"{key}: {was}, now {now}" for key, (was, now) in _changes(old, new).items() if not _is_free(key)]
-
-
-def _changes(old: "DictConfig", new: "DictConfig") -> dict[str, tuple[Any, Any]]:
     before, after = dict(config.leaves(old)), dict(config.leaves(new))
-    return {key: (before.get(key, "absent"), after.get(key, "absent")) for key in config.changed(before, after)}
+    changed = (key for key in config.changed(before, after) if not _is_free(key))
+    return [f"{key}: {before.get(key, 'absent')}, now {after.get(key, 'absent')}" for key in changed]
 
 
 def measured_with(cfg: "DictConfig") -> dict[str, Any]:

@@ -331,8 +331,7 @@ class Trainer:
             raise ValueError(f"the run in {self._run} was trained on other data: start another run")
         own = {"seed": self.seed, "monitor": self.monitor, "batch_size": self.batches.batch_size}
         self._check_same(state, own, "trainer")
-        for net in filter(None, (self.net, self.average)):
-            checkpoint.check_weights(net, state["net"], self.folder / checkpoint.LATEST)
+        checkpoint.check_weights(self.net, state["net"], self.folder / checkpoint.LATEST)
         self._check_same(state.get("optim", {}), _settings_of(self.optim))
         self._check_optimizers(state["optimizers"])
 
