@@ -9,6 +9,7 @@
 
 from biglearn_vae import data, evaluation, figures, masks, probe
 from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.commands import run_script
 from biglearn_vae.config import compose
 from biglearn_vae.data import Batches, ImageSet, images
 from biglearn_vae.distributed import StepRandom, World
@@ -50,5 +51,6 @@ __all__ = [
     "load",
     "masks",
     "probe",
+    "run_script",
     "summaries",
 ]

@@ -12,7 +12,7 @@ import typing
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,8 +48,37 @@ from biglearn_vae.workers import defaults
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_TYPED: list[str] = []  # the command line, of which Hydra and its launchers leave another
+SCRIPTS = ("train", "evaluate", "figures", "complete", "probe", "benchmark", "reproduce")
 PROGRAMS = {"train": ("train", config.PATCH_AE)}  # the settings files that a script takes, where there are several
+_COMMAND: list[str] = []  # as it was typed, of which Hydra and its launchers leave another in sys.argv
+
+
+def run_script(script: str, overrides: Sequence[str] = (), config_name: str | None = None) -> Any:
+    """What a script does, in this process: run_script("train", ["case=case1", "data=mnist"]) does, prints and writes
+    what `python scripts/train.py case=case1 data=mnist` does, or goes on with what that began.
+
+    Args:
+        script: train, evaluate, figures, complete, probe, benchmark or reproduce.
+        overrides: NAME=VALUE, as on its command line, without flags: a sweep is a loop.
+        config_name: of the settings, where they are not the script's own: "patch_ae" trains stage 1.
+
+    Returns:
+        What it found: of train the run's summary with its folder as "run", of evaluate, complete, probe and benchmark
+        what they write, of figures the path of the page, of reproduce whether all is there. Under torchrun, of train
+        None in all processes but the first.
+
+    Raises:
+        ValueError, OSError, TrainingError, torch.OutOfMemoryError: with what the script would end with as its error.
+        Interrupted: a KeyboardInterrupt, if Ctrl-C or SIGTERM ended a training early, after a checkpoint.
+    """
+    checks.check_choice("script", script, SCRIPTS)
+    config_name = config_name or script
+    _check_program(script, config_name)
+    cfg = config.compose(overrides, config_name)
+    config.require_all(cfg, config_name, config.chosen_by(overrides, config_name))
+    flags = [] if config_name == script else [f"--config-name={config_name}"]
+    with _recorded([f"-m biglearn_vae {script}", *flags, *_own_folders(), *overrides]), _float32_convolutions():
+        return globals()[script](cfg, overrides)
 
 
 def call(script: str, words: Sequence[str], flags: Sequence[str] = ()) -> None:
@@ -81,7 +110,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
             config.require_all(cfg, config_name, hydra_cfg.runtime.choices)
             if searches:
                 return search.value(cfg, _once_free(task, cfg, words))
-            task(cfg, words)
+            _performed(task, cfg, words)
         except user_errors() as error:
             said = _of_job(error, words, sweep, searches)
             if searches and not full_error:  # which gets nothing of this one, and goes on
@@ -119,6 +148,36 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     stop()
 
 
+@contextmanager
+def _recorded(command: list[str]) -> Iterator[None]:
+    """Let `environment` give this as the command."""
+    before, _COMMAND[:] = _COMMAND[:], command
+    try:
+        yield
+    finally:
+        _COMMAND[:] = before
+
+
+@contextmanager
+def _float32_convolutions() -> Iterator[None]:
+    """Convolutions of float32 numbers do not multiply in TF32 in here, if they would by torch's default."""
+    try:
+        before = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # torch's newer names of this were used, by somebody who means it
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _own_folders() -> list[str]:
+    """The flags with which a script searches for settings where this process does."""
+    return [f"--config-dir={own}" for own in config.folders()[1:]]
+
+
 def _prepare() -> None:
     """What holds for a whole program."""
     torch.backends.cudnn.allow_tf32 = False  # what is computed in float32 is float32, in convolutions, too
@@ -130,8 +189,7 @@ def _prepare() -> None:
 def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | None:
     """See that what was typed are settings; the words of a sweep, those of the settings file included, None if it is
     none."""
-    programs = PROGRAMS.get(script, (script,))
-    checks.check_choice("--config-name", config_name, (*programs, *config.own_main_files(programs)))
+    _check_program(script, config_name, "--config-name")
     in_file, swept = config.sweep_in_file(config_name)
     given = {override.key_or_group: override for override in config.parsed(typed.overrides)}
     if "hydra.mode" in given:
@@ -142,12 +200,28 @@ def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | Non
     return [*of_file, *typed.overrides] if sweep else None
 
 
+def _check_program(script: str, config_name: str, called: str = "config_name") -> None:
+    """Raise a ValueError unless this is a file of settings for this script."""
+    programs = PROGRAMS.get(script, (script,))
+    checks.check_choice(called, config_name, (*programs, *config.own_main_files(programs)))
+
+
+def _performed(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]) -> Any:
+    """What a task returns. A training that was interrupted ends the program, and with it a sweep, with exit code 0."""
+    try:
+        return task(cfg, words)
+    except Interrupted:
+        if task is not train:  # of a network that is not kept: there is nothing to go on from
+            raise
+        sys.exit(0)
+
+
 def _once_free(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]) -> Any:
     """What a task returns, once no other process does the same, as another terminal with the same search does."""
     said = False
     while True:
         try:
-            return task(cfg, words)
+            return _performed(task, cfg, words)
         except Busy as error:
             if not said:
                 print(f"waiting for another process: {str(error).partition(': ')[0]}", flush=True)
@@ -161,7 +235,7 @@ def _command_line() -> Namespace:
     from hydra._internal.utils import get_args_parser
 
     typed, words = get_args_parser().parse_intermixed_args(), sys.argv[1:]
-    _TYPED[:] = words
+    _COMMAND[:] = sys.argv
     sys.argv[1:] = typed.overrides
     for before, word in zip(["", *words], words, strict=False):
         of_folder = word.startswith("--config-dir") or word == "-cd" or before in ("--config-dir", "-cd")
@@ -228,10 +302,11 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 
 def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Train a run, or go on with one, and evaluate it; returns its summary (on the main process).
+    """Train a run, or go on with one, and evaluate it; returns its summary, with its folder (on the main process).
 
     Raises:
-        SystemExit: with code 0, after a checkpoint, if Ctrl-C or SIGTERM ended the training early.
+        Interrupted: after a checkpoint, if Ctrl-C or SIGTERM ended the training early, and after everything if it was
+            at the last step.
     """
     config.check_evaluation(cfg.evaluation, "evaluation.")
     config.check_seed(cfg.seed)
@@ -268,13 +343,13 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
             _fit(trainer, loggers)
         except Interrupted as stopped:
             say(f"{stopped}, the same command goes on")
-            sys.exit(0)
+            raise
         summary = _finish(run, stage, trainer, splits) if world.is_main else None
     world.barrier()
     if summary:
         say(stage.report(summary, run))
-    if trainer.interrupted:  # at the last step: this run is done, but a sweep must not go on
-        sys.exit(0)
+    if trainer.interrupted:  # this run is done, but a sweep must not go on
+        raise Interrupted(f"stopped at the last step, {trainer.step}")
     return summary
 
 
@@ -307,7 +382,7 @@ def _dataset(cfg: "DictConfig", world: World) -> Splits:
 
 
 def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
-    """The summary of a run that has all the steps asked for, if its stage can report it.
+    """The summary of a run that has all the steps asked for, with its folder, if its stage can report it.
 
     Raises:
         ValueError: see `runs.summary`.
@@ -319,7 +394,7 @@ def finished(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
         stages.of(cfg).report(summary, run)
     except (KeyError, TypeError):  # damaged: it is made again from the checkpoint
         return None
-    return summary
+    return {"run": str(run)} | summary
 
 
 def _finished_text(run: Path, cfg: "DictConfig", done: dict[str, Any]) -> str:
@@ -381,9 +456,9 @@ def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
 
 def environment(device: str) -> dict[str, Any]:
     """Where a run was made: versions, machine, commit, command."""
-    chosen = pick_device(device)
+    chosen, command = pick_device(device), _COMMAND or sys.argv
     return {
-        "command": " ".join([sys.argv[0], shlex.join(_TYPED or sys.argv[1:])]),
+        "command": " ".join([command[0], shlex.join(command[1:])]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -414,7 +489,7 @@ def _commit() -> str | None:
 
 
 def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) -> dict[str, Any]:
-    """Let the stage measure the best checkpoint and draw it, and write the summary."""
+    """Let the stage measure the best checkpoint and draw it, and write the summary; returns it with the folder."""
     best, measured = stage.finish(run, splits)
     seen = trainer.step * trainer.batches.batch_size
     summary = {
@@ -432,7 +507,7 @@ def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) ->
         **best["metrics"],  # on validation images, by which to choose
     } | measured
     write_json(run / runs.FILES["train"], summary)
-    return summary
+    return {"run": str(run)} | summary
 
 
 def measure_likelihood(
@@ -784,7 +859,7 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     )
     left = campaign.missing()
     print(f"{len(campaign.runs) - len(left)} runs are there, {len(left)} to be made", flush=True)
-    done = campaign.make(functools.partial(call, flags=[f"--config-dir={own}" for own in config.folders()[1:]]))
+    done = campaign.make(functools.partial(call, flags=_own_folders()))
     page = write_results(campaign.results)
     print(f"{page}" if done else f"{page}, of what is there so far; the same command goes on")
     if failures := campaign.failures:

@@ -245,7 +245,7 @@ def parsed(words: Sequence[str]) -> "list[Override]":
     for word in words:
         try:
             result += parser.parse_overrides([word])
-        except HydraException:
+        except (HydraException, TypeError):  # TypeError: it is no text
             raise ValueError(
                 f"{word!r} cannot be read: expected NAME=VALUE, such as seed=1, masks.s_ratio=[1,1] or, where the "
                 "shell or Hydra would take them apart, 'name=\"a,b\"'"
@@ -398,6 +398,12 @@ def _settings(choices: tuple[str, ...], config_name: str) -> "tuple[DictConfig, 
     cfg = _compose(choices, config_name, with_hydra=True)
     chosen = {Path(name).name: str(choice) for name, choice in cfg.hydra.runtime.choices.items() if choice}
     return OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"]), chosen
+
+
+def chosen_by(overrides: Sequence[str], config_name: str) -> dict[str, str]:
+    """The choice of each group under overrides that were checked."""
+    words = _check_choices(parsed(overrides), config_name)[0]
+    return _settings(tuple(words), config_name)[1]
 
 
 def _has(name: str, choice: str, config_name: str) -> bool:
@@ -860,8 +866,7 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
         lines += ["", "Groups (GROUP=CHOICE):"]
         lines += [f"  {name:<10} {', '.join(choices)}" for name, choices in groups.items()]
     lines += ["", "Settings (NAME=VALUE):"]
-    words = _check_choices(parsed(overrides), config_name)[0]
-    explained = explanations(config_name, _settings(tuple(words), config_name)[1])
+    explained = explanations(config_name, chosen_by(overrides, config_name))
     for key, value in _raw_leaves(cfg):
         lines.append(f"  {f'{key}={value}':<44} {explained.get(key, '')}".rstrip())
     names = set(cfg)  # also of what has no value yet

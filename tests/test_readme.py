@@ -16,6 +16,6 @@ def test_the_python_of_the_readme(here, monkeypatch):
     assert len(table) > 15
     for code in table:
         exec(code.replace("\\|", "|"), names)
-    assert len(others) == 2
+    assert len(others) == 3
     for code in others:
         exec(code, {})
