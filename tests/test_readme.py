@@ -17,5 +17,5 @@ def test_the_python_of_the_readme(here, monkeypatch):
     for code in table:
         exec(code.replace("\\|", "|"), names)
     assert len(others) == 3
-    for code in others:
-        exec(code, {})
+    for code in others:  # a network as small as the first one, and all else as typed
+        exec(code.replace('["name=short"', f'[*{SMALL}, "name=short"'), {})
