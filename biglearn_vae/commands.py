@@ -58,7 +58,8 @@ def run_script(script: str, overrides: Sequence[str] = (), config_name: str | No
     what `python scripts/train.py case=case1 data=mnist` does, or goes on with what that began.
 
     Args:
-        script: train, evaluate, figures, complete, probe, benchmark or reproduce.
+        script: train, evaluate, figures, complete, probe, benchmark or reproduce, which starts processes: a file that
+            calls for it must do nothing when it is imported (`if __name__ == "__main__":`).
         overrides: NAME=VALUE, as on its command line, without flags: a sweep is a loop.
         config_name: of the settings, where they are not the script's own: "patch_ae" trains stage 1.
 
