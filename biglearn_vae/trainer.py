@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +332,7 @@ class Trainer:
         own = {"seed": self.seed, "monitor": self.monitor, "batch_size": self.batches.batch_size}
         self._check_same(state, own, "trainer")
         checkpoint.check_weights(self.net, state["net"], self.folder / checkpoint.LATEST)
+        self._check_same(state.get("loss", {}), _settings_of(self.loss), "loss")
         self._check_same(state.get("optim", {}), _settings_of(self.optim))
         self._check_optimizers(state["optimizers"])
 
@@ -665,6 +666,7 @@ class Trainer:
             "seed": int(self.seed),
             "monitor": str(self.monitor),
             "batch_size": self.batches.batch_size,
+            "loss": _settings_of(self.loss),
             "optim": _settings_of(self.optim),
             "optimizers": [_plain_rates(optimizer.state_dict()) for optimizer in self.optimizers],
             "seconds": self.seconds,
@@ -697,10 +699,23 @@ def _tf32_convolutions() -> Iterator[None]:
             part.fp32_precision = precision
 
 
-def _settings_of(optim: Optim) -> dict[str, Any]:
-    """By name, those of its settings that are numbers, words or several of these: that a checkpoint can hold."""
-    values = {field.name: getattr(optim, field.name, None) for field in fields(optim)}
-    return {name: value for name, value in values.items() if _is_plain(value)}
+def _settings_of(thing: Any) -> dict[str, Any]:
+    """By name, what an object was made of and keeps under that name, where it is numbers, words or several of these,
+    which a checkpoint can hold, or an object that was made of such ("masks.joint")."""
+    found = {}
+    for name, value in _made_of(thing).items():
+        inner = {} if _is_plain(value) else _made_of(value)
+        found |= {name: value} | {f"{name}.{own}": setting for own, setting in inner.items()}
+    return {name: value for name, value in found.items() if _is_plain(value)}
+
+
+def _made_of(thing: Any) -> dict[str, Any]:
+    """What an object keeps, by name, of the arguments of its class, also of the dataclass that this extends."""
+    made = type(thing)
+    names = [field.name for field in fields(made)] if is_dataclass(made) else []
+    with suppress(ValueError, TypeError):  # of classes that are not written in Python
+        names += inspect.signature(made.__init__).parameters
+    return {name: getattr(thing, name) for name in names if name != "self" and hasattr(thing, name)}
 
 
 def _is_plain(value: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from biglearn_vae import (
     BigLearnELBO,
+    MaskSampler,
     Optim,
     Patchify,
     Trainer,
@@ -479,6 +480,42 @@ def test_a_refused_resume_changes_nothing_and_is_no_leave_to_train(tmp_path, oth
     with pytest.raises(ValueError, match="holds a run, whose checkpoints would be lost"):
         trainer.fit()
     assert checkpoint.load_latest(tmp_path)["net"].keys() == kept.keys()
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (dict(beta=0.1), "beta was 0.01, now it is 0.1"),
+        (dict(prior="standard"), "prior was learned, now it is standard"),
+        (dict(beta_warmup_steps=3), "beta_warmup_steps was 0, now it is 3"),
+        (dict(masks=MaskSampler(joint=0.5)), "masks.joint was 0.0, now it is 0.5"),
+        (dict(masks=MaskSampler(s_ratio=(3, 1.0))), r"masks.s_ratio was \(1.0, 2.0\), now it is \(3, 1.0\)"),
+    ],
+)
+def test_another_objective_is_another_training(tmp_path, other, says):
+    def trainer(**settings):
+        net = UniversalViT(grid=(2, 3), token_dim=5, dim=16, depth=1, z_dim=3, heads=2)
+        return Trainer(net, BigLearnELBO(**settings), Images(), OPTIM, steps=2, folder=tmp_path)
+
+    trainer(beta=0.01).fit()
+    with pytest.raises(ValueError, match=f"was trained with another loss, whose {says}"):
+        trainer(**dict(beta=0.01) | other).resume()
+    assert trainer(beta=0.01, masks=MaskSampler()).resume() == 2
+
+
+def test_what_a_loss_counts_is_no_setting_of_it(tmp_path):
+    class Counting:
+        def __init__(self, scale, unkept=0):
+            self.scale, self.calls = scale, 0
+
+        def __call__(self, *arguments, **options):
+            self.calls += 1
+            return Parts(self.scale * noisy_squares(*arguments, **options).loss)
+
+    make(tmp_path, steps=6, loss=Counting(2.0)).fit()
+    assert make(tmp_path, steps=6, loss=Counting(2.0, unkept=1)).resume() == 6
+    with pytest.raises(ValueError, match=r"another loss, whose scale was 2.0, now it is 3.0"):
+        make(tmp_path, loss=Counting(3.0)).resume()
 
 
 def test_another_batch_size_is_another_training(tmp_path):
