@@ -461,13 +461,15 @@ class Trainer:
 
     @contextmanager
     def _kept_if_it_fails(self) -> Iterator[None]:
-        """Write a checkpoint if a logger or the evaluation raises: what was trained is not theirs to lose."""
+        """Write a checkpoint if a logger, the evaluation, the data or the loss raises: what was trained is not theirs
+        to lose."""
         try:
             yield
         except TrainingError:  # the weights are spoilt
             raise
         except (Exception, KeyboardInterrupt):
-            if self.world.size == 1:  # the others would wait for this one, which has to write with them
+            # Others would wait for this one, which has to write with them.
+            if self.world.size == 1 and self.step > 0:
                 with suppress(OSError, TrainingError):  # what went wrong first is what to tell
                     self._save_latest()
             raise
@@ -487,7 +489,9 @@ class Trainer:
         for generator in self._generators:
             generator.manual_seed(seed)
         share, decay = self.optim.share_at(self.step, self.steps), self.optim.ema_decay_at(self.step)
-        self._pending.append(self._take(self._batch(), self.step, share, 1 - decay))
+        with self._kept_if_it_fails():
+            batch = self._batch()
+        self._pending.append(self._take(batch, self.step, share, 1 - decay))
         self.step += 1
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
@@ -525,7 +529,8 @@ class Trainer:
         """
         self.optim.set_rates(self.optimizers, share)
         self.net.zero_grad()
-        scalars = self._backward(batch, step)
+        with self._kept_if_it_fails() if self._graph is None else nullcontext():
+            scalars = self._backward(batch, step)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
         for optimizer in self.optimizers:
             optimizer.step()

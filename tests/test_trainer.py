@@ -120,11 +120,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, lost, op
 
     def dies(net, batch, *, random, step):
         if step == lost:
-            raise KeyboardInterrupt
+            raise SystemExit  # of which nothing takes notice
         return noisy_squares(net, batch, random=random, step=step)
 
     first = Recorder()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         make(tmp_path / "b", loss=dies).fit([first])
     second, resumed = Recorder(), make(tmp_path / "b")
     start = resumed.resume()
@@ -404,6 +404,36 @@ def test_what_fails_beside_a_step_loses_no_step_and_is_made_up_for(tmp_path, fai
     best = [checkpoint.load(tmp_path / name / checkpoint.BEST) for name in ("run", "whole")]
     assert best[0]["step"] == best[1]["step"] and best[0]["metrics"] == best[1]["metrics"]
     assert checkpoint.load(tmp_path / "run" / checkpoint.LATEST)["evaluated"] == 20
+
+
+@pytest.mark.parametrize("what", ["data", "loss"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_fails_in_a_step_loses_none_before_it(tmp_path, what, error):
+    def fails(step):
+        if step == failing:
+            raise error
+        return step
+
+    class Batches(Points):
+        def __call__(self, step):
+            return super().__call__(fails(step) if what == "data" else step)
+
+    def loss(*arguments, step, **options):
+        return noisy_squares(*arguments, step=fails(step) if what == "loss" else step, **options)
+
+    options = dict(checkpoint_every=100, loss=loss, batches=Batches())
+    for failing in (0, 7, 15, 15):  # at the first step there is nothing to keep, nor a run that could be lost
+        trainer = make(tmp_path / "run", **options)
+        trainer.resume()
+        with pytest.raises(error):
+            trainer.fit()
+        assert checkpoint.is_resumable(tmp_path / "run") == bool(failing) and trainer.step == failing
+    failing = None
+    again, whole = make(tmp_path / "run", **options), make(tmp_path / "whole")
+    assert again.resume() == 15
+    again.fit()
+    whole.fit()
+    assert_same(whole, again)
 
 
 def valued(folder, values, **options):
