@@ -75,6 +75,9 @@ def run_script(script: str, overrides: Sequence[str] = (), config_name: str | No
     checks.check_choice("script", script, SCRIPTS)
     config_name = config_name or script
     _check_program(script, config_name)
+    overrides = config.words_of(overrides)
+    if _sweeps(overrides, config_name)[0]:
+        raise ValueError(f"{config_name} has hydra.mode: MULTIRUN, a sweep: start it as a script, or hydra.mode=RUN")
     cfg = config.compose(overrides, config_name)
     config.require_all(cfg, config_name, config.chosen_by(overrides, config_name))
     flags = [] if config_name == script else [f"--config-name={config_name}"]
@@ -191,14 +194,20 @@ def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | Non
     """See that what was typed are settings; the words of a sweep, those of the settings file included, None if it is
     none."""
     _check_program(script, config_name, "--config-name")
+    asked, of_file = _sweeps(typed.overrides, config_name)
+    sweep = typed.multirun or asked
+    words = [*(of_file if sweep else ()), *typed.overrides]
+    config.check(words, config_name, sweep)
+    return words if sweep else None
+
+
+def _sweeps(words: Sequence[str], config_name: str) -> tuple[bool, list[str]]:
+    """Whether words and a settings file ask for a sweep without -m, and what the file then sweeps over beside them."""
     in_file, swept = config.sweep_in_file(config_name)
-    given = {override.key_or_group: override for override in config.parsed(typed.overrides)}
+    given = {override.key_or_group: override for override in config.parsed(words)}
     if "hydra.mode" in given:
         in_file = given["hydra.mode"].value() == "MULTIRUN"
-    sweep = typed.multirun or in_file
-    of_file = [word for word in swept if word.partition("=")[0].lstrip("+") not in given] if sweep else []
-    config.check([*of_file, *typed.overrides], config_name, sweep)
-    return [*of_file, *typed.overrides] if sweep else None
+    return in_file, [word for word in swept if word.partition("=")[0].lstrip("+") not in given]
 
 
 def _check_program(script: str, config_name: str, called: str = "config_name") -> None:

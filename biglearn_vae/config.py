@@ -103,12 +103,22 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     """The settings that these command-line overrides give: compose(["case=case1", "data=mnist"]).
 
     Raises:
-        ValueError: see `check`, and for a text in place of a list of words.
+        ValueError: see `check` and `words_of`.
+    """
+    overrides = words_of(overrides)
+    check(overrides, config_name)
+    return _compose(overrides, config_name)
+
+
+def words_of(overrides: Iterable[str]) -> list[str]:
+    """The words of a command line, of whatever gives them.
+
+    Raises:
+        ValueError: for a text in place of a list of words.
     """
     if isinstance(overrides, str):
         raise ValueError(f"expected a list of settings, such as {overrides.split()}, got the text {overrides!r}")
-    check(overrides, config_name)
-    return _compose(overrides, config_name)
+    return list(overrides)
 
 
 def sweep_in_file(config_name: str) -> tuple[bool, list[str]]:

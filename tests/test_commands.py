@@ -67,6 +67,7 @@ def test_stage_1_has_settings_of_another_name(here):
         (("train", [1]), "1 cannot be read: expected NAME=VALUE"),
         (("train", ["-m", "seed=0"]), "'-m' cannot be read: expected NAME=VALUE"),
         (("train", ["seed=0,1"]), "seed=0,1 gives several values"),
+        (("train", ["hydra.mode=MULTIRUN"]), "train has hydra.mode: MULTIRUN, a sweep: start it as a script"),
         (("train", ["optim.lrr=1"]), "optim.lrr: there is no such setting; did you mean optim.lr"),
         (("train", ["data=array_file"]), "data.root=... must be given: the .npz or .npy file"),
         (("train", [], "probe"), "config_name must be train or patch_ae, got 'probe'"),

@@ -420,3 +420,4 @@ def test_words_are_read_as_they_were_meant(value):
 def test_settings_in_one_text_are_refused():
     with pytest.raises(ValueError, match=r"expected a list of settings, such as \['case=case1'\], got the text"):
         config.compose("case=case1")
+    assert config.compose(word for word in ["seed=3"]).seed == 3  # which can be gone through once
