@@ -7,7 +7,9 @@
     batches(step) -> a batch; batches.batch_size, how many images one of all processes holds
     evaluate(net) -> (numbers by name, pictures by name)
 
-What a step draws is a function of (seed, step), so that a run that was killed and resumed equals one that was not.
+What a step draws is a function of (seed, step), so that a run that was killed and resumed equals one that was not. So
+is what comes from torch's global generator, such as dropout, which then goes on as if there had been no step (but for
+steps that are replayed as a CUDA graph, and each process draws by itself).
 """
 
 import copy
@@ -29,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from biglearn_vae import checkpoint, checks, distributed
 from biglearn_vae.cuda_graph import NotRecorded, StepGraph
-from biglearn_vae.distributed import StepRandom, World
+from biglearn_vae.distributed import StepRandom, World, derive_seed
 from biglearn_vae.files import followed
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16
@@ -489,14 +491,30 @@ class Trainer:
         for generator in self._generators:
             generator.manual_seed(seed)
         share, decay = self.optim.share_at(self.step, self.steps), self.optim.ema_decay_at(self.step)
-        with self._kept_if_it_fails():
-            batch = self._batch()
-        self._pending.append(self._take(batch, self.step, share, 1 - decay))
+        with self._global_generator():
+            with self._kept_if_it_fails():
+                batch = self._batch()
+            self._pending.append(self._take(batch, self.step, share, 1 - decay))
         self.step += 1
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         if self._compiles:
             self.compile_seconds, self._compiles = self.compile_seconds + elapsed, False
+
+    @contextmanager
+    def _global_generator(self) -> Iterator[None]:
+        """Seed torch's global generator for the step, and leave it as it was."""
+        device = self.world.device
+        if self._graph is not None:  # which has recorded what it draws from
+            yield
+            return
+        seed = derive_seed("global", self.seed, self.step, self.world.rank)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            yield
 
     def _batch(self) -> Any:
         """The step's batch; a frozen tokenizer that makes it need not be more exact than the products of the step."""

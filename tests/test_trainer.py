@@ -136,6 +136,40 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, lost, op
     assert best[0]["step"] == best[1]["step"] and best[0]["metrics"] == best[1]["metrics"]
 
 
+def test_what_comes_from_the_global_generator_is_a_function_of_seed_and_step(tmp_path):
+    class Crops(Points):
+        lost = None
+
+        def __call__(self, step):
+            if step == self.lost:
+                raise SystemExit  # of which nothing takes notice
+            return super().__call__(step) + torch.randn(4, 1)
+
+    def make(folder, **options):
+        options = dict(batches=Crops(), steps=12, checkpoint_every=6) | options
+        net = nn.Sequential(network(), nn.Dropout(0.5))
+        return Trainer(net, noisy_squares, optim=OPTIM, folder=tmp_path / folder, **options)
+
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    whole = make("a")
+    torch.manual_seed(1)
+    whole.fit()
+    assert torch.rand(3).equal(expected)  # a training in between is not seen in what is drawn after it
+    resumed, killed = make("b"), make("b")
+    killed.batches.lost = 8
+    with pytest.raises(SystemExit):
+        killed.fit()
+    assert resumed.resume() == 6
+    resumed.fit()
+    other = make("c", seed=1)
+    other.fit()
+    weights = [torch.cat([p.flatten() for p in trainer.net.parameters()]) for trainer in (whole, resumed, other)]
+    assert not weights[0].equal(weights[2])
+    assert_same(whole, resumed)
+
+
 def test_more_steps_continue_a_finished_run(tmp_path):
     make(tmp_path, steps=6).fit()
     longer = make(tmp_path, steps=20)
