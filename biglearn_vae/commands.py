@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import typing
 import warnings
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 SCRIPTS = ("train", "evaluate", "figures", "complete", "probe", "benchmark", "reproduce")
 PROGRAMS = {"train": ("train", config.PATCH_AE)}  # the settings files that a script takes, where there are several
+_CALLED = threading.RLock()  # the random numbers of a thread are those of all: calls take turns
 _COMMAND: list[str] = []  # as it was typed, of which Hydra and its launchers leave another in sys.argv
 
 
@@ -64,24 +66,27 @@ def run_script(script: str, overrides: Sequence[str] = (), config_name: str | No
         config_name: of the settings, where they are not the script's own: "patch_ae" trains stage 1.
 
     Returns:
-        What it found: of train the run's summary with its folder as "run", of evaluate, complete, probe and benchmark
-        what they write, of figures the path of the page, of reproduce whether all is there. Under torchrun, of train
-        None in all processes but the first.
+        What it found: of train the run's summary with its folder as "run" (under torchrun, in the first process), of
+        evaluate, complete, probe and benchmark what they write, of figures the path of the page, of reproduce whether
+        all is there, which it is not if its budget or Ctrl-C ended it.
 
     Raises:
         ValueError, OSError, TrainingError, torch.OutOfMemoryError: with what the script would end with as its error.
-        Interrupted: a KeyboardInterrupt, if Ctrl-C or SIGTERM ended a training early, after a checkpoint.
+        KeyboardInterrupt: at Ctrl-C; of train `trainer.Interrupted`, after a checkpoint, also at SIGTERM.
     """
     checks.check_choice("script", script, SCRIPTS)
     config_name = config_name or script
     _check_program(script, config_name)
     overrides = config.words_of(overrides)
-    if _sweeps(overrides, config_name)[0]:
-        raise ValueError(f"{config_name} has hydra.mode: MULTIRUN, a sweep: start it as a script, or hydra.mode=RUN")
+    if of_hydra := [o.input_line for o in config.parsed(overrides) if o.key_or_group.startswith("hydra")]:
+        raise ValueError(f"{of_hydra[0]} is Hydra's, which starts scripts and has no part in what is called here")
+    if config.sweep_in_file(config_name)[0]:
+        raise ValueError(f"{config_name} is a sweep (hydra.mode: MULTIRUN), which is started as a script")
     cfg = config.compose(overrides, config_name)
     config.require_all(cfg, config_name, config.chosen_by(overrides, config_name))
     flags = [] if config_name == script else [f"--config-name={config_name}"]
-    with _recorded([f"-m biglearn_vae {script}", *flags, *_own_folders(), *overrides]), _float32_convolutions():
+    command = [f"-m biglearn_vae {script}", *flags, *_own_folders(), *overrides]
+    with _CALLED, _recorded(command), _float32_convolutions():
         return globals()[script](cfg, overrides)
 
 
@@ -194,20 +199,14 @@ def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | Non
     """See that what was typed are settings; the words of a sweep, those of the settings file included, None if it is
     none."""
     _check_program(script, config_name, "--config-name")
-    asked, of_file = _sweeps(typed.overrides, config_name)
-    sweep = typed.multirun or asked
-    words = [*(of_file if sweep else ()), *typed.overrides]
-    config.check(words, config_name, sweep)
-    return words if sweep else None
-
-
-def _sweeps(words: Sequence[str], config_name: str) -> tuple[bool, list[str]]:
-    """Whether words and a settings file ask for a sweep without -m, and what the file then sweeps over beside them."""
     in_file, swept = config.sweep_in_file(config_name)
-    given = {override.key_or_group: override for override in config.parsed(words)}
+    given = {override.key_or_group: override for override in config.parsed(typed.overrides)}
     if "hydra.mode" in given:
         in_file = given["hydra.mode"].value() == "MULTIRUN"
-    return in_file, [word for word in swept if word.partition("=")[0].lstrip("+") not in given]
+    sweep = typed.multirun or in_file
+    of_file = [word for word in swept if word.partition("=")[0].lstrip("+") not in given] if sweep else []
+    config.check([*of_file, *typed.overrides], config_name, sweep)
+    return [*of_file, *typed.overrides] if sweep else None
 
 
 def _check_program(script: str, config_name: str, called: str = "config_name") -> None:
@@ -220,8 +219,8 @@ def _performed(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]
     """What a task returns. A training that was interrupted ends the program, and with it a sweep, with exit code 0."""
     try:
         return task(cfg, words)
-    except Interrupted:
-        if task is not train:  # of a network that is not kept: there is nothing to go on from
+    except Interrupted as stopped:
+        if not stopped.kept:  # there is nothing to go on from
             raise
         sys.exit(0)
 
@@ -359,7 +358,9 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if summary:
         say(stage.report(summary, run))
     if trainer.interrupted:  # this run is done, but a sweep must not go on
-        raise Interrupted(f"stopped at the last step, {trainer.step}")
+        stopped = Interrupted(f"stopped at the last step, {trainer.step}")
+        stopped.kept = True
+        raise stopped
     return summary
 
 

@@ -114,10 +114,12 @@ def words_of(overrides: Iterable[str]) -> list[str]:
     """The words of a command line, of whatever gives them.
 
     Raises:
-        ValueError: for a text in place of a list of words.
+        ValueError: for a text in place of a list of words, and for what gives none.
     """
     if isinstance(overrides, str):
         raise ValueError(f"expected a list of settings, such as {overrides.split()}, got the text {overrides!r}")
+    if not isinstance(overrides, Iterable):
+        raise ValueError(f"expected a list of settings, such as ['seed=1'], got {overrides!r}")
     return list(overrides)
 
 

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -99,6 +99,19 @@ class BigLearnELBO:
         self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
         self.masks = _sampler(masks)
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this objective from another, in numbers and words; of its q(S, T) no more than the name, unless it
+        is a MaskSampler."""
+        names = ("beta", "prior", "beta_warmup_steps", "beta_warmup_start")
+        masks = asdict(self.masks) if isinstance(self.masks, MaskSampler) else {}
+        return {
+            "objective": type(self).__qualname__,
+            **{name: getattr(self, name) for name in names},
+            "masks": getattr(self.masks, "__qualname__", type(self.masks).__qualname__),
+            **{f"masks.{name}": value for name, value in masks.items()},
+        }
 
     def compiled(self, **options: Any) -> "BigLearnELBO":
         """The same objective, of which torch.compile makes one graph with the network: weights are read and their
@@ -314,6 +327,11 @@ class PatchAELoss:
         checks.real_number("share", share, "(0, 1]")
         checks.real_number("border_weight", border_weight, "[1, inf)")
         self.share, self.border_weight = share, border_weight
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this objective from another, in numbers and words."""
+        return {"objective": type(self).__qualname__, "share": self.share, "border_weight": self.border_weight}
 
     def __call__(
         self, net: nn.Module, patches: Tensor, *, random: StepRandom, step: int | Tensor | None = None

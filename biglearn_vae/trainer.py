@@ -4,6 +4,7 @@
         where steps are replayed as a CUDA graph, step is a tensor (), and after the first steps the Python of the loss
         is not run any more, so that it must not branch on it, count, or draw from anything but `random`
     loss.compiled(**options), if there is one -> the same loss, compiled together with the networks it is called on
+    loss.settings, if there are any: numbers and words by name; a run does not go on with a loss that has others
     batches(step) -> a batch; batches.batch_size, how many images one of all processes holds
     evaluate(net) -> (numbers by name, pictures by name)
 
@@ -13,6 +14,7 @@ steps that are replayed as a CUDA graph, and each process draws by itself).
 """
 
 import copy
+import functools
 import inspect
 import math
 import signal
@@ -21,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,9 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a training early, after a step and its checkpoint."""
+    """Ctrl-C or SIGTERM ended a training early, after a step; `kept` says whether there is a checkpoint of it."""
+
+    kept = False
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -257,7 +261,7 @@ class Trainer:
         self._graph: StepGraph | None = None
         self._forget_graph()
         self.loggers: list[Logger] = []
-        self.interrupted = False
+        self.interrupted, self._settings = False, _settings(loss, optim)
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
         self._sharded = shard and self.world.size > 1
         self._whole: nn.Module | None = None  # where the main process puts split weights together
@@ -315,8 +319,9 @@ class Trainer:
         """Go on from the newest readable checkpoint of the folder, if any; returns the step.
 
         Raises:
-            ValueError: if there is one of another network, optimizer, seed, monitor or batch size, or of other data (as
-                `metadata["data"]` tells them apart), or none that can be read. Then nothing is changed.
+            ValueError: if there is one of another network, optimizer, seed, monitor or batch size, of other data (as
+                `metadata["data"]` tells them apart) or of a loss with other `settings`, or none that can be read. Then
+                nothing is changed.
         """
         state = checkpoint.load_latest(self.folder) if self.folder else None
         if state is not None:
@@ -334,8 +339,8 @@ class Trainer:
         own = {"seed": self.seed, "monitor": self.monitor, "batch_size": self.batches.batch_size}
         self._check_same(state, own, "trainer")
         checkpoint.check_weights(self.net, state["net"], self.folder / checkpoint.LATEST)
-        self._check_same(state.get("loss", {}), _settings_of(self.loss), "loss")
-        self._check_same(state.get("optim", {}), _settings_of(self.optim))
+        for which, own in self._settings.items():
+            self._check_same(state.get(which, {}), own, which)
         self._check_optimizers(state["optimizers"])
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -413,9 +418,11 @@ class Trainer:
             ValueError: if the folder holds a run and `resume` was not called, as its checkpoints would be lost.
             TrainingError: if the loss is not finite, the folder was deleted, or a step cannot be a CUDA graph.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("training follows gradients: fit() cannot be called in torch.inference_mode()")
         self._check_folder()
         self.loggers, self.interrupted = list(loggers), False
-        with Interruption() as interruption, self._followed():
+        with torch.enable_grad(), Interruption() as interruption, self._followed():
             if self.world.any(self._is_due("evaluate", self._evaluated) or self._best_is_lost):
                 self._evaluate()
                 if self.step >= self.steps:  # it was stopped between two evaluations, or the last one failed
@@ -441,7 +448,9 @@ class Trainer:
         self._forget_graph()  # and the memory that it holds
         if self.step < self.steps:
             kept = "; a checkpoint is written" if self.folder else ""
-            raise Interrupted(f"stopped at step {self.step} of {self.steps}{kept}")
+            stopped = Interrupted(f"stopped at step {self.step} of {self.steps}{kept}")
+            stopped.kept = self.folder is not None
+            raise stopped
 
     def _is_due(self, name: str, done: int = -1) -> bool:
         """Whether something is done at this step, at which it was not done yet."""
@@ -472,9 +481,14 @@ class Trainer:
         except (Exception, KeyboardInterrupt):
             # Others would wait for this one, which has to write with them.
             if self.world.size == 1 and self.step > 0:
-                with suppress(OSError, TrainingError):  # what went wrong first is what to tell
+                with suppress(Exception):  # what went wrong first is what to tell
                     self._save_latest()
             raise
+
+    @functools.cached_property
+    def _counts(self) -> bool:
+        """Whether the network keeps more than weights, such as statistics, which a forward changes."""
+        return self.net.state_dict().keys() != dict(self.net.named_parameters()).keys()
 
     def _check_folder(self) -> None:
         if not self._goes_on and self.folder is not None and checkpoint.is_resumable(self.folder):
@@ -547,7 +561,7 @@ class Trainer:
         """
         self.optim.set_rates(self.optimizers, share)
         self.net.zero_grad()
-        with self._kept_if_it_fails() if self._graph is None else nullcontext():
+        with self._kept_if_it_fails() if self._graph is None and not self._counts else nullcontext():
             scalars = self._backward(batch, step)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
         for optimizer in self.optimizers:
@@ -689,8 +703,7 @@ class Trainer:
             "seed": int(self.seed),
             "monitor": str(self.monitor),
             "batch_size": self.batches.batch_size,
-            "loss": _settings_of(self.loss),
-            "optim": _settings_of(self.optim),
+            **self._settings,
             "optimizers": [_plain_rates(optimizer.state_dict()) for optimizer in self.optimizers],
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
@@ -722,23 +735,13 @@ def _tf32_convolutions() -> Iterator[None]:
             part.fp32_precision = precision
 
 
-def _settings_of(thing: Any) -> dict[str, Any]:
-    """By name, what an object was made of and keeps under that name, where it is numbers, words or several of these,
-    which a checkpoint can hold, or an object that was made of such ("masks.joint")."""
-    found = {}
-    for name, value in _made_of(thing).items():
-        inner = {} if _is_plain(value) else _made_of(value)
-        found |= {name: value} | {f"{name}.{own}": setting for own, setting in inner.items()}
-    return {name: value for name, value in found.items() if _is_plain(value)}
-
-
-def _made_of(thing: Any) -> dict[str, Any]:
-    """What an object keeps, by name, of the arguments of its class, also of the dataclass that this extends."""
-    made = type(thing)
-    names = [field.name for field in fields(made)] if is_dataclass(made) else []
-    with suppress(ValueError, TypeError):  # of classes that are not written in Python
-        names += inspect.signature(made.__init__).parameters
-    return {name: getattr(thing, name) for name in names if name != "self" and hasattr(thing, name)}
+def _settings(loss: Any, optim: Optim) -> dict[str, dict[str, Any]]:
+    """What tells an objective, if it says so, and an optimizer from others: numbers, words or several of these, by
+    name, that a checkpoint can hold."""
+    told = getattr(loss, "settings", None)
+    of = {"loss": told if isinstance(told, dict) else {}}
+    of["optim"] = {field.name: getattr(optim, field.name, None) for field in fields(optim)}
+    return {which: {name: value for name, value in own.items() if _is_plain(value)} for which, own in of.items()}
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_stage_1_has_settings_of_another_name(here):
         (("train", [1]), "1 cannot be read: expected NAME=VALUE"),
         (("train", ["-m", "seed=0"]), "'-m' cannot be read: expected NAME=VALUE"),
         (("train", ["seed=0,1"]), "seed=0,1 gives several values"),
-        (("train", ["hydra.mode=MULTIRUN"]), "train has hydra.mode: MULTIRUN, a sweep: start it as a script"),
+        (("train", ["hydra.mode=MULTIRUN"]), "hydra.mode=MULTIRUN is Hydra's, which starts scripts"),
+        (("train", ["seed=1", "hydra.run.dir=x"]), "hydra.run.dir=x is Hydra's, which starts scripts"),
+        (("train", None), "expected a list of settings, such as ['seed=1'], got None"),
         (("train", ["optim.lrr=1"]), "optim.lrr: there is no such setting; did you mean optim.lr"),
         (("train", ["data=array_file"]), "data.root=... must be given: the .npz or .npy file"),
         (("train", [], "probe"), "config_name must be train or patch_ae, got 'probe'"),
@@ -82,6 +85,17 @@ def test_errors_say_what_to_do(here, arguments, message):
     assert not any(here.iterdir())
 
 
+def test_calls_in_threads_take_turns(here):
+    words = [*SMALL, "trainer.steps=2"]
+    tf32 = torch.backends.cudnn.allow_tf32
+    found = [blv.run_script("train", [*words, "name=alone"])]
+    with ThreadPoolExecutor(2) as pool:
+        found += pool.map(lambda name: blv.run_script("train", [*words, f"name={name}"]), ("a", "b"))
+    assert found[0]["test_joint_elbo"] == found[1]["test_joint_elbo"] == found[2]["test_joint_elbo"]
+    assert [command_of(Path(run["run"]))[-1] for run in found] == ["name=alone", "name=a", "name=b"]
+    assert torch.backends.cudnn.allow_tf32 == tf32
+
+
 def test_an_interrupted_training_is_no_result(here, monkeypatch, capsys):
     (here / "signalled.py").write_text(SIGNALLED)
     monkeypatch.syspath_prepend(here)
@@ -89,10 +103,15 @@ def test_an_interrupted_training_is_no_result(here, monkeypatch, capsys):
     for module in ("called", "typed"):
         sys.modules.pop("signalled", None)
         if module == "called":
-            with pytest.raises(Interrupted):
+            with pytest.raises(Interrupted) as stopped:
                 blv.run_script("train", [*words, "name=called", "trainer.steps=100"])
+            assert stopped.value.kept
         else:
             assert run_here(monkeypatch, *words, "name=typed", "trainer.steps=100") == 0
         step = checkpoint.load(Path("outputs", module, "checkpoints", checkpoint.LATEST))["step"]
         assert f"stopped at step {step} of 100; a checkpoint is written, the same command" in capsys.readouterr().out
     assert blv.run_script("train", [*words, "name=called", "trainer.steps=100"])["steps"] == 100
+    # What a measuring script trains is not kept, and there is nothing to go on from.
+    sys.modules.pop("signalled")
+    assert run_here(monkeypatch, "run=outputs/called", "regressor_steps=50", "images=4", script="complete") == 2
+    assert "error: interrupted\n" in capsys.readouterr().err

@@ -470,6 +470,40 @@ def test_what_fails_in_a_step_loses_none_before_it(tmp_path, what, error):
     assert_same(whole, again)
 
 
+def test_a_step_that_fails_is_not_kept_in_part(tmp_path):
+    def loss(net, batch, *, random, step):
+        parts = noisy_squares(net, batch, random=random, step=step)
+        if step == failing:
+            raise OSError  # the statistics of the network are those of another step by now
+        return parts
+
+    def make(folder):
+        net = nn.Sequential(nn.BatchNorm1d(3), network())
+        return Trainer(net, loss, Points(), OPTIM, steps=9, folder=tmp_path / folder, checkpoint_every=2)
+
+    failing = 5
+    with pytest.raises(OSError):
+        make("run").fit()
+    failing = None
+    again, whole = make("run"), make("whole")
+    assert again.resume() == 4
+    again.fit()
+    whole.fit()
+    assert_same(whole, again)
+    assert all(a.equal(b) for a, b in zip(again.net.buffers(), whole.net.buffers(), strict=True))
+
+
+def test_gradients_that_are_off_are_on_in_a_training(tmp_path):
+    whole, without = make(steps=3), make(steps=3)
+    whole.fit()
+    with torch.no_grad():
+        without.fit()
+        assert not torch.is_grad_enabled()
+    assert_same(whole, without)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"cannot be called in torch.inference_mode\(\)"):
+        make(tmp_path).fit()
+
+
 def valued(folder, values, **options):
     """A trainer whose evaluation at each step gives these values."""
     trainer = make(folder, evaluate_every=1, **options)
@@ -567,19 +601,45 @@ def test_another_objective_is_another_training(tmp_path, other, says):
     assert trainer(beta=0.01, masks=MaskSampler()).resume() == 2
 
 
-def test_what_a_loss_counts_is_no_setting_of_it(tmp_path):
-    class Counting:
-        def __init__(self, scale, unkept=0):
-            self.scale, self.calls = scale, 0
+def test_what_a_loss_changes_does_not_make_it_another(tmp_path):
+    class Annealed(BigLearnELBO):
+        def __call__(self, *arguments, **options):
+            self.beta *= 1.5
+            return super().__call__(*arguments, **options)
+
+    def trainer(loss, steps=2):
+        net = UniversalViT(grid=(2, 3), token_dim=5, dim=16, depth=1, z_dim=3, heads=2)
+        return Trainer(net, loss, Images(), OPTIM, steps=steps, folder=tmp_path)
+
+    trainer(Annealed(0.01)).fit()
+    assert trainer(Annealed(0.01), steps=4).resume() == 2
+    with pytest.raises(ValueError, match=r"another loss, whose beta was 0.01, now it is 0.02"):
+        trainer(Annealed(0.02)).resume()
+    with pytest.raises(ValueError, match=r"another loss, whose objective was .*Annealed, now it is BigLearnELBO"):
+        trainer(BigLearnELBO(0.01)).resume()
+    with pytest.raises(ValueError, match=r"another loss, whose masks was MaskSampler, now it is .*own"):
+
+        def own(*sizes):
+            return MaskSampler()(*sizes)
+
+        trainer(Annealed(0.01, masks=own)).resume()
+
+
+def test_a_loss_of_ones_own_says_what_tells_it_from_others(tmp_path):
+    class Scaled:
+        def __init__(self, scale, tells=False):
+            self.scale = scale
+            if tells:
+                self.settings = {"scale": scale, "images": torch.ones(2)}  # the latter no checkpoint holds
 
         def __call__(self, *arguments, **options):
-            self.calls += 1
             return Parts(self.scale * noisy_squares(*arguments, **options).loss)
 
-    make(tmp_path, steps=6, loss=Counting(2.0)).fit()
-    assert make(tmp_path, steps=6, loss=Counting(2.0, unkept=1)).resume() == 6
+    make(tmp_path / "silent", steps=6, loss=Scaled(2.0)).fit()
+    assert make(tmp_path / "silent", steps=6, loss=Scaled(3.0)).resume() == 6
+    make(tmp_path / "told", steps=6, loss=Scaled(2.0, tells=True)).fit()
     with pytest.raises(ValueError, match=r"another loss, whose scale was 2.0, now it is 3.0"):
-        make(tmp_path, loss=Counting(3.0)).resume()
+        make(tmp_path / "told", loss=Scaled(3.0, tells=True)).resume()
 
 
 def test_another_batch_size_is_another_training(tmp_path):
