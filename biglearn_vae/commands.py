@@ -550,8 +550,8 @@ def measure_likelihood(
 
 
 def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int) -> dict[str, Any]:
-    """`samples.by_passes` beside whole images of a split, and what as many training images have in place of samples;
-    nothing if there are too few."""
+    """`samples.by_passes` beside whole images of a split, and what as many other training images have in place of
+    samples, if there are as many; nothing of too few images."""
     whole = evaluation.whole(getattr(splits, split).select(slice(settings.images)), vae.grid)
     if len(whole) <= 3:
         print(f"fewer than 4 of these {settings.images} images were recorded as a whole: samples are not measured")
@@ -559,8 +559,10 @@ def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", sp
     images, count = whole[:], settings.likelihood_images
     train = evaluation.whole(splits.train.select(slice(10 * count)), vae.grid)
     scores = samples.by_passes(vae, images, settings.passes, train, count, settings.samples, seed)
-    others = evaluation.whole(splits.train.select(slice(settings.images)), vae.grid)
-    real = samples.precision_recall(others[:], images) if len(others) > 3 else None
+    # Balls shrink with their number, and the images that are measured are all within their own.
+    begin = settings.images if split == "train" else 0
+    others = evaluation.whole(splits.train.select(slice(begin, None)), vae.grid, most=len(images))
+    real = samples.precision_recall(others[:], images) if len(others) == len(images) else None
     return {"passes": {"images": len(images), "scores": scores, "real": real}}
 
 

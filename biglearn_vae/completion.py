@@ -5,6 +5,7 @@ A task is what is observed: a share of the patches, drawn for each image, or the
 N images, K draws.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def _nats(
     means = nats.nats.view(count, -1).mean(-1).tolist()
     errors = nats.error.view(count, -1).square().mean(-1).sqrt().tolist()
     return {
-        task: {"mean": mean, "error": error, "variance": variance, "images": len(x)}
+        task: {"mean": mean, "error": None if math.isnan(error) else error, "variance": variance, "images": len(x)}
         for task, mean, error in zip(tasks, means, errors, strict=True)
     }
 

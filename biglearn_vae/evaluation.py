@@ -46,7 +46,8 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     Returns:
         By name, means over the images: reconstruction, without the constant of N(mu, I); kl, as it is; elbo, which is
         reconstruction - beta kl; and elbo_nats, with the constant, which is a bound on the log-likelihood under
-        N(mu, I) for beta = 1 alone (`BigLearnVAE.log_prob` is one). Images of which nothing was recorded do not count.
+        N(mu, I) from beta = 1 on alone (`BigLearnVAE.log_prob` is one). Images of which nothing was recorded do not
+        count.
 
     Raises:
         ValueError: if the loss has another prior than the model.
@@ -331,12 +332,17 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
     return total / count
 
 
-def whole(images: ImageSet, grid: tuple[int, int]) -> ImageSet:
-    """Those of which every patch was recorded."""
+def whole(images: ImageSet, grid: tuple[int, int], most: int | None = None) -> ImageSet:
+    """Those of which every patch was recorded, all or the first ones, beyond which nothing is read."""
     if not len(images):
         return images
-    recorded = [masks.recorded_patches(part, grid).all(-1) for part in parts(images, images.device)]
-    return images.select(torch.cat(recorded))
+    recorded, count = [], 0
+    for part in parts(images, images.device):
+        recorded.append(masks.recorded_patches(part, grid).all(-1))
+        count += int(recorded[-1].sum())
+        if most is not None and count >= most:
+            break
+    return images.select(torch.cat(recorded).nonzero()[:most, 0])
 
 
 def likelihood(

@@ -232,7 +232,11 @@ class _Chains:
                 f"expected a start for each of the {leading[1]} images, or for each of {draws} chains of them, "
                 f"or one for all, got {tuple(start.shape)}"
             ) from None
-        tokens = self.vae.observe(rows).tokens.view(*leading, *self.known.shape[1:])
+        if item == 2 and rows.shape[1:] == self.known.shape[1:]:  # of one image they may look like an image
+            tokens = rows.to(self.known)
+        else:
+            tokens = self.vae.observe(rows).tokens
+        tokens = tokens.view(*leading, *self.known.shape[1:])
         return torch.where(self.mask.unsqueeze(-1), self.known, tokens)
 
     def _nothing(self, rows: Tensor) -> Tensor:

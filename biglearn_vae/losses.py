@@ -307,12 +307,15 @@ class PatchError:
     error: Tensor
 
     def scalars(self) -> dict[str, Tensor]:
-        """The loss, and the error as PSNR in dB for a peak of 1."""
+        """The loss, and the error as PSNR in dB for a peak of 1; a mean over several batches is one of decibels."""
         return {"loss": self.loss, "psnr": -10 / math.log(10) * self.error.log()}
 
 
 class PatchAELoss:
     """Mean squared error of the reconstructions of a random share of the patches of each image (stage 1, Appendix B).
+
+    It is the mean over all patches of a batch that were chosen and recorded. So where images have fewer than that share
+    of their patches, a batch that is taken in parts, by several processes or one, has another loss: the mean of theirs.
 
     Args:
         share: of the patches of an image, in (0, 1], rounded up.

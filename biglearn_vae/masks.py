@@ -174,7 +174,8 @@ def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> 
 
 
 def centre(grid: tuple[int, int]) -> Tensor:
-    """Mask (L,) in which the middle of the image, half of its height and width, is hidden."""
+    """Mask (L,) in which the middle of the image, half of its height and width, is hidden: rounded up, and towards
+    the top left where there is no middle."""
     rows, columns = checks.check_grid(grid)
     return box(grid, rows // 4, columns // 4, -(-rows // 2), -(-columns // 2))
 

@@ -25,7 +25,7 @@ class Optim:
         eps: AdamW's.
         weight_decay: on matrices only; biases, LayerNorms and single learned vectors are not decayed.
         warmup_steps: steps of linear warm-up.
-        schedule: "constant", or "cosine" to 0 at the last step.
+        schedule: "constant", or "cosine" to 0 after the last step.
         clip_norm: largest gradient norm; None does not clip.
         ema_decay: decay of the exponential moving average of the weights that is evaluated and kept as the result;
             0 evaluates the weights themselves.

@@ -43,6 +43,7 @@ ROUNDING = 1e-4  # by which numbers of a code may differ if it depends on which 
 BATCH_SIZE = 128  # of the ceiling's training
 
 
+@torch.no_grad()
 def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int = 0) -> Tensor:
     """The means of p(z | x_S), (N, Z) on the CPU, each image under a random mask of its own.
 
@@ -52,7 +53,11 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
         ratio: share of the patches in S, in [0, 1].
         seed: of the masks.
     """
-    return torch.cat([vae.encode(_tokens(vae, x), S).mean.cpu() for x, S in _observed(vae, images, ratio, seed)])
+    found = []
+    for x, S in _observed(vae, images, ratio, seed):
+        tokens = _tokens(vae, x).to(vae.dtype).masked_fill(~S.unsqueeze(-1), 0)
+        found.append(vae._encode(tokens, S).mean.cpu())  # to `encode` the tokens of one image may look like an image
+    return torch.cat(found)
 
 
 def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int = 0) -> Tensor:

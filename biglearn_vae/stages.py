@@ -316,8 +316,8 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
     if agreement:
         lines += [
             f"consistency, variance {agreement['variance']:.4g}: log p(a) + log p(b | a) and log p(b) + log p(a | b)",
-            f"  differ by {agreement['order_gap']:.2f} nats, {agreement['order_noise']:.2f} of it by the noise of "
-            "estimation;",
+            f"  differ by {agreement['order_gap']:.2f} nats, two estimates of the first by "
+            f"{agreement['order_noise']:.2f};",
             f"  p(z | x_S) is at least {agreement['posterior_gap']:.2f} nats from the posterior of Bayes' rule "
             f"({agreement['effective_samples']:.0%} effective samples)",
         ]

@@ -218,6 +218,16 @@ def test_a_start_takes_the_place_of_what_is_hidden(vae):
         torch.testing.assert_close(next(gibbs.chain(vae, x, S, 2, start=same, seed=4)).z, state.z, rtol=0, atol=0)
 
 
+def test_a_start_of_tokens_is_not_taken_for_an_image():
+    torch.manual_seed(0)
+    net = TwoStackViT(grid=(2, 2), token_dim=4, dim=8, depth=(1, 1), z_dim=3, heads=2)
+    vae = BigLearnVAE(net, Patchify(4, 2, 1), prior="standard", variance=0.1)  # an image is (1, 4, 4), as its tokens
+    x, start, S = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4), torch.tensor([True, False, False, True])
+    tokens = vae.tokenizer.encode(start)[0]
+    states = [next(gibbs.chain(vae, x, S, 1, start=same, seed=4)).z for same in (start, tokens)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def test_form_of_the_data_and_size_of_the_parts_do_not_matter(vae):
     x, S = pictures(vae), observed(vae)
 

@@ -128,6 +128,19 @@ def test_what_was_never_recorded_is_not_observed(vae):
     assert torch.equal(probe.pixels(vae, holes, 0.7, seed=3), x.masked_fill(~seen, 0).flatten(1))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_tokens_of_one_image_are_not_taken_for_an_image(count, monkeypatch):
+    monkeypatch.setattr(probe, "CPU_CHUNK", 2)  # the last part has one
+    torch.manual_seed(0)
+    net = UniversalViT(grid=(2, 2), token_dim=4, dim=8, depth=1, z_dim=3, heads=2)
+    vae = BigLearnVAE(net, Patchify(4, 2, 1))  # an image is (1, 4, 4), and so are its tokens
+    x = torch.rand(count, 1, 4, 4)
+    S = masks.random(count, 4, 0.5, seed=3)
+    expected = torch.stack([vae.encode(image, seen).mean for image, seen in zip(x, S, strict=True)])
+    for given in (x, vae.tokenizer.encode(x)):
+        assert_close(probe.features(vae, given, 0.5, seed=3), expected)
+
+
 def test_features_of_tokens_are_those_of_their_images(vae, monkeypatch):
     monkeypatch.setattr(probe, "CPU_CHUNK", 3)
     recorded = masks.random(N, vae.num_tokens, 0.5, seed=9)

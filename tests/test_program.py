@@ -562,6 +562,12 @@ def test_evaluating_samples_in_passes(here, monkeypatch, capsys):
             assert ("joint_nats" in scores) == ("variance" in scores) == (count > 0)
     assert found["images"] == 9
     assert found["real"] == samples.precision_recall(blv.images("digits", split="train")[:9], images)
+    # Others than those that are measured, and as many: balls shrink with their number.
+    assert run_here(monkeypatch, *words, "split=train", "likelihood_images=0", script="evaluate") == 0
+    found = json.loads((here / "outputs/run/evaluation.json").read_text())["passes"]
+    train = blv.images("digits", split="train")
+    assert found["real"] == samples.precision_recall(train[9:18], train[:9])
+    capsys.readouterr()
     assert run_here(monkeypatch, *words, "images=3", script="evaluate") == 0
     assert "fewer than 4 of these 3 images were recorded as a whole" in capsys.readouterr().out
     assert "passes" not in json.loads((here / "outputs/run/evaluation.json").read_text())

@@ -121,6 +121,38 @@ def test_an_epoch_is_compared_with_those_of_the_same_commit():
     assert "(v)" not in results_page.page({"p": runs[1:]}, {}).split("### What the paper claims")[1]
 
 
+def test_an_epoch_is_compared_at_the_commit_of_most_runs():
+    runs = [run_numbers(seed=seed) for seed in range(3)] + [run_numbers("vae", seed) for seed in range(3)]
+    for run, seconds, commit in zip(runs, (9.0, 90.0, 80.0, 45.0, 20.0, 30.0), "abbabb", strict=True):
+        run["train"]["seconds"], run["environment"] = seconds, run["environment"] | {"commit": commit}
+    assert "on cpu, digits tiny: 4.00 times as long" in results_page.page({"p": runs}, {})
+
+
+def test_balanced_accuracy_of_attributes_says_nothing_of_the_claim_about_classes():
+    run = run_numbers()
+    run["probe"]["metric"] = "balanced accuracy"
+    text = results_page.page({"p": [run]}, {})
+    assert "Balanced accuracy in % of a linear classifier" in text and "(iv) 60 %" not in text
+    assert "| [p](#presetp) | digits | tiny | 4.5 |  |  |  |  |" in text
+
+
+def test_what_no_model_says_is_measured_once():
+    runs = [run_numbers(seed=seed) for seed in (0, 1)]
+    for run in runs:
+        run["probe"] |= {"pixels": {"1.0": {"mean": 0.5}, "0.1": {"mean": 0.25}}, "ceiling": run["probe"]["codes"]}
+    text = results_page.page({"p": runs}, {})
+    assert "| digits | tiny | raw pixels | 50.0 | 25.0 |" in text
+    assert "| digits | tiny | trained with labels | 90.0 ± 0.0 | 65.0 ± 0.0 |" in text
+
+
+def test_an_estimate_of_one_sample_has_no_error():
+    runs = [run_numbers(seed=seed) for seed in (0, 1)]
+    for run in runs[:1]:
+        run["complete"]["tasks"]["0.5"]["nats"] = {"mean": 20.0, "error": None}
+    assert "| digits | tiny | biglearn_u | 20.0 ± 0.0 | 0.5 |" in results_page.page({"p": runs}, {})
+    assert "| digits | tiny | biglearn_u | 20.0 |  |" in results_page.page({"p": runs[:1]}, {})
+
+
 def test_seconds_are_compared_on_one_device_and_say_on_which():
     runs = [run_numbers(method, seed) for method in ("biglearn_u", "vae") for seed in (0, 1)]
     scores = {"psnr_draw": 10.0, "psnr_mean": 13.0, "diversity": 0.1, "seconds": 0.5}
