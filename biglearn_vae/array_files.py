@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PART_WORDS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
+PART_WORDS = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
 WHOLE = ("images", "x")  # of all images, where they are not in parts
 UNNAMED = "arr_0"  # what NumPy calls the first array that is given no name
 LABELS = ("labels", "y")
 MAGIC = (b"PK", b"\x93NUMPY")  # with which .npz and .npy files begin
+DARK = 32  # of 255: bytes that are all below are numbers of another range, such as 0 to 16
 TOLERANCE = 1e-3  # beyond [0, 1], for floats that were computed
 
 
@@ -42,7 +43,7 @@ class Content:
     Attributes:
         parts: "train", "test" and perhaps "valid", or "images" alone.
         label_names: of classes that are not numbered 0, 1, ..., and numbers of attributes; else none.
-        note: which of its arrays were not taken, empty if all were.
+        note: which of its arrays were not taken, and what may be meant otherwise; empty if there is nothing.
     """
 
     parts: dict[str, Arrays]
@@ -84,7 +85,21 @@ def read(path: Path) -> Content:
             )
     parts = {part: Arrays(found, labels.get(names[part][1]), recorded) for part, (found, recorded) in pixels.items()}
     others = [name for name in content if name not in taken]
-    return Content(parts, label_names, f"of {path} were not taken: {', '.join(others)}" if others else "")
+    notes = [f"of {path} were not taken: {', '.join(others)}"] if others else []
+    return Content(parts, label_names, "; ".join([*notes, *_doubts(parts, path)]))
+
+
+def _doubts(parts: dict[str, Arrays], path: Path) -> Iterator[str]:
+    """What may be meant otherwise than it is taken."""
+    largest = max(int(part.pixels.max()) for part in parts.values())
+    if largest < DARK:
+        yield f"{path} has no pixel above {largest} of 255, so that all is nearly black: is that meant?"
+    labels = [part.labels for part in parts.values() if part.labels is not None and part.labels.ndim > 1]
+    if labels and all((of >= 0).all() and (of.sum(1) == 1).all() for of in labels):
+        yield (
+            f"{path}: its labels are taken as attributes, of which each image has exactly one: if they are classes, "
+            "labels.argmax(1) makes them such"
+        )
 
 
 def _opened(path: Path) -> Mapping[str, np.ndarray]:
@@ -173,9 +188,11 @@ def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | Non
         raise ValueError(f"{what} holds nothing but NaN: no pixel was recorded")
     low, high = array.min(where=known, initial=np.inf), array.max(where=known, initial=-np.inf)
     if low < -TOLERANCE or high > 1 + TOLERANCE:
+        signed = low >= -1 - TOLERANCE and high <= 1 + TOLERANCE
+        how = "(x + 1) / 2 makes them" if signed else "Divide them by the largest value that there may be, such as 255"
         raise ValueError(
             f"{what} has values from {low:g} to {high:g}: expected floats in [0, 1], of which NaN was never recorded. "
-            "Divide them by the largest value that there may be, such as 255"
+            f"{how}"
         )
     recorded = known.all(1)
     # A part at a time: the numbers are several times as large as the bytes.
@@ -204,7 +221,7 @@ def _labels(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Ten
 
 def _classes(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Classes (N,), numbered over all arrays, and their names, unless these are their numbers."""
-    texts = {name: np.char.decode(a, errors="replace") if a.dtype.kind == "S" else a for name, a in arrays.items()}
+    texts = {name: np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a for name, a in arrays.items()}
     values, numbers = np.unique(np.concatenate(list(texts.values())), return_inverse=True)
     if values.dtype.kind == "i" and len(values) and values[0] < 0:
         raise ValueError(
@@ -225,5 +242,11 @@ def _attributes(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str,
                 f"{path}: {name} {array.shape} would be attributes, which are 1, 0, or -1 where it is not known, got "
                 f"{found}; classes are (N,)"
             )
+    values = np.unique(np.concatenate([array.ravel() for array in arrays.values()]))
+    if not values.size or list(values) == [-1, 1]:
+        raise ValueError(
+            f"{path}: {', '.join(arrays)} would be attributes, which are 1, 0, or -1 where it is not known, and are "
+            + ("of no image or none at all" if not values.size else "1 or not known here: write 0 for no")
+        )
     several = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
     return several, tuple(map(str, range(next(iter(several.values())).shape[1])))

@@ -573,7 +573,7 @@ class BigLearnVAE:
         if bad.any():
             raise ValueError(
                 f"expected finite values where S says observed, got NaN or infinity in {int(bad.sum())} "
-                "observed patches: leave them out of S, such as by S = ~x.isnan().any(-3), pixels (B, H, W)"
+                "observed patches: leave them out of S, such as by S = x.isfinite().all(-3), pixels (B, H, W)"
             )
         if images is not None:
             checks.check_pixels(images.masked_fill(~self.pixel_mask(mask), torch.nan), " where S says observed")

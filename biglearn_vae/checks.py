@@ -33,7 +33,7 @@ def whole_numbers(values: Any, least: int) -> list[int]:
 
 def height_and_width(name: str, size: Any) -> tuple[int, int]:
     """Height and width of one whole number for both, or of two; a ValueError if it is neither."""
-    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
     if len(sides) != 2:
         raise ValueError(f"{name} must be one whole number or two, height and width, got {size!r}")
     height, width = (whole_number(name, side) for side in sides)

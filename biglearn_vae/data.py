@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,10 +99,25 @@ class ImageSet:
         Positions may repeat. Still bytes, so `images.select(index).to(device)[:]` makes floats on the device.
         """
         if not isinstance(index, slice):
-            index = torch.as_tensor(index)
-            index = index.nonzero().flatten() if index.dtype == torch.bool else index
+            index = self._positions(torch.as_tensor(index))
         parts = (self.pixels, self.labels, self.recorded)
         return ImageSet(*(None if part is None else _rows(part, index) for part in parts))
+
+    def _positions(self, index: Tensor) -> Tensor:
+        """Positions as numbers from 0 on, of such or of a mask."""
+        if index.dtype == torch.bool and tuple(index.shape) == (len(self),):
+            return index.nonzero().flatten()
+        if index.ndim == 1 and not len(index):
+            return index.long()
+        whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+        known = index.device.type == "cpu"  # a GPU would be waited for, at each step of a training
+        index = index.long() if whole else index
+        if not whole or index.ndim != 1 or (known and not -len(self) <= index.min() <= index.max() < len(self)):
+            raise ValueError(
+                f"expected positions among {len(self)} images, (B,), or a boolean mask ({len(self)},) of them, got "
+                f"{checks.described(index)}"
+            )
+        return index % len(self) if known else index
 
     def resident(self, device: torch.device) -> "ImageSet":
         """The same set on the device, or where it is if it would take more than half of a GPU's free memory."""
@@ -296,13 +312,33 @@ def load(
         image_size = height if height == width else (height, width)
     _check_options(name, options)
     sizes = {k: v for k, v in dict(image_size=image_size, channels=channels).items() if v is not None}
-    return SOURCES[name](Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser(), **sizes, **options)
+    place = Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser()
+    splits = SOURCES[name](place, **sizes, **options)
+    _check_classes(splits)
+    return splits
+
+
+def _check_classes(splits: Splits) -> None:
+    """Warn of classes that are to be told by their training images and have none."""
+    train, test = (part.labels for part in (splits.train, splits.test))
+    if train is None or test is None or train.ndim > 1:
+        return
+    unseen = ~torch.isin(test, train)
+    if unseen.any():
+        numbers = test[unseen].unique().tolist()
+        named = ", ".join(splits.label_names[n] if splits.label_names else str(n) for n in numbers[:5])
+        checks.warn(
+            f"{int(unseen.sum()):,} of {len(test):,} test images are of classes without a training image, such as "
+            f"{named}: are classes called alike in both parts?"
+        )
 
 
 def _check_options(name: str, options: dict[str, int | str | None]) -> None:
     taken = inspect.signature(SOURCES[name]).parameters.keys() & {"crop", "cache"}
     for option in options.keys() - taken:
         raise ValueError(f"data set {name} takes no {option}: leave data.{option} out")
+    if options.get("cache") == "":
+        raise ValueError("data.cache is empty: give a folder, or data.cache=null to keep nothing")
     if options.get("crop") is not None:
         checks.whole_number("crop", options["crop"], 1)
 
@@ -420,6 +456,8 @@ def _torchvision(name: str, root: Path, image_size: Size, channels: int, num_val
             f"({image_files.first_line(error)}). Put its files there ({files}), or point data.root at the folder that "
             f"holds {name}/raw."
         ) from None
+    _check_fit(name, root, train, num_valid)
+    _check_fit(name, root, test, 0)
     order = shuffled(len(train.data), derive_seed("split", SPLIT_SEED))
 
     def part(pixels: Tensor, labels: Tensor) -> ImageSet:
@@ -431,6 +469,17 @@ def _torchvision(name: str, root: Path, image_size: Size, channels: int, num_val
         test=part(test.data, test.targets),
         label_names=tuple(train.classes) if name == "FashionMNIST" else (),  # MNIST's are their numbers
     )
+
+
+def _check_fit(name: str, root: Path, part: Any, least: int) -> None:
+    """Raise a ValueError unless a part of MNIST has labels for its images, and more of these than that."""
+    images, labels = len(part.data), len(part.targets)
+    if images != labels or images <= least:
+        kind = "training" if part.train else "test"
+        raise ValueError(
+            f"{root}/{name}/raw holds {images:,} {kind} images and {labels:,} labels of them: expected as many of "
+            f"both, and more than {least:,}. Put the official files there."
+        )
 
 
 def celeba(
@@ -458,7 +507,9 @@ def celeba(
         if not counts[part]:
             raise ValueError(_celeba_lacks(part, partition, files, decoded.note))
     labels, names = _celeba_attributes(folder / "list_attr_celeba.txt", decoded.names)
-    note = "; ".join(filter(None, (_celeba_note(partition, sizes), decoded.note)))
+    unlisted = 0 if labels is None else int((labels == -1).all(1).sum())
+    of_labels = f"{unlisted:,} images have no attributes" if unlisted else ""
+    note = "; ".join(filter(None, (_celeba_note(partition, sizes), of_labels, decoded.note)))
     return Splits(**_cut(decoded.pixels, labels, counts), note=note, label_names=names)
 
 
@@ -527,6 +578,8 @@ def _celeba_attributes(path: Path, names: list[str]) -> tuple[Tensor | None, tup
                 f"got {line[:80]!r}"
             )
         rows[name] = bytes(map(values.__getitem__, row))
+    if int(count) != len(rows):
+        checks.warn(f"{path} says that it has {int(count):,} images and has {len(rows):,}: it may have been cut short")
     unknown = b"\xff" * len(attributes)  # -1
     known = bytearray(b"".join(rows.get(name, unknown) for name in names))
     return torch.frombuffer(known, dtype=torch.int8).view(len(names), -1).long(), attributes
@@ -534,7 +587,7 @@ def _celeba_attributes(path: Path, names: list[str]) -> tuple[Tensor | None, tup
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not empty, with their numbers."""
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
         if line.strip():
             yield number, line.strip()
 
@@ -564,9 +617,11 @@ def image_folder(
     The square of `crop` pixels in the middle, or all, is cut to the proportions of `image_size` and resized.
     Transparency is laid on white. If every image lies in a subfolder, the first-level subfolders, in the order of their
     names, are the classes. The split depends on the sorted relative paths alone. If the first-level subfolders are
-    `train`, `test` and perhaps `valid` (or `val`), they are the split, a tenth of `train` being validation images if
+    `train` and `test` or `valid` (or `val`), they are the split, a tenth of `train` being validation or test images if
     there are none, and those in them the classes; images beside them are not taken. These and files that cannot be read
-    are named in a warning, skipped and counted; hidden files and folders (.NAME) are left alone.
+    are named in a warning, skipped and counted; hidden files and folders (.NAME) are left alone, links are followed.
+    Grey images of 32 bits or floats say nothing of their range: each counts as of 0..255, 16 bits or [0, 1] by its
+    largest number.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
@@ -588,9 +643,11 @@ def image_folder(
         raise ValueError(f"{root} holds {count} readable image files, at least 3 are needed. {decoded.note}".rstrip())
     test = valid = max(1, count // 10)
     if own:
-        found = Counter(own[name] for name in decoded.names)
-        test, valid = found["test"], found["valid"] if "valid" in own.values() else max(1, found["train"] // 10)
+        found, given = Counter(own[name] for name in decoded.names), set(own.values())
+        test, valid = (found[part] if part in given else max(1, found["train"] // 10) for part in ("test", "valid"))
     counts = {"test": test, "valid": valid, "train": count - test - valid}
+    if own and "test" not in given:  # what is cut from the training images comes behind what is there
+        counts = {name: counts[name] for name in ("valid", "test", "train")}
     if min(counts.values()) < 1:
         raise ValueError(f"{root} holds {counts} readable images by part: at least one of each is needed")
     labels, classes = _classes([name.partition("/")[2] if own else name for name in decoded.names])
@@ -606,9 +663,12 @@ def _doubts(names: list[str], own: dict[str, str], root: Path) -> str:
     notes = []
     if apart := [name for name in names if own and name not in own]:
         notes += [f"{len(apart)} images of {root} are in none of its parts and not taken, such as {apart[0]}"]
-    if not own and {"train", "test"} <= (lower := {folder.lower() for folder in first}):
-        other = min(lower - set(_PART_OF))
-        notes += [f"train and test in {root} are taken as classes and not as a split, as there is {other} beside them"]
+    parts, others = ({folder for folder in first if (folder.lower() in _PART_OF) == named} for named in (True, False))
+    if not own and parts:
+        words = " and ".join(sorted(parts, key=lambda folder: list(_PART_OF).index(folder.lower())))
+        are = "are taken as classes and not as a split" if len(parts) > 1 else "is a class and not a part of a split"
+        why = f"there is {min(others)} beside them" if others else "that takes train, and test or valid"
+        notes += [f"{words} in {root} {are}, as {why}"]
     if 0 < len(loose) < len(inside):
         notes += [
             f"{len(loose)} images of {root} are in no folder of a class, such as {loose[0]}: there are no classes"
@@ -675,7 +735,7 @@ def _own_parts(names: list[str]) -> dict[str, str]:
     """The part of each image in a folder, if the first-level ones are the parts of a split; nothing if they aren't."""
     own = {name: _PART_OF.get(name.partition("/")[0].lower(), "") for name in names if "/" in name}
     found = set(own.values())
-    return own if {"train", "test"} <= found and "" not in found else {}
+    return own if "train" in found and len(found) > 1 and "" not in found else {}
 
 
 def _classes(names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:

@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,21 +115,30 @@ class Decoded:
 def scan(root: Path, deep: bool = False) -> dict[str, int]:
     """The files in a folder, names and sizes in bytes in no order; with `deep` those in subfolders too.
 
-    Links to files count as files, links to folders are not followed, and subfolders that may not be read are skipped.
+    Links to files count as files and links to folders as folders, but for one to a folder that it lies in; subfolders
+    that may not be read are skipped.
     """
     sizes: dict[str, int] = {}
-    folders = [""]
+    folders = [("", (os.path.realpath(root),))]  # each with those that it lies in
     while folders:
-        prefix = folders.pop()
+        prefix, above = folders.pop()
         try:
             entries = list(os.scandir(root / prefix))
         except PermissionError:
             if not prefix:
                 raise
             continue
-        folders += [f"{prefix}{entry.name}/" for entry in entries if deep and entry.is_dir(follow_symlinks=False)]
+        inside = {entry.name: os.path.realpath(entry.path) for entry in entries if deep and _is_folder(entry)}
+        folders += [(f"{prefix}{name}/", (*above, path)) for name, path in inside.items() if path not in above]
         sizes |= {prefix + entry.name: size for entry in entries if (size := _file_size(entry)) is not None}
     return sizes
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _file_size(entry: os.DirEntry) -> int | None:
@@ -154,7 +163,7 @@ def read(files: Files, recipe: Recipe, cache: str | Path | None = None, kind: st
         cache: None decodes into memory. A folder keeps the images of these files and this recipe in a subfolder of
             its own, from which later calls map them without opening a file, read as they are asked for. An
             interrupted call is continued by the next; while one process writes there, others wait for it. Where
-            files came, went or changed their size, the images are made again, with a warning.
+            files came, went, changed their size or are newer than they were, the images are made again, with a warning.
         kind: of data, for the name of the subfolder.
 
     Raises:
@@ -233,7 +242,7 @@ def decode(path: Path, recipe: Recipe) -> Tensor | str:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):
-                image = _eight_bits(image)
+                image = _eight_bits(image, sixteen=file.format == "PPM")  # which Pillow scales so
             if "A" in image.mode or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("L" if recipe.channels == 1 else "RGB")
@@ -245,11 +254,11 @@ def decode(path: Path, recipe: Recipe) -> Tensor | str:
         return first_line(error)
 
 
-def _eight_bits(image: "Image.Image") -> "Image.Image":
+def _eight_bits(image: "Image.Image", sixteen: bool) -> "Image.Image":
     """A grey image of 16 or 32 bits or of floats, in 8 bits; convert() would clip it.
 
-    16 bits are 0..65535; 32 bits are, too, unless all are in 0..255; floats are in [0, 1], a little beyond is clipped,
-    or in 0..255 if one is above 2.
+    16 bits are 0..65535; 32 bits are, too, unless they are `sixteen` for sure or all are in 0..255; floats are in
+    [0, 1], a little beyond is clipped, or in 0..255 if one is above 2.
 
     Raises:
         ValueError: if they are none of these.
@@ -259,7 +268,7 @@ def _eight_bits(image: "Image.Image") -> "Image.Image":
     if not -1 <= smallest <= largest <= (256 if image.mode == "F" else 65535):  # NaN is in no range
         raise ValueError(f"numbers from {smallest:g} to {largest:g}, neither in [0, 1] nor of 8 or 16 bits")
     if image.mode.startswith("I"):
-        peak = 65535 if image.mode != "I" or largest > 255 else 255
+        peak = 65535 if sixteen or image.mode != "I" or largest > 255 else 255
     else:
         peak = 255 if largest > 2 else 1
     return image.convert("F").point(lambda value: value * (255 / peak) + 0.5).convert("L")
@@ -281,6 +290,7 @@ class _State:
         settings: the recipe, and of which folder.
         digest: of the files' names and sizes.
         files: how many they are.
+        newest: when the last of them was changed, in nanoseconds; 0 if that is not known, as of older caches.
         done: how many of them, from the first, are in the cache or broken.
         broken: why files that cannot be read cannot.
     """
@@ -288,12 +298,17 @@ class _State:
     settings: dict[str, Any]
     digest: str
     files: int
+    newest: int = 0
     done: int = 0
     broken: dict[str, str] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
         return self.done - len(self.broken)
+
+    def is_older(self, wanted: "_State") -> bool:
+        """Whether it is of other files, or of what these were before."""
+        return self.digest != wanted.digest or 0 < self.newest < wanted.newest
 
     @classmethod
     def load(cls, path: Path) -> "_State | None":
@@ -308,11 +323,20 @@ class _State:
             return None
         except (ValueError, TypeError):
             raise ValueError("it cannot be read") from None
-        kinds = {"settings": dict, "digest": str, "files": int, "done": int, "broken": dict}
+        kinds = {"settings": dict, "digest": str, "files": int, "newest": int, "done": int, "broken": dict}
         right = all(isinstance(getattr(state, name), kind) for name, kind in kinds.items())
         if not right or not len(state.broken) <= state.done <= state.files:
             raise ValueError("it holds something else")
         return state
+
+
+def _newest(files: Files) -> int:
+    """When the last of them was changed."""
+    changed = [0]
+    for name in files.sizes:
+        with suppress(OSError):  # of one that is gone, decoding tells
+            changed.append((files.root / name).stat().st_mtime_ns)
+    return max(changed)
 
 
 def _from_cache(files: Files, recipe: Recipe, cache: Path, kind: str) -> tuple[Tensor, dict[str, str], Path]:
@@ -325,12 +349,12 @@ def _from_cache(files: Files, recipe: Recipe, cache: Path, kind: str) -> tuple[T
     digest = hashlib.blake2b(os.fsencode(repr(settings)), digest_size=5).hexdigest()
     size = recipe.size if isinstance(recipe.size, int) else recipe.words.replace(" ", "")
     folder = cache / f"{kind}-{size}{crop}-{digest}"
-    wanted = _State(settings, files.digest(), len(files))
+    wanted = _State(settings, files.digest(), len(files), _newest(files))
     state = _index(folder, wanted, recipe)
-    if state is None or state.digest != wanted.digest:
+    if state is None or state.is_older(wanted):
         with _written(folder), locked(folder):
             state = _index(folder, wanted, recipe)  # another process may have made it
-            if state is None or state.digest != wanted.digest:
+            if state is None or state.is_older(wanted):
                 state = _build(folder, files, recipe, wanted, state)
     return _mapped(folder / PIXELS, state.images, recipe), state.broken, folder
 
@@ -387,7 +411,8 @@ def _build(folder: Path, files: Files, recipe: Recipe, wanted: _State, outdated:
     """Fill a cache, from where an interrupted process left it; returns what index.json then says."""
     if outdated is not None:
         counts = f"{outdated.files:,} files then, {wanted.files:,} now"
-        what = counts if outdated.files != wanted.files else "other names, sizes or order"
+        other = "other names, sizes or order" if outdated.digest != wanted.digest else "files were changed since"
+        what = counts if outdated.files != wanted.files else other
         warnings.warn(f"{folder} was made of other images ({what}) and is made again", stacklevel=2)
     state = _progress(folder, wanted, recipe)
     missing = (len(files) - state.done) * recipe.bytes
@@ -418,7 +443,7 @@ def _progress(folder: Path, wanted: _State, recipe: Recipe) -> _State:
         state = None
     if (
         state is not None
-        and (state.settings, state.digest, state.files) == (wanted.settings, wanted.digest, wanted.files)
+        and replace(state, done=0, broken={}) == wanted
         and (folder / PIXELS).is_file()
         and (folder / PIXELS).stat().st_size >= state.images * recipe.bytes
     ):

@@ -95,6 +95,20 @@ def test_floats_are_rounded_to_bytes(tmp_path, kind):
     assert load(tmp_path, images=GREY > 100).train.pixels.unique().tolist() == [0, 255]
 
 
+def test_what_may_be_meant_otherwise_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="has no pixel above 15 of 255, so that all is nearly black"):
+        assert "nearly black" in load(tmp_path, images=GREY // 16).note
+    with pytest.warns(UserWarning, match=r"exactly one: if they are classes, labels.argmax\(1\) makes them such"):
+        splits = load(tmp_path, images=GREY, labels=np.eye(4, dtype=int)[CLASSES])
+    assert splits.train.labels.shape == (32, 4)
+    assert load(tmp_path, images=GREY, labels=np.eye(4, dtype=int)[CLASSES] | (CLASSES == 2)[:, None]).note == ""
+
+
+def test_names_of_classes_in_bytes_may_be_anything(tmp_path):
+    splits = load(tmp_path, images=GREY, labels=np.array([b"caf\xe9", b"bar"] * 20))
+    assert splits.label_names == ("bar", "caf\N{REPLACEMENT CHARACTER}")
+
+
 def test_nan_was_never_recorded(tmp_path):
     images = COLOUR / 255
     lost = RANDOM.random((40, 8, 8)) < 0.2
@@ -145,7 +159,7 @@ def test_labels_with_names_and_attributes(tmp_path):
         (dict(images=GREY[:2]), "holds 2 images to train with, at least 3 are needed"),
         (dict(images=GREY.astype(np.int32)), r"images is of int32: expected bytes.*images.astype\(np.uint8\)"),
         (dict(images=GREY.astype(np.float32)), r"values from 0 to 255: .*Divide them by the largest value"),
-        (dict(images=GREY / 127.5 - 1), r"values from -1 to 1: expected floats in \[0, 1\]"),
+        (dict(images=GREY / 127.5 - 1), r"values from -1 to 1: expected floats in \[0, 1\].*\(x \+ 1\) / 2 makes them"),
         (dict(images=np.where(GREY > 9, np.inf, 0)), "values from 0 to inf"),
         (dict(images=np.full((4, 8, 8), np.nan)), "holds nothing but NaN"),
         (dict(images=GREY, labels=CLASSES[:7]), "labels holds 7 labels, images 40 images"),
@@ -155,6 +169,8 @@ def test_labels_with_names_and_attributes(tmp_path):
         (dict(images=GREY, labels=CLASSES - 1), "classes are numbered from 0 on, got -1 in labels: give a class"),
         (dict(images=GREY, labels=CLASSES[:, None] - 1), "classes are numbered from 0 on, got -1"),
         (dict(images=GREY, labels=np.stack([CLASSES] * 2, 1)), r"labels \(40, 2\) would be attributes.*got 0, 1, 2, 3"),
+        (dict(images=GREY, labels=np.stack([2 * (CLASSES > 1) - 1] * 2, 1)), "are 1 or not known here: write 0 for no"),
+        (dict(images=GREY, labels=np.zeros((40, 0), int)), "would be attributes.*of no image or none at all"),
         (dict(images=GREY, labels=np.array([["a", "b"]] * 40)), r"would be attributes.*got a, b; classes are \(N,\)"),
         (
             dict(train_images=GREY, test_images=OTHER, train_labels=CLASSES, test_labels=np.array(["a"] * 12)),

@@ -198,6 +198,15 @@ def test_attributes_become_labels(root):
     assert chosen.labels.tolist() == [list(rows[n]) for n in (8, 1, 8)]
 
 
+def test_attributes_that_were_cut_short_are_warned_of(root):
+    path = write_attributes(root, {n: (1, 0, 1) for n in (*TRAIN, *VALID, *TEST)})
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("\N{ZERO WIDTH NO-BREAK SPACE}" + "".join(lines[:12]), encoding="utf-8")  # as some editors begin
+    with pytest.warns(UserWarning, match=r"says that it has 19 images and has 10: it may have been cut short"):
+        splits = load(root)
+    assert splits.note.endswith("9 images have no attributes") and (splits.test.labels == -1).all()
+
+
 @pytest.mark.parametrize(
     ("lines", "number", "words"),
     [

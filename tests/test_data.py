@@ -678,6 +678,35 @@ def test_a_split_of_which_a_part_cannot_be_read_is_refused(tmp_path):
         data.load("image_folder", str(tmp_path), image_size=4)
 
 
+def test_test_images_are_cut_from_those_to_train_with_if_there_are_validation_images_alone(tmp_path):
+    for folder, count, first in (("train/dog", 20, 0), ("train/cat", 10, 50), ("val/dog", 3, 100), ("val/cat", 2, 150)):
+        write_greys(tmp_path / folder, count, first)
+    splits = data.load("image_folder", str(tmp_path), image_size=4, channels=1)
+    assert set(levels(splits.valid)) == {100, 101, 102, 150, 151} and splits.label_names == ("cat", "dog")
+    assert len(splits.test) == 3 and {*levels(splits.test), *levels(splits.train)} == {*range(20), *range(50, 60)}
+    for part in parts(splits):
+        assert part.labels.tolist() == [int(level % 100 < 50) for level in levels(part)]
+
+
+def test_what_is_called_like_a_part_and_is_none_is_warned_of(tmp_path):
+    write_greys(tmp_path / "one/Training", 10)
+    with pytest.warns(
+        UserWarning, match=r"Training in .*one is a class and not a part of a split, as that takes train"
+    ):
+        assert data.load("image_folder", str(tmp_path / "one"), image_size=4).label_names == ("Training",)
+    write_greys(tmp_path / "two/test", 10)
+    write_greys(tmp_path / "two/val", 10)
+    with pytest.warns(UserWarning, match=r"val and test in .*two are taken as classes and not as a split"):
+        assert data.load("image_folder", str(tmp_path / "two"), image_size=4).label_names == ("test", "val")
+
+
+def test_classes_that_have_no_training_image_are_warned_of(tmp_path):
+    for folder in ("train/cat", "train/dog", "test/Cat", "test/dog"):
+        write_greys(tmp_path / folder, 10)
+    with pytest.warns(UserWarning, match="10 of 20 test images are of classes without a training image, such as Cat:"):
+        data.load("image_folder", str(tmp_path), image_size=4)
+
+
 def test_other_subfolders_beside_those_of_a_split_are_classes(tmp_path):
     for folder in ("train", "test", "bus"):
         write_greys(tmp_path / folder, 10)
@@ -746,6 +775,25 @@ def test_an_image_set_is_of_bytes_and_all_of_it_of_the_same_images():
             ImageSet(*parts)
 
 
+def test_images_are_selected_by_position_and_by_mask():
+    images = ImageSet(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(-1, 3, 8, 8), torch.arange(10))
+    even = torch.arange(10) % 2 == 0
+    for index, expected in (
+        (even, [0, 2, 4, 6, 8]),
+        ([3, 3, 0], [3, 3, 0]),
+        ([-1, 9], [9, 9]),
+        ([], []),
+        (np.array([2, 1]), [2, 1]),
+        (torch.tensor([4], dtype=torch.uint8), [4]),
+        (slice(8, None), [8, 9]),
+    ):
+        selected = images.select(index)
+        assert selected.labels.tolist() == expected == selected.pixels[:, 0, 0, 0].tolist()
+    for index in (even[:4], torch.cat([even, even]), [10], [-11], [1.0], [[1]], 3):
+        with pytest.raises(ValueError, match=r"expected positions among 10 images, \(B,\), or a boolean mask \(10,\)"):
+            images.select(index)
+
+
 def test_root_comes_from_the_environment(tmp_path, monkeypatch):
     write_greys(tmp_path, 5)
     monkeypatch.setenv("BIGLEARN_DATA", str(tmp_path))
@@ -767,9 +815,13 @@ def test_errors_name_what_was_expected_and_what_came(tmp_path):
         ),
         (dict(name="digits", channels=2), "1 or 3, got 2"),
         (dict(name="digits", image_size=0), "at least 1, got 0"),
-        (dict(name="digits", image_size="8"), "image_size must be one whole number or two, height and width, got '8'"),
+        (dict(name="digits", image_size="8"), "image_size must be a whole number, got '8'"),
         (dict(name="image_folder", root=str(tmp_path), channels=2), "1 or 3, got 2"),
         (dict(name="image_folder", root=str(tmp_path), image_size=0), "at least 1, got 0"),
+        (
+            dict(name="image_folder", root=str(tmp_path), cache=""),
+            "data.cache is empty: give a folder, or data.cache=null",
+        ),
         (dict(name="image_folder", root=str(tmp_path / "absent")), re.escape(str(tmp_path / "absent"))),
         (dict(name="image_folder", root=str(tmp_path)), re.escape(str(tmp_path)) + " holds 0 readable"),
     ):
@@ -813,6 +865,25 @@ def test_mnist_with_damaged_files(tmp_path, no_network, content):
     for file in IDX_FILES:
         (raw / file).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(raw))):
+        data.load("mnist", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((6000, 6000, 20, 30), "raw holds 20 test images and 30 labels of them: expected as many of both"),
+        ((6000, 5999, 20, 20), "raw holds 6,000 training images and 5,999 labels"),
+        ((5000, 5000, 20, 20), "raw holds 5,000 training images and 5,000 labels of them: .* more than 5,000"),
+    ],
+)
+def test_mnist_whose_files_do_not_fit(tmp_path, no_network, counts, message):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file, count in zip(IDX_FILES, counts, strict=True):
+        shape = (count, 28, 28) if "images" in file else (count,)
+        head = b"\0\0\x08" + bytes([len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+        (raw / file).write_bytes(head + bytes(math.prod(shape)))
+    with pytest.raises(ValueError, match=message):
         data.load("mnist", str(tmp_path))
 
 

@@ -57,8 +57,10 @@ def bytes_of(folder: Path) -> bytes:
 
 
 def garble(path: Path) -> None:
-    """Other content of the same size."""
-    path.write_bytes(bytes(path.stat().st_size))
+    """Other content of the same size and time."""
+    before = path.stat()
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.fixture
@@ -105,11 +107,14 @@ def test_files_are_found_with_their_sizes(tmp_path):
     (tmp_path / "link.png").symlink_to(tmp_path / "a" / "b" / "z.JPG")
     (tmp_path / "nothing.png").symlink_to(tmp_path / "absent")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    (tmp_path / "folder.png").symlink_to(tmp_path / "a")
+    (tmp_path / "folder.png").symlink_to(tmp_path / "a" / "b")
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")  # and so on without end
     top = {"x.png": 3, "link.png": 7}
     assert image_files.scan(tmp_path) == top
-    assert image_files.scan(tmp_path, deep=True) == top | {"a/y.txt": 5, "a/b/z.JPG": 7}
-    assert [name for name in image_files.scan(tmp_path, True) if not image_files.is_image(name)] == ["a/y.txt"]
+    found = {"a/y.txt": 5, "a/b/z.JPG": 7, "folder.png/z.JPG": 7, "folder.png/up/y.txt": 5}
+    assert image_files.scan(tmp_path, deep=True) == top | found
+    texts = {name for name in image_files.scan(tmp_path, True) if not image_files.is_image(name)}
+    assert texts == {"a/y.txt", "folder.png/up/y.txt"}
 
 
 # --- the cache holds what decoding into memory gives ---
@@ -213,6 +218,35 @@ def test_changed_files_are_decoded_again(files, cache):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image_files.read(changes[-1], RECIPE, cache)
+
+
+def test_files_of_the_same_size_that_were_written_anew_are_decoded_again(tmp_path, cache):
+    names = [f"{k}.bmp" for k in range(4)]
+    for name in names:
+        Image.new("RGB", (4, 4), "red").save(tmp_path / name)
+    files = listed(tmp_path)
+    image_files.read(files, RECIPE, cache)
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / names[2])
+    assert listed(tmp_path).digest() == files.digest()
+    with pytest.warns(UserWarning, match=r"was made of other images \(files were changed since\) and is made again"):
+        pixels = image_files.read(files, RECIPE, cache).pixels
+    assert torch.equal(pixels, in_memory(files))
+    # A cache that does not say when its files were changed is of an earlier version.
+    index = the_cache(cache) / image_files.INDEX
+    content = json.loads(index.read_text())
+    assert content.pop("newest") == max((tmp_path / name).stat().st_mtime_ns for name in names)
+    index.write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image_files.read(files, RECIPE, cache)
+
+
+def test_dark_images_of_16_bits_are_dark_in_any_format(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 250, (8, 8), dtype=np.uint16)
+    (tmp_path / "dark.pgm").write_bytes(b"P5 8 8 65535\n" + pixels.astype(">u2").tobytes())
+    Image.fromarray(pixels).save(tmp_path / "dark.png")
+    one, other = (image_files.decode(tmp_path / name, Recipe(8, 1)) for name in ("dark.pgm", "dark.png"))
+    assert torch.equal(one, other) and one.max() == 1
 
 
 def test_images_that_are_in_use_survive_when_their_cache_is_made_again(files, cache):

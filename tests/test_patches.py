@@ -55,7 +55,7 @@ def test_patch_that_does_not_divide_is_refused(size, patch):
     ("sizes", "message"),
     [
         ((8.0, 2, 1), "image_size must be a whole number, got 8.0"),
-        (("8", 2, 1), "image_size must be one whole number or two, height and width, got '8'"),
+        (("8", 2, 1), "image_size must be a whole number, got '8'"),
         ((None, 2, 1), "image_size must be a whole number, got None"),
         (((8, 8, 3), 2, 1), "image_size must be one whole number or two"),
         ((8, 2.0, 1), "patch_size must be a whole number, got 2.0"),
