@@ -335,7 +335,7 @@ def _newest(files: Files) -> int:
     changed = [0]
     for name in files.sizes:
         with suppress(OSError):  # of one that is gone, decoding tells
-            changed.append((files.root / name).stat().st_mtime_ns)
+            changed.append(os.stat(f"{files.root}/{name}").st_mtime_ns)
     return max(changed)
 
 
