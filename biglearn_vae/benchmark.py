@@ -632,7 +632,7 @@ def measure(work: Work, plan: Plan, say: Callable[[str], Any] = print) -> Result
             found = [limit_of(work, precision), *filter(None, [limits.get(precision)])]
             limits[precision] = max(found, key=lambda limit: limit.rate)
     taken = [k for k in range(plan.repeats * (plan.warmup + steps)) if k % (plan.warmup + steps) >= plan.warmup]
-    counts = {n: step_multiply_adds(work, m, (1 + plan.warmup + k for k in taken)) for n, m in stages.items()}
+    counts = {n: step_multiply_adds(work, m, (plan.warmup + k for k in taken)) for n, m in stages.items()}
     results = [Stage(n, m, work.batch_size, counts[n], tuple(seconds[n]), memory[n]) for n, m in stages.items()]
     return Result(results, limits)
 

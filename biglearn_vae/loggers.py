@@ -31,7 +31,7 @@ class MetricsFile(Logger):
     """One JSON object a line, `{"step": ..., name: value, ...}`. Lines after `resume_step` are dropped on opening."""
 
     def __init__(self, path: Path, resume_step: int = 0):
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         # A run that starts at 0 evaluates there again, so it keeps nothing of one that was killed before.
         kept = [line for line in lines if resume_step > 0 and _step_of(line) <= resume_step]
         write_text(path, "".join(line + "\n" for line in kept))
@@ -49,9 +49,9 @@ class MetricsFile(Logger):
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinity for one that a kill cut short."""
+    """The step of a line; infinity for one that a kill cut short or that was damaged otherwise."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

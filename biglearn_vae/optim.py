@@ -69,8 +69,9 @@ class Optim:
     ) -> list[torch.optim.Optimizer]:
         """The optimizers that together take all of the network's parameters; "peak" of a group is its learning rate.
 
-        A subclass may return others of torch's: `return [torch.optim.SGD(net.parameters(), self.lr)]`. Of a group that
-        has no "peak" it is the learning rate that the group was made with.
+        A subclass may return others of torch's, from `def optimizers(self, net, **_)`, such as
+        `[torch.optim.SGD(net.parameters(), self.lr)]`. Of a group that has no "peak" it is the learning rate that the
+        group was made with.
 
         Args:
             fused: whether AdamW is one kernel, or what torch has by default; None fuses it where it can be.
@@ -79,14 +80,14 @@ class Optim:
         hidden = _hidden_weights(net) if self.muon_lr else {}
         others = [p for p in net.parameters() if p not in hidden]
         if fused is None:
-            fused = others[0].device.type in ("cpu", "cuda")
+            fused = all(p.device.type in ("cpu", "cuda") for p in others)
         groups = [
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, "peak": self.lr},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": self.lr},
         ]
         adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, capturable=capturable)
         adamw["fused"] = fused or None  # None is torch's default
-        result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
+        result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)] if others else []
         if hidden:
             result.append(Muon(list(hidden), self.muon_lr, self.weight_decay))
         return result
@@ -211,7 +212,9 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
-    """The matrices of the members of a network's `ModuleList`s and the kernels of its convolutions, each once."""
+    """The matrices of the members of a network's `ModuleList`s and the kernels of its convolutions, each once; those
+    without a number, or that are no matrix in memory, are left to AdamW."""
     lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
     matrices = (p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
-    return dict.fromkeys([*matrices, *(p for p in net.parameters() if p.ndim == 4)])
+    found = [*matrices, *(p for p in net.parameters() if p.ndim == 4)]
+    return dict.fromkeys(p for p in found if p.numel() and (p.ndim == 2 or p.is_contiguous()))

@@ -253,7 +253,7 @@ class Trainer:
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
-        self.precision = choose_precision(precision, net, share // accumulate)
+        self.precision = choose_precision(precision, net, batches.batch_size)  # however it is shared
         self.compiled = choose_compile(compile, net, steps)
         # Each part of a batch draws for all of it, and so has a generator of its own.
         self._generators = [torch.Generator(self.world.device) for _ in range(accumulate)]
@@ -270,7 +270,7 @@ class Trainer:
                 self._whole = copy.deepcopy(net).requires_grad_(False).eval()
             for module in filter(None, (net, self.average)):
                 distributed.shard(module, self.world)
-        self.optimizers = optim.optimizers(net, capturable=self.on_graph)
+        self.optimizers = _made(optim, net, self.on_graph)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self._evaluated, self._best_is_lost = -1, False  # the last step at which it was
         self._goes_on, self._is_there = False, lambda: True  # from what is in the folder, if anything is; the folder
@@ -327,9 +327,13 @@ class Trainer:
         if state is not None:
             self._check_resumable(state)
             self._load(state)
-        step = torch.tensor(self.step, dtype=torch.float64, device=self.world.device)  # whose sum is exact
-        if self.world.any(self.world.mean(step).item() != self.step):
+        data = derive_seed("data", repr(self.metadata.get("data"))) % 2**32
+        own = torch.tensor([self.step, data], dtype=torch.float64, device=self.world.device)  # whose sums are exact
+        means = self.world.mean(own)
+        if self.world.any(means[0].item() != self.step):
             raise ValueError(f"the processes would go on from different steps: all must see the same {self.folder}")
+        if self.world.any(means[1].item() != data):
+            raise ValueError("the processes have different data: all must see the same data.root")
         self._goes_on = True
         return self.step
 
@@ -389,7 +393,7 @@ class Trainer:
                 for kept, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
             ]
             like = {
-                index: {name: parameters[index] if value.ndim else value for name, value in moments.items()}
+                index: {name: parameters[index] if _is_array(value) else value for name, value in moments.items()}
                 for index, moments in state["state"].items()
             }
             moments = distributed.split(state["state"], like)
@@ -742,6 +746,25 @@ def _settings(loss: Any, optim: Optim) -> dict[str, dict[str, Any]]:
     of = {"loss": told if isinstance(told, dict) else {}}
     of["optim"] = {field.name: getattr(optim, field.name, None) for field in fields(optim)}
     return {which: {name: value for name, value in own.items() if _is_plain(value)} for which, own in of.items()}
+
+
+def _made(optim: Optim, net: nn.Module, capturable: bool) -> list[torch.optim.Optimizer]:
+    """The optimizers of a network, each group with the peak of its learning rate."""
+    made = optim.optimizers(net, capturable=capturable)
+    optimizers = list(made) if isinstance(made, Iterable) else [made]
+    if not optimizers or not all(isinstance(one, torch.optim.Optimizer) for one in optimizers):
+        kinds = ", ".join(type(one).__name__ for one in optimizers)
+        raise ValueError(
+            f"{type(optim).__name__}.optimizers must return a list of torch's optimizers, such as "
+            f"[torch.optim.SGD(net.parameters(), self.lr)], got {kinds or 'none'}"
+        )
+    optim.set_rates(optimizers, 1.0)
+    return optimizers
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a tensor of several numbers."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _is_plain(value: Any) -> bool:

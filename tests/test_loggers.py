@@ -35,6 +35,15 @@ def expected(steps, factor=1.0) -> list[dict]:
     return [{"step": step, "train/loss": factor * step / 3, "lr": 1e-3} for step in steps]
 
 
+@pytest.mark.parametrize("line", [b'{"step": 3, "x\xff\xfe', b'{"step": "a"}', b"[1]", b"3", b'{"step": null}'])
+def test_damaged_lines_are_dropped(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    log(path, range(1, 4))
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    log(path, [4], resume_step=3)
+    assert read(path) == expected(range(1, 5))
+
+
 def test_metrics_read_back_exactly(tmp_path):
     log(tmp_path / "metrics.jsonl", range(1, 6))
     assert read(tmp_path / "metrics.jsonl") == expected(range(1, 6))

@@ -142,3 +142,16 @@ def test_muon_goes_on_from_its_state_and_from_that_of_torch(monkeypatch):
         steps_of(second)
         for one, other in zip(first.param_groups[0]["params"], weights, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-2 if others else 1e-12, atol=1e-2 if others else 1e-12)
+
+
+def test_muon_alone_and_what_it_cannot_take():
+    def net(*members):
+        return nn.ModuleList(members)
+
+    settings = Optim(lr=0.1, muon_lr=0.1, weight_decay=0.0)
+    (alone,) = settings.optimizers(net(nn.Linear(4, 4, bias=False)))
+    assert isinstance(alone, optim.Muon)
+    kernels = nn.Conv2d(2, 3, 2, bias=False).to(memory_format=torch.channels_last)
+    adamw, muon = settings.optimizers(net(nn.Linear(4, 4, bias=False), nn.Linear(4, 0, bias=False), kernels))
+    taken = {tuple(p.shape) for group in adamw.param_groups for p in group["params"]}
+    assert taken == {(0, 4), (3, 2, 2, 2)} and [p.shape for p in muon.param_groups[0]["params"]] == [(4, 4)]

@@ -353,6 +353,70 @@ def test_checkpoints_of_other_optimizers_are_refused(tmp_path, monkeypatch):
         make(tmp_path / "plain", steps=6, optim=plain).resume()
 
 
+class Lion(torch.optim.Optimizer):
+    """With a state that is not all tensors, as some have it."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] = state.get("step", 0) + 1
+                state["mean"] = 0.9 * state.get("mean", torch.zeros_like(p)) + 0.1 * p.grad
+                p -= group["lr"] / state["step"] * state["mean"].sign()
+
+
+def test_any_optimizer_goes_on_where_it_was(tmp_path):
+    class Own(Optim):
+        rate = 0.01
+
+        def optimizers(self, net, **_):
+            return (Lion([p], self.rate) for p in net.parameters())  # which can be gone through once
+
+    make(tmp_path / "own", steps=6, optim=Own(lr=1.0)).fit()
+    again, whole = make(tmp_path / "own", steps=12, optim=Own(lr=1.0)), make(steps=12, optim=Own(lr=1.0))
+    assert again.resume() == 6
+    again.fit()
+    whole.fit()
+    assert all(a.equal(b) for a, b in zip(again.net.parameters(), whole.net.parameters(), strict=True))
+    assert not any(a.equal(b) for a, b in zip(whole.net.parameters(), network().parameters(), strict=True))
+    Own.rate = 0.02
+    with pytest.raises(ValueError, match=r"another optim, whose peak was 0.01, now it is 0.02"):
+        make(tmp_path / "own", steps=12, optim=Own(lr=1.0)).resume()
+
+
+@pytest.mark.parametrize(("made", "got"), [([], "got none"), ([3], "got int"), (None, "got NoneType")])
+def test_what_is_no_list_of_optimizers_is_refused(made, got):
+    class Own(Optim):
+        def optimizers(self, net, **_):
+            return made
+
+    with pytest.raises(ValueError, match=rf"Own.optimizers must return a list of torch's optimizers.*{got}"):
+        make(optim=Own(lr=1.0))
+
+
+def test_processes_with_different_data_do_not_train_together(tmp_path):
+    class OfTwo(World):
+        def mean(self, values):  # the other process has the same step and other data
+            return values + torch.tensor([0.0, 0.5])
+
+    with pytest.raises(ValueError, match="the processes have different data: all must see"):
+        make(tmp_path, world=OfTwo(), metadata={"data": "mine"}).resume()
+
+
+def test_precision_does_not_depend_on_how_a_batch_is_shared(monkeypatch):
+    monkeypatch.setattr("biglearn_vae.trainer.has_fast_bfloat16", lambda device: True)
+    net = UniversalViT(grid=(8, 8), token_dim=5, dim=8, depth=1, z_dim=3, heads=2)
+    batches = Images()
+    batches.batch_size = 16
+    for accumulate in (1, 2, 16):
+        trainer = Trainer(net, BigLearnELBO(0.01), batches, OPTIM, steps=2, accumulate=accumulate)
+        assert trainer.precision == "bfloat16"
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [
