@@ -115,3 +115,21 @@ def test_an_interrupted_training_is_no_result(here, monkeypatch, capsys):
     sys.modules.pop("signalled")
     assert run_here(monkeypatch, "run=outputs/called", "regressor_steps=50", "images=4", script="complete") == 2
     assert "error: interrupted\n" in capsys.readouterr().err
+
+
+def test_settings_of_ones_own_folder_are_found_but_for_a_sweep(here):
+    (here / "own").mkdir()
+    text = "defaults: [train, _self_]\ntrainer:\n  steps: 2\n"
+    (here / "own/mine.yaml").write_text(text)
+    (here / "own/many.yaml").write_text(f"{text}hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\n")
+    try:
+        blv.config.search_also("own")
+        words = [word for word in SMALL if not word.startswith("trainer.steps")]
+        found = blv.run_script("train", words, config_name="mine")
+        assert found["steps"] == 2
+        expected = ["-m", "biglearn_vae", "train", "--config-name=mine", f"--config-dir={here / 'own'}", *words]
+        assert command_of(Path(found["run"])) == expected
+        with pytest.raises(ValueError, match=r"many is a sweep \(hydra.mode: MULTIRUN\), which is started as a script"):
+            blv.run_script("train", words, config_name="many")
+    finally:
+        blv.config.search_also(None)
