@@ -31,7 +31,7 @@ from biglearn_vae.distributed import StepRandom, World, synchronize
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import MaskedViT
-from biglearn_vae.optim import Optim
+from biglearn_vae.optim import Optim, optimizers_of
 from biglearn_vae.trainer import Trainer
 
 # What a stage changes. Each stage has its own measure and all of those above it.
@@ -333,7 +333,7 @@ class LoopStep:
         self.work, self.measures, self.step = work, measures, 0
         self.net = network_of(work, measures)
         self.average = copy.deepcopy(self.net).requires_grad_(False) if work.optim.ema_decay else None
-        self.optimizers = work.optim.optimizers(self.net, fused=False)
+        self.optimizers = optimizers_of(work.optim, self.net, fused=False)
         self.draws = self._from_the_start()
         self.logged: dict[str, float] = {}
 

@@ -358,9 +358,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     if summary:
         say(stage.report(summary, run))
     if trainer.interrupted:  # this run is done, but a sweep must not go on
-        stopped = Interrupted(f"stopped at the last step, {trainer.step}")
-        stopped.kept = True
-        raise stopped
+        raise Interrupted(f"stopped at the last step, {trainer.step}", kept=True)
     return summary
 
 

@@ -127,6 +127,24 @@ class Optim:
         average.zero_grad()
 
 
+def optimizers_of(optim: Optim, net: nn.Module, **options: bool) -> list[torch.optim.Optimizer]:
+    """What `optim.optimizers` makes of a network, each group with its "peak".
+
+    Raises:
+        ValueError: if a subclass returns something else.
+    """
+    made = optim.optimizers(net, **options)
+    optimizers = list(made) if isinstance(made, Iterable) else [made]
+    if not optimizers or not all(isinstance(one, torch.optim.Optimizer) for one in optimizers):
+        kinds = ", ".join(type(one).__name__ for one in optimizers)
+        raise ValueError(
+            f"{type(optim).__name__}.optimizers must return a list of torch's optimizers, such as "
+            f"[torch.optim.SGD(net.parameters(), self.lr)], got {kinds or 'none'}"
+        )
+    optim.set_rates(optimizers, 1.0)
+    return optimizers
+
+
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` with updates of the size of AdamW's, also of kernels (M, N, P, P): as matrices (M, N P P).
 

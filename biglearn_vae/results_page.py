@@ -645,23 +645,15 @@ def _cost_verdicts(of: dict[str, Runs]) -> dict[str, str]:
     result, theirs = {}, _by_device(of["vae"])
     for method in METHODS[1:]:
         for device, ours in _by_device(of[method]).items():
-            together = [ours, theirs.get(device, [])]
-            both = _commits(together[0]) & _commits(together[1])
-            if both:
+            pair = (ours, theirs.get(device, []))
+            one, two = (Counter(run["environment"]["commit"] for run in own) for own in pair)
+            if both := one.keys() & two.keys():
                 # The one at which most were made: with more runs the fastest is nearer to what is possible.
-                at = max(sorted(both), key=lambda commit: len(_made_at(commit, [*together[0], *together[1]])))
-                one, two = (_made_at(at, own) for own in together)
-                ratio = _fastest_epoch(one) / _fastest_epoch(two)
+                commit = max(sorted(both), key=(one + two).__getitem__)
+                at_it = [[run for run in own if run["environment"]["commit"] == commit] for own in pair]
+                ratio = _fastest_epoch(at_it[0]) / _fastest_epoch(at_it[1])
                 result[f"(v) an epoch of `{method}` against one of `vae` on {device}"] = f"{ratio:.2f} times as long"
     return result
-
-
-def _made_at(commit: str, runs: Runs) -> Runs:
-    return [run for run in runs if run["environment"]["commit"] == commit]
-
-
-def _commits(runs: Runs) -> set[str]:
-    return {run["environment"]["commit"] for run in runs}
 
 
 def _at_a_tenth(runs: Runs) -> list[float]:

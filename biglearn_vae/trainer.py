@@ -36,7 +36,7 @@ from biglearn_vae.cuda_graph import NotRecorded, StepGraph
 from biglearn_vae.distributed import StepRandom, World, derive_seed
 from biglearn_vae.files import followed
 from biglearn_vae.loggers import Logger
-from biglearn_vae.optim import Optim, has_fast_bfloat16
+from biglearn_vae.optim import Optim, has_fast_bfloat16, optimizers_of
 
 PLAIN = (bool, int, float, str, type(None))  # settings that a checkpoint can hold
 OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, which no number hangs on
@@ -49,7 +49,9 @@ class TrainingError(RuntimeError):
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended a training early, after a step; `kept` says whether there is a checkpoint of it."""
 
-    kept = False
+    def __init__(self, message: str, kept: bool = False):
+        super().__init__(message)
+        self.kept = kept
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -63,7 +65,7 @@ def choose_precision(precision: str, net: nn.Module, images: int) -> str:
     (`scripts/benchmark.py` measures it). Parameters, log-variances and losses are float32 in any case.
 
     Args:
-        images: how many the network takes at once.
+        images: of a step, whether or not they are taken in parts, so that these do not change the numbers.
 
     Raises:
         ValueError: on an unknown name.
@@ -253,7 +255,7 @@ class Trainer:
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
-        self.precision = choose_precision(precision, net, batches.batch_size)  # however it is shared
+        self.precision = choose_precision(precision, net, batches.batch_size)
         self.compiled = choose_compile(compile, net, steps)
         # Each part of a batch draws for all of it, and so has a generator of its own.
         self._generators = [torch.Generator(self.world.device) for _ in range(accumulate)]
@@ -270,7 +272,7 @@ class Trainer:
                 self._whole = copy.deepcopy(net).requires_grad_(False).eval()
             for module in filter(None, (net, self.average)):
                 distributed.shard(module, self.world)
-        self.optimizers = _made(optim, net, self.on_graph)
+        self.optimizers = optimizers_of(optim, net, capturable=self.on_graph)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self._evaluated, self._best_is_lost = -1, False  # the last step at which it was
         self._goes_on, self._is_there = False, lambda: True  # from what is in the folder, if anything is; the folder
@@ -393,8 +395,8 @@ class Trainer:
                 for kept, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
             ]
             like = {
-                index: {name: parameters[index] if _is_array(value) else value for name, value in moments.items()}
-                for index, moments in state["state"].items()
+                index: {name: parameters[index] if getattr(value, "ndim", 0) else value for name, value in own.items()}
+                for index, own in state["state"].items()
             }
             moments = distributed.split(state["state"], like)
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -451,10 +453,8 @@ class Trainer:
             self.interrupted = self.world.any(interruption.requested)
         self._forget_graph()  # and the memory that it holds
         if self.step < self.steps:
-            kept = "; a checkpoint is written" if self.folder else ""
-            stopped = Interrupted(f"stopped at step {self.step} of {self.steps}{kept}")
-            stopped.kept = self.folder is not None
-            raise stopped
+            words = "; a checkpoint is written" if self.folder else ""
+            raise Interrupted(f"stopped at step {self.step} of {self.steps}{words}", kept=self.folder is not None)
 
     def _is_due(self, name: str, done: int = -1) -> bool:
         """Whether something is done at this step, at which it was not done yet."""
@@ -746,25 +746,6 @@ def _settings(loss: Any, optim: Optim) -> dict[str, dict[str, Any]]:
     of = {"loss": told if isinstance(told, dict) else {}}
     of["optim"] = {field.name: getattr(optim, field.name, None) for field in fields(optim)}
     return {which: {name: value for name, value in own.items() if _is_plain(value)} for which, own in of.items()}
-
-
-def _made(optim: Optim, net: nn.Module, capturable: bool) -> list[torch.optim.Optimizer]:
-    """The optimizers of a network, each group with the peak of its learning rate."""
-    made = optim.optimizers(net, capturable=capturable)
-    optimizers = list(made) if isinstance(made, Iterable) else [made]
-    if not optimizers or not all(isinstance(one, torch.optim.Optimizer) for one in optimizers):
-        kinds = ", ".join(type(one).__name__ for one in optimizers)
-        raise ValueError(
-            f"{type(optim).__name__}.optimizers must return a list of torch's optimizers, such as "
-            f"[torch.optim.SGD(net.parameters(), self.lr)], got {kinds or 'none'}"
-        )
-    optim.set_rates(optimizers, 1.0)
-    return optimizers
-
-
-def _is_array(value: Any) -> bool:
-    """Whether it is a tensor of several numbers."""
-    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _is_plain(value: Any) -> bool:
