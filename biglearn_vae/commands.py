@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,22 +73,21 @@ def run_script(script: str, overrides: Sequence[str] = (), config_name: str | No
         all is there, which it is not if its budget or Ctrl-C ended it.
 
     Raises:
-        ValueError, OSError, TrainingError, torch.OutOfMemoryError: with what the script would end with as its error.
+        ValueError, OSError, TrainingError, torch.OutOfMemoryError, MemoryError: with what the script would end with as
+            its error.
         KeyboardInterrupt: at Ctrl-C; of train `trainer.Interrupted`, after a checkpoint, also at SIGTERM.
     """
     checks.check_choice("script", script, SCRIPTS)
     config_name = config_name or script
     _check_program(script, config_name)
     overrides = config.words_of(overrides)
-    if of_hydra := [o.input_line for o in config.parsed(overrides) if o.key_or_group.startswith("hydra")]:
-        raise ValueError(f"{of_hydra[0]} is Hydra's, which starts scripts and has no part in what is called here")
     if config.sweep_in_file(config_name)[0]:
         raise ValueError(f"{config_name} is a sweep (hydra.mode: MULTIRUN), which is started as a script")
     cfg = config.compose(overrides, config_name)
     config.require_all(cfg, config_name, config.chosen_by(overrides, config_name))
     flags = [] if config_name == script else [f"--config-name={config_name}"]
     command = [f"-m biglearn_vae {script}", *flags, *_own_folders(), *overrides]
-    with _CALLED, _recorded(command), _float32_convolutions():
+    with _CALLED, _recorded(command), _float32_convolutions(), _memory_told():
         return globals()[script](cfg, overrides)
 
 
@@ -218,11 +219,27 @@ def _check_program(script: str, config_name: str, called: str = "config_name") -
 def _performed(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]) -> Any:
     """What a task returns. A training that was interrupted ends the program, and with it a sweep, with exit code 0."""
     try:
-        return task(cfg, words)
+        with _memory_told():
+            return task(cfg, words)
     except Interrupted as stopped:
         if not stopped.kept:  # there is nothing to go on from
             raise
         sys.exit(0)
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    """A MemoryError also where torch has a RuntimeError for it, on CPUs."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"CPUAllocator: .* tried to allocate (\d+) bytes", str(error))
+        if not found:
+            raise
+        raise MemoryError(
+            f"there is not enough memory for {int(found[1]) / 2**30:,.1f} GiB more: a smaller model, trainer.batch_size"
+            " or evaluation.draws, or more trainer.accumulate, takes less"
+        ) from error
 
 
 def _once_free(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]) -> Any:
@@ -306,7 +323,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    mendable = (ValueError, OSError, TrainingError, torch.OutOfMemoryError)
+    mendable = (ValueError, OSError, TrainingError, torch.OutOfMemoryError, MemoryError)
     return (*mendable, HydraException, OmegaConfBaseException)
 
 
@@ -856,9 +873,8 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     config.check_types(hints, {name: values[name] for name in hints}, "")
     if under_torchrun():
         raise ValueError("reproduce starts processes of its own: start it without torchrun")
-    config.check_types(typing.get_type_hints(experiments.Preset), values["preset"], "preset")
     campaign = experiments.Campaign(
-        preset=experiments.Preset(**values["preset"]),
+        preset=_preset(values["preset"]),
         target=cfg.target,
         output=Path(cfg.output_dir).expanduser(),
         results=Path(cfg.results_dir).expanduser(),
@@ -868,6 +884,7 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
         budget=cfg.budget,
         only=cfg.only,
     )
+    _page_in(campaign.results)
     left = campaign.missing()
     print(f"{len(campaign.runs) - len(left)} runs are there, {len(left)} to be made", flush=True)
     done = campaign.make(functools.partial(call, flags=_own_folders()))
@@ -878,12 +895,28 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     return done
 
 
+def _preset(values: dict[str, Any]) -> experiments.Preset:
+    config.check_types(typing.get_type_hints(experiments.Preset), values, "preset")
+    needed = [of.name for of in fields(experiments.Preset) if of.default is of.default_factory is MISSING]
+    if lacking := [name for name in needed if name not in values]:
+        raise ValueError(f"preset/{values['name']}.yaml lacks {', '.join(lacking)}")
+    return experiments.Preset(**values)
+
+
+def _page_in(results: Path) -> Path:
+    """Where the page of a folder of results is; a ValueError if something else is there, which would be lost."""
+    path = results / "README.md"
+    if path.is_file() and not path.read_text(errors="replace").startswith(results_page.HEAD.partition(" from")[0]):
+        raise ValueError(f"{path.absolute()} is no page of results and would be written over: give another results_dir")
+    return path
+
+
 def write_results(results: Path) -> Path:
     """The page and the plots of all numbers in a folder of results."""
+    path = _page_in(results)
     found = experiments.load(results)
     results.mkdir(parents=True, exist_ok=True)
     for name, draw_into in results_page.plots(found).items():
         draw_into(results / name)
-    path = results / "README.md"
     write_text(path, results_page.page(found, config.paper_parameters()))
     return path

@@ -103,11 +103,17 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     """The settings that these command-line overrides give: compose(["case=case1", "data=mnist"]).
 
     Raises:
-        ValueError: see `check` and `words_of`.
+        ValueError: see `check` and `words_of`; and for a setting of Hydra's own, which starts scripts.
     """
     overrides = words_of(overrides)
+    if of_hydra := [o.input_line for o in parsed(overrides) if _is_of_hydra(o)]:
+        raise ValueError(f"{of_hydra[0]} is Hydra's, which starts scripts and has no part in what is called here")
     check(overrides, config_name)
     return _compose(overrides, config_name)
+
+
+def _is_of_hydra(override: "Override") -> bool:
+    return re.split("[./]", override.key_or_group)[0] == "hydra"
 
 
 def words_of(overrides: Iterable[str]) -> list[str]:
@@ -208,7 +214,7 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
         if not sweep and name != "basic":
             raise ValueError(f"{group}={name} is for a sweep: it needs -m")
     searches = is_search(words, config_name)
-    overrides = [o for o in overrides if not o.key_or_group.startswith("hydra")]
+    overrides = [o for o in overrides if not _is_of_hydra(o)]
     for override in overrides:
         _check_values(override, sweep, searches)
     for choices in _check_choices(overrides, config_name):
@@ -546,7 +552,10 @@ def check_types(hints: dict[str, Any], values: dict[str, Any], where: str) -> No
         if name not in hints:
             raise ValueError(f"{where}.{name}: there is no such setting")
         if not _matches(value, hints[name]):
-            raise ValueError(f"{where}.{name} must be {_describe(hints[name])}, got {value!r}".lstrip("."))
+            full = f"{where}.{name}".lstrip(".")
+            as_word = isinstance(value, int | float) and _matches("", hints[name])  # such as a folder called 2024
+            hint = f": {shell_word(full, str(value))} gives it as a word" if as_word else ""
+            raise ValueError(f"{full} must be {_describe(hints[name])}, got {value!r}{hint}")
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -844,7 +853,7 @@ def data_name(cfg: "DictConfig") -> str:
 
 def own_name(root: str) -> str:
     """What a run is called by data of one's own: the name of the folder or file."""
-    path = data_root(root)
+    path = data_root(str(root))
     return path.stem if path.suffix in (".npz", ".npy") else path.name
 
 
@@ -871,6 +880,7 @@ SWEPT = {"run": "run=outputs/a,outputs/b", "seed": "seed=0,1,2"}
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
+    overrides = [override.input_line for override in parsed(overrides) if not _is_of_hydra(override)]
     cfg = compose(overrides, config_name)
     source = _main_files(config_name)[-1].read_text()
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]

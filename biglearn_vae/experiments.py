@@ -42,6 +42,10 @@ TARGETS = {
 }
 
 
+# Settings of each script that say which run it is or where it lies, so that none of a preset's own may.
+OF_RUN = {script: ("run",) for script in FILES} | {"train": ("data", "case", "method", "seed", "name", "output_dir")}
+
+
 @dataclass(frozen=True)
 class Preset:
     """The runs of a preset and their settings.
@@ -59,8 +63,8 @@ class Preset:
             Every combination is trained, as by Hydra's multirun.
 
     Raises:
-        ValueError: for scripts that there are not, for `more` of what there is not, and for a grid that is not made so
-            or whose runs share a name.
+        ValueError: for scripts that there are not, for `more` of what there is not, for settings that would make it
+            another run, such as seed=1, and for a grid that is not made so or whose runs share a name.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Preset:
             raise ValueError(f"scripts must be a list of {', '.join(FILES)}, with train, got {self.scripts}")
         self._check_grid()
         self._check_more()
+        self._check_settings()
         names = [run.name for run in self.runs()]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"runs must differ in letters or digits of their names, several are {sorted(twice)[0]}")
@@ -88,6 +93,17 @@ class Preset:
     def _check_more(self) -> None:
         for which in self.more:
             self._check_words("preset.more", which)
+
+    def _check_settings(self) -> None:
+        """Raise a ValueError for a setting that would make it another run than it is called."""
+        levels = [("train", words) for levels in self.grid.values() for words in levels.values()]
+        for script, words in [*levels, *(own for of in (self.settings, *self.more.values()) for own in of.items())]:
+            for override in config.parsed(words):
+                if override.key_or_group in OF_RUN[script]:
+                    raise ValueError(
+                        f"{override.input_line} cannot be among the settings of {script} in a preset: its data, "
+                        "methods and seeds by case say what runs it has, output_dir where they lie"
+                    )
 
     def _check_words(self, name: str, which: str) -> None:
         """Raise a ValueError that names a setting unless its text is words of `Run.is_all`, "biglearn_u seed0"."""

@@ -665,7 +665,8 @@ class Trainer:
                     f"{self.monitor}, which says what checkpoint is the best, is NaN at step {self.step}: what "
                     f"evaluate gave is {numbers}"
                 )
-            if value > self.best and self.folder is not None:
+            # One of -inf is the best one, too, while there is no other.
+            if (value > self.best or self.best == -math.inf) and self.folder is not None:
                 self._check_is_there()
                 state = {
                     "step": self.step,

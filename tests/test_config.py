@@ -206,7 +206,8 @@ def test_names_that_are_free_are_not_refused(word):
         (["~preset.seeds"], "reproduce", "preset.seeds cannot be left out"),
         (["~preset.seeds.case9"], "reproduce", "there is no preset.seeds.case9 to be left out"),
         (["~draws"], "complete", "draws cannot be left out"),
-        (["hydra/launcher=slurm"], "train", "got 'slurm'; extras have joblib, submitit_local, submitit_slurm"),
+        (["hydra.run.dir=x"], "train", "hydra.run.dir=x is Hydra's, which starts scripts"),
+        (["hydra/launcher=basic"], "train", "hydra/launcher=basic is Hydra's, which starts scripts"),
     ],
 )
 def test_words_that_are_no_settings(words, program, expected):
@@ -291,6 +292,11 @@ def test_a_plugin_is_there_or_has_an_extra(group, name, extra):
     with pytest.raises(ValueError) as caught:
         config.check(words, sweep=True)
     assert f"got '{name}': pip install -e '.[{extra}]' adds it" in str(caught.value)
+
+
+def test_a_plugin_that_there_is_not():
+    with pytest.raises(ValueError, match="got 'slurm'; extras have joblib, submitit_local, submitit_slurm"):
+        config.check(["hydra/launcher=slurm"])
 
 
 @pytest.fixture

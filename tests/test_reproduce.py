@@ -10,8 +10,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from programs import own_case, run_here
 
@@ -121,11 +123,42 @@ def test_an_epoch_is_compared_with_those_of_the_same_commit():
     assert "(v)" not in results_page.page({"p": runs[1:]}, {}).split("### What the paper claims")[1]
 
 
-def test_an_epoch_is_compared_at_the_commit_of_most_runs():
+def test_an_epoch_is_compared_at_the_commit_that_other_work_slowed_down_least():
     runs = [run_numbers(seed=seed) for seed in range(3)] + [run_numbers("vae", seed) for seed in range(3)]
-    for run, seconds, commit in zip(runs, (9.0, 90.0, 80.0, 45.0, 20.0, 30.0), "abbabb", strict=True):
+    for run, seconds, commit in zip(runs, (60.0, 90.0, 80.0, 45.0, 20.0, 30.0), "abbabb", strict=True):
         run["train"]["seconds"], run["environment"] = seconds, run["environment"] | {"commit": commit}
     assert "on cpu, digits tiny: 4.00 times as long" in results_page.page({"p": runs}, {})
+    runs[0]["train"]["seconds"] = 50.0  # and 45, together less than 80 and 20
+    assert "on cpu, digits tiny: 1.11 times as long" in results_page.page({"p": runs}, {})
+
+
+def test_the_plot_of_seconds_leaves_compiling_out_as_the_table_does():
+    slow, fast = run_numbers(), run_numbers(seed=1)
+    slow["train"] |= {"seconds": 8.0, "compile_seconds": 0.0}
+    fast["train"] |= {"seconds": 9.0, "compile_seconds": 5.0}
+    fast["course"] = [{"step": 1, "seconds": 4.0, "loss": 3.0}, {"step": 3, "seconds": 9.0, "loss": 2.5}]
+    axes = Figure().subplots()
+    results_page.PLOTS["time"][2](axes, [slow, fast])
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1.5, 0.0], [4.5, 4.0]]]
+
+
+def test_runs_may_differ_in_what_was_measured():
+    runs = [run_numbers(method, seed) for method in ("vae", "biglearn_u") for seed in (0, 1)]
+    for run in runs[:2]:
+        run["probe"]["codes"] = {"0.5": {"mean": 0.8}, "1.0": {"mean": 0.7}}
+        run["complete"]["tasks"] = {
+            "top": {"one pass": {"psnr_draw": 7.0, "psnr_mean": 8.0}, "nats": {"mean": 9.0, "error": 0.5}}
+        }
+    runs[1]["probe"]["codes"] = {"1.0": {"mean": 0.8}}
+    text = results_page.page({"p": runs}, {})
+    assert "| data | case | features | 1.0 | 0.5 | 0.1 |" in text
+    assert "| digits | tiny | vae | 75.0 ± 7.1 | 80.0 |  |" in text
+    assert "| digits | tiny | vae, one pass, mean | 8.00 ± 0.00 |  |" in text
+    assert "| digits | tiny | biglearn_u, one pass, mean |  | 13.00 ± 0.00 |" in text
+    assert "| digits | tiny | biglearn_u |  | 20.0 ± 0.0 | 0.5 |" in text
+    axes = Figure().subplots()
+    results_page.PLOTS["probe"][2](axes, runs, "tiny")
+    assert axes.lines[0].get_xydata().tolist() == pytest.approx(np.array([[1.0, 75.0], [0.5, 80.0]]))
 
 
 def test_balanced_accuracy_of_attributes_says_nothing_of_the_claim_about_classes():
@@ -356,11 +389,11 @@ def test_runs_come_seed_by_seed():
 
 
 def test_names_of_runs_within_each_other():
-    nested = {"biglearn_u": {"probe": ["draws=2"], "seed0": {"probe": ["seed=1"], "tiny": {"train": ["seed=3"]}}}}
+    nested = {"biglearn_u": {"probe": ["draws=2"], "seed0": {"probe": ["seed=1"], "tiny": {"train": ["missing=0"]}}}}
     flat = {
         "biglearn_u": {"probe": ["draws=2"]},
         "biglearn_u seed0": {"probe": ["seed=1"]},
-        "biglearn_u seed0 tiny": {"train": ["seed=3"]},
+        "biglearn_u seed0 tiny": {"train": ["missing=0"]},
     }
     assert preset(more=nested).more == preset(more=flat).more == flat
     with pytest.raises(ValueError, match=r"preset\.more of vae must be settings by script, got 3"):
@@ -373,7 +406,7 @@ def test_names_of_runs_within_each_other():
 
 
 def test_some_runs_have_more_settings():
-    more = {"biglearn_u": {"probe": ["draws=2"]}, "seed1 vae": {"probe": ["seed=1"], "train": ["seed=3"]}, "": {}}
+    more = {"biglearn_u": {"probe": ["draws=2"]}, "seed1 vae": {"probe": ["seed=1"], "train": ["missing=0"]}, "": {}}
     own = preset(more=more | {"case4": {"probe": ["draws=9"]}})  # a case that there is, though not here
     words = {run.name.removeprefix("digits-tiny-"): own.words(run, "probe")[1:] for run in own.runs()}
     assert words == {
@@ -382,7 +415,38 @@ def test_some_runs_have_more_settings():
         "vae-seed1": ["seed=1"],
         "biglearn_u-seed1": ["draws=2"],
     }
-    assert own.words(own.runs()[2], "train") == ["trainer.steps=3", "seed=3"]
+    assert own.words(own.runs()[2], "train") == ["trainer.steps=3", "missing=0"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"settings": {"train": ["trainer.steps=3", "seed=3"]}},
+        {"settings": {"train": ["name=a"]}},
+        {"more": {"vae": {"train": ["++output_dir=x"]}}},
+        {"more": {"vae": {"probe": ["run=x"]}}},
+        {"grid": {"what": {"this": [], "that": ["method=biglearn_t"]}}},
+    ],
+)
+def test_settings_do_not_make_it_another_run(settings):
+    with pytest.raises(ValueError, match=r"=\w+ cannot be among the settings of \w+ in a preset"):
+        preset(**settings)
+
+
+def test_a_preset_that_lacks_something(here, monkeypatch, capsys):
+    (here / "own/preset").mkdir(parents=True)
+    (here / "own/preset/short.yaml").write_text("name: short\ndata: [digits]\n")
+    words = ("--config-dir=own", "preset=short", "results_dir=found")
+    assert run_here(monkeypatch, *words, script="reproduce") == 2
+    assert "error: preset/short.yaml lacks methods, seeds, settings\n" in capsys.readouterr().err
+
+
+def test_a_page_takes_no_other_files_place(here, monkeypatch, capsys):
+    (here / "README.md").write_text("my own notes\n")
+    assert run_here(monkeypatch, "target=params", "results_dir=", script="reproduce") == 2
+    assert "README.md is no page of results and would be written over" in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["README.md"]
+    assert (here / "README.md").read_text() == "my own notes\n"
 
 
 GRID = {"S-ratio": {"even": [], "Beta(1, 2)": ["masks.s_ratio=[1,2]"]}, "joint": {"0": [], "0.3": ["masks.joint=0.3"]}}

@@ -105,7 +105,12 @@ def test_a_search_over_nothing_and_a_search_that_is_no_sweep(optuna):
     with pytest.raises(ValueError, match="there is nothing to search over"):
         search.check([*OPTUNA, MAXIMIZE, "optim.lr=1"], "train")
     with pytest.raises(ValueError, match=r"hydra/sweeper=optuna is for a sweep: it needs -m"):
-        config.compose(["hydra/sweeper=optuna"])
+        config.check(["hydra/sweeper=optuna"])
+
+
+def test_help_beside_the_words_of_a_search(optuna, here, monkeypatch, capsys):
+    assert run_here(monkeypatch, "-m", *OPTUNA, MAXIMIZE, "case=case4", "--help") == 0
+    assert "model.dim=512" in capsys.readouterr().out
 
 
 def test_a_sweeper_that_is_not_installed_is_named():

@@ -263,6 +263,13 @@ def test_the_best_checkpoint_is_that_of_the_largest_value(tmp_path):
     assert distance(net)[0]["valid/elbo"] == values[state["step"]]
 
 
+def test_of_values_that_are_all_without_end_there_is_a_best_checkpoint_too(tmp_path):
+    trainer = make_trainer(tmp_path, steps=8)
+    trainer.evaluate = lambda net: ({"valid/elbo": -math.inf}, {})
+    trainer.fit()
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 8
+
+
 def test_reports_are_means_over_their_steps():
     every, grouped = Recorder(), Recorder()
     make(report_every=1).fit([every])
