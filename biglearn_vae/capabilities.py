@@ -17,7 +17,7 @@ from biglearn_vae import checkpoint, checks, gaussian, masks, states
 from biglearn_vae.distributed import derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import check_prior
-from biglearn_vae.models import TwoStackViT, UniversalViT
+from biglearn_vae.models import MaskedViT, TwoStackViT, UniversalViT
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify, of_batch
 
@@ -535,7 +535,7 @@ class BigLearnVAE:
         result = images.view(-1, *self.image_shape)
         mask = data.mask.repeat(len(result) // len(data.mask), 1)
         for turn, (seen, _) in islice(enumerate(masks.in_turns(mask, ~mask, passes, _seed_of_turns(seed))), 1, None):
-            tokens = self._tokens_of(result, data).masked_fill(~seen.unsqueeze(-1), 0)
+            tokens = masks.seen(self._tokens_of(result, data), seen)
             z = self._encode(tokens, seen).sample(seed=_seed_of_pass(turn, seed))
             kept = self.pixel_mask(seen) | data.kept.repeat(len(result) // len(data.kept), 1, 1, 1)
             result = self._complete(z, Observed(tokens, seen, result, kept, False))
@@ -554,7 +554,7 @@ class BigLearnVAE:
         """Sum over T of (x - mu)^2 for z (k, B, Z): float64 (k, B)."""
         errors = [
             (tokens[rows] - mean).masked_fill(~T[rows].unsqueeze(-1), 0).double().square().sum((-2, -1))
-            for mean, rows in self._decode(z, tokens.masked_fill(~S.unsqueeze(-1), 0), S, T)
+            for mean, rows in self._decode(z, masks.seen(tokens, S), S, T)
         ]
         return torch.cat(errors).view(z.shape[:-1])
 
@@ -568,7 +568,7 @@ class BigLearnVAE:
     def _seen(self, tokens: Tensor, images: Tensor | None, mask: Tensor) -> Tensor:
         """Tokens (B, L, D) with zeros where they are not observed; where they are they must be finite, and the pixels
         of the images that they are of, if any, within the limit."""
-        tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0)
+        tokens = masks.seen(tokens, mask)
         bad = ~tokens.isfinite().all(-1)  # (B, L)
         if bad.any():
             raise ValueError(
@@ -679,9 +679,40 @@ def _state(part: nn.Module) -> dict[str, Any]:
 
 
 def check_network(net: nn.Module) -> None:
-    """Raise a ValueError unless this has the attributes of a network of `models`."""
+    """Raise a ValueError unless this has the attributes of a network of `models`, and its calls."""
     expected = "a network such as UniversalViT, unwrapped (`load` makes a model of a run's folder)"
     _check_part(expected, net, ("grid", "num_tokens", "token_dim", "z_dim"))
+    if not isinstance(net, MaskedViT):
+        _check_calls(net)
+
+
+@torch.no_grad()
+def _check_calls(net: nn.Module) -> None:
+    """Raise a ValueError unless a network of one's own gives what those of `models` do, of two images of zeros."""
+    like, training = next(net.parameters(), torch.empty(0)), net.training
+    x = like.new_zeros(2, net.num_tokens, net.token_dim)
+    S = torch.arange(net.num_tokens, device=x.device).remainder(2).bool().expand(2, -1)
+    name = type(net).__name__
+    try:
+        q, mean = net.eval()(x, S), net(x, S, x.new_zeros(2, net.z_dim), ~S)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"{name} cannot be called as UniversalViT is, net(x, S) and net(x, S, z, T) with x (B, L, D), boolean S "
+            f"and T (B, L) and z (B, Z): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    finally:
+        net.train(training)
+    if not isinstance(q, DiagGaussian) or q.mean.shape != (2, net.z_dim):
+        raise ValueError(f"{name}: net(x, S) must give a DiagGaussian over z, (B, {net.z_dim}), got {_described(q)}")
+    if not isinstance(mean, Tensor) or mean.shape != x.shape:
+        shape = (net.num_tokens, net.token_dim)
+        raise ValueError(f"{name}: net(x, S, z, T) must give (B, {shape[0]}, {shape[1]}), got {_described(mean)}")
+
+
+def _described(given: Any) -> str:
+    """In a message; of a Gaussian its shape, too."""
+    of = f" of mean {tuple(given.mean.shape)}" if isinstance(given, DiagGaussian) else ""
+    return checks.described(given) + of
 
 
 def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:

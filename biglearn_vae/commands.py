@@ -42,7 +42,10 @@ from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, pick_device, start, stop, under_torchrun
 from biglearn_vae.files import Busy, write_json, write_text
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
+from biglearn_vae.losses import is_gaussian
+from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import MaskedViT, count_parameters
+from biglearn_vae.optim import Optim
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.stages import draw, measure, report, size_text
 from biglearn_vae.trainer import Interrupted, Trainer, TrainingError, choose_precision
@@ -781,6 +784,11 @@ def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timi
     net = config.network(cfg, tokens).to(pick_device(cfg.device))
     if not isinstance(net, MaskedViT):
         raise ValueError(f"the benchmark knows how UniversalViT and TwoStackViT work alone, got a {type(net).__name__}")
+    if not is_gaussian(loss) or type(loss.masks).__call__ is not MaskSampler.__call__:
+        raise ValueError(
+            "the benchmark compares with a plain BigLearnELBO and MaskSampler, which terms or masks of one's own are "
+            f"not, got {type(loss).__name__} with {getattr(loss.masks, '__name__', type(loss.masks).__name__)}"
+        )
     tokens = tokens.to(pick_device(cfg.device))
     precision = choose_precision(trainer["precision"], net, trainer["batch_size"])
     stand_ins = plan.evaluations is None  # nothing is learned from random images
@@ -801,6 +809,12 @@ def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timi
     )
 
 
+def _optim_of_ceiling(settings: "DictConfig") -> Optim:
+    """Muon for a network of this width, whatever optimizer the run has; of one without a width the run's own."""
+    dim = settings.model.get("dim")
+    return config.build(settings.optim, "optim") if dim is None else config.muon(dim)
+
+
 def network_text(net: torch.nn.Module) -> str:
     """What a network is and how large."""
     return f"{type(net).__name__}, {size_text(count_parameters(net))}"
@@ -817,7 +831,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     print(f"probing {run}: {len(train):,} training and {len(test):,} {cfg.split} images ...", flush=True)
     ceiling = None
     if cfg.ceiling_steps:
-        net, optim = config.network(settings, vae.tokenizer), config.muon(settings.model.dim)
+        net, optim = config.network(settings, vae.tokenizer), _optim_of_ceiling(settings)
         progress = Progress(cfg.ceiling_steps)
         try:
             ceiling = probing.train_ceiling(net, vae, splits.train, optim, cfg.ceiling_steps, cfg.seed, [progress])

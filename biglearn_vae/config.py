@@ -175,7 +175,7 @@ def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = Fals
 def in_a_line(error: Exception) -> str:
     """What went wrong, in a line also where Hydra, OmegaConf or YAML say it: of a settings file, mostly."""
     from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
     from yaml import MarkedYAMLError
 
     first, *others = str(error).splitlines() or [type(error).__name__]
@@ -188,7 +188,8 @@ def in_a_line(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
         return f"{mark.name}, line {mark.line + 1}: {error.problem}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {first}"
+        hint = f": give {error.full_key} itself" if isinstance(error, InterpolationKeyError) else ""
+        return f"{error.full_key}: {first}{hint}"
     if isinstance(error, HydraException):
         return " ".join([first, *others[:1]]).rstrip()
     return str(error)
@@ -651,7 +652,9 @@ def patch_ae_run(cfg: "DictConfig") -> Path:
 def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
     """The PatchAE of the run that these settings name."""
     run = patch_ae_run(cfg)
-    command = f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}"
+    place = cfg.get("output_dir", "outputs")
+    where = [] if place == "outputs" else [shell_word("output_dir", place)]
+    command = " ".join([f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}", *where])
     if not (run / PATCH_AE_FILE).is_file():
         raise ValueError(
             f"there is no PatchAE in {run}{_what_is_there(run)}: train one with `{command}`, "

@@ -234,7 +234,7 @@ class Batches:
         batch_size: images a step, of all processes together.
         seed: of the order.
         world: this process among the others, and the device on which the batches are made; by default that of the set.
-        transform: applied to the float images (B, C, H, W), such as a tokenizer's `encode`.
+        transform: applied to the float images (B, C, H, W), such as a tokenizer's `encode`, without gradients.
     """
 
     def __init__(
@@ -255,6 +255,7 @@ class Batches:
         self._share = world.share(batch_size)
         self._orders: dict[int, Tensor] = {}
 
+    @torch.no_grad()
     def __call__(self, step: int) -> Tensor:
         return self.transform(take(self.images, self.positions(step), self.world.device))
 

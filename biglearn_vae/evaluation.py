@@ -10,8 +10,8 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from biglearn_vae.capabilities import BigLearnVAE, checked_variance
 from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
-from biglearn_vae.losses import ELBO, BigLearnELBO
+from biglearn_vae.losses import ELBO, BigLearnELBO, is_gaussian
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.patches import Patchify
 
@@ -45,13 +45,15 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
     Returns:
         By name, means over the images: reconstruction, without the constant of N(mu, I); kl, as it is; elbo, which is
-        reconstruction - beta kl; and elbo_nats, with the constant, which is a bound on the log-likelihood under
-        N(mu, I) from beta = 1 on alone (`BigLearnVAE.log_prob` is one). Images of which nothing was recorded do not
-        count.
+        reconstruction - beta kl; and, unless the loss has terms of its own (`losses.is_gaussian`), elbo_nats, with the
+        constant, which is a bound on the log-likelihood under N(mu, I) from beta = 1 on alone (`BigLearnVAE.log_prob`
+        is one). Images of which nothing was recorded do not count.
 
     Raises:
-        ValueError: if the loss has another prior than the model.
+        ValueError: if the loss has another prior than the model, or gives something else than an ELBO.
     """
+    if not callable(loss):
+        raise ValueError(f"expected an objective, such as BigLearnELBO(beta), got {loss!r:.80}")
     if getattr(loss, "prior", vae.prior) != vae.prior:
         raise ValueError(
             f"the loss has the {loss.prior} prior, the model the {vae.prior} one, as it was trained: give the loss "
@@ -60,11 +62,22 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
     loss, found = copy.copy(loss), []
     if isinstance(loss.masks, MaskSampler):
-        loss.masks = replace(loss.masks, ratios_per="sample")
+        loss.masks = loss.masks.altered(ratios_per="sample")
     for tokens in _tokens(vae, images):
         S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device) if joint else None
         found.append(loss(vae.net, tokens, S, None if S is None else ~S, random=random))
-    return {name: _mean(found, name) for name in ("elbo", "reconstruction", "kl", "elbo_nats")}
+    _check_parts(found[0] if found else None)
+    names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if is_gaussian(loss) else []))
+    return {name: _mean(found, name) for name in names}
+
+
+def _check_parts(parts: Any) -> None:
+    """Raise a ValueError unless this has what is measured of an ELBO."""
+    if lacking := [of for of in ("elbo", "reconstruction", "kl", "num_targets") if not hasattr(parts, of)]:
+        raise ValueError(
+            f"expected of the loss an ELBO, or what has its parts, a number (B,) for each image: "
+            f"{type(parts).__name__} lacks {', '.join(lacking)}"
+        )
 
 
 def _tokens(vae: BigLearnVAE, images: Images) -> Iterator[Tensor]:
@@ -169,9 +182,10 @@ class _Patches:
 def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10) -> Tensor:
     """The mean of the training tokens (M, L, D) that are nearest to x (N, L, D) over the patches S (N, L).
 
-    Where training tokens were not recorded (NaN), the distance is the mean over the numbers that both have, and the
-    completion the mean of the neighbours that have them, or else of all training images, as where S is empty; of a
-    number that none of them has, the mean of all numbers.
+    What of the training tokens was not recorded (NaN) counts in the distance as it would on average, by the mean and
+    the variance of the number over the training images that have it; left out, those images would be nearest of which
+    least was recorded. The completion is the mean of the neighbours that have a number, or else of all training images,
+    as where S is empty; of a number that none of them has, the mean of all numbers.
     """
     nearest, everyone = _nearest(x, S.unsqueeze(1), train, neighbours)
     rows = rows_of(neighbours * train[0].numel())
@@ -190,48 +204,61 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
     """Positions (N, R, neighbours) of the training images nearest to x over each of R sets of patches S (N, R, L).
 
     The second result is the mean of all training tokens, (L, D), of a number that none of them has the mean of all
-    numbers. Training images are read once, a part at a time.
+    numbers. Training images are read once, a part at a time, and once more if some were not recorded in full.
     """
     length, dim = x[:1].shape[1:]
     many = rows_of(length * dim, chunks=8)  # training images
     few = min(many, rows_of(max(length, S.shape[1]) * min(many, len(train))))  # others: L or R x few x many distances
     empty = torch.empty(*S.shape[:2], 0, device=S.device)
     found = [(part, part.long()) for part in empty.split(few)]
-    total, count = torch.zeros(2, length, dim, dtype=torch.float64, device=S.device)
+    total, count, moments = *torch.zeros(2, length, dim, dtype=torch.float64, device=S.device), None
     for start in range(0, len(train), many):
         y, has = train[start : start + many], None
         column = y.sum(0)  # a NaN anywhere shows here
         if column.isnan().any():
-            has = (~y.isnan()).to(y.dtype)
+            moments = moments or _moments(train, many)
+            has = ~y.isnan()
             y = y.nan_to_num(0)
             column = y.sum(0)
         total, count = total + column.double(), count + (len(y) if has is None else has.sum(0))
         for k, seen in enumerate(S.split(few)):
-            distance = _distances(x[k * few : (k + 1) * few], seen, y, has)
+            distance = _distances(x[k * few : (k + 1) * few], seen, y, has, moments)
             found[k] = _best(*found[k], distance, start, neighbours)
     everyone = torch.where(count > 0, total / count, total.sum() / count.sum())
     return torch.cat([positions for _, positions in found]), everyone.to(y.dtype)
 
 
-def _distances(x: Tensor, S: Tensor, y: Tensor, has: Tensor | None) -> Tensor:
+def _moments(train: _Tokens, rows: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (L, D) of what was recorded of each number, 0 of one of which nothing was."""
+    parts = (train[start : start + rows].double() for start in range(0, len(train), rows))
+    count, total, squares = sum(torch.stack([(~y.isnan()).sum(0), y.nansum(0), y.square().nansum(0)]) for y in parts)
+    mean = total / count.clamp(min=1)
+    return mean, (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+
+
+def _distances(
+    x: Tensor, S: Tensor, y: Tensor, has: Tensor | None, moments: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Mean of (x - y)^2 over the patches S (n, R, L) for x (n, L, D) and y (m, L, D), (n, R, m), infinite over none.
 
     Patch by patch first, which is most of the work and serves all R.
 
     Args:
-        has: 1 where y has a number and 0 where it was not recorded, (m, L, D); None if y has them all.
+        has: where y has a number, (m, L, D), which is 0 where it was not recorded; None if y has them all.
+        moments: mean and variance (L, D) of such numbers, by which (x - y)^2 is expected to be what it is on average.
     """
-    y, has = y.to(x.dtype), None if has is None else has.to(x.dtype)
+    y = y.to(x.dtype)
     # What no S holds may be NaN.
     x = x.masked_fill(~S.any(1).unsqueeze(-1), 0)
     S, x, own = S.to(x.dtype), x.transpose(0, 1), x.square().transpose(0, 1)  # (L, n, D)
     gap = torch.baddbmm(y.square().sum(-1).T.unsqueeze(1), x, y.permute(1, 2, 0), alpha=-2)  # (L, n, m)
     if has is None:
         gap += own.sum(-1, keepdim=True)
-        count = y.shape[-1] * S.sum(-1, keepdim=True)  # (n, R, 1)
     else:
-        gap.baddbmm_(own, has.permute(1, 2, 0))
-        count = S @ has.sum(-1).T  # (n, R, m)
+        mean, variance = (moment.to(x.dtype).unsqueeze(1) for moment in moments)  # (L, 1, D)
+        gap.baddbmm_(own, has.permute(1, 2, 0).to(x.dtype))
+        gap.baddbmm_((x - mean).square() + variance, (~has).permute(1, 2, 0).to(x.dtype))
+    count = y.shape[-1] * S.sum(-1, keepdim=True)  # (n, R, 1)
     return (torch.bmm(S, gap.transpose(0, 1)) / count).nan_to_num(torch.inf)
 
 
@@ -323,7 +350,7 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
     total, count = 0.0, 0
     for k, tokens in enumerate(_tokens(vae, images)):
         recorded = masks.recorded(tokens)
-        q = vae.net(tokens.masked_fill(~recorded.unsqueeze(-1), 0), recorded)
+        q = vae.net(masks.seen(tokens, recorded), recorded)
         z = q.sample(seed=derive_seed("variance", seed, k))
         error = (vae.net(torch.zeros_like(tokens), torch.zeros_like(recorded), z, recorded) - tokens)[recorded]
         total, count = total + error.double().square().sum().item(), count + error.numel()
@@ -752,10 +779,10 @@ def _log_joint(
 ) -> Callable[[Tensor], Tensor]:
     """log p(z | x_S) p(x_T | z, x_S) as a function of z (k, N, Z): float64 (k, N); T is part of what is `asked`."""
     constant = 0.5 * T.sum(-1).double() * tokens.shape[-1] * (LOG_2PI + math.log(variance))  # (N,)
-    prior = prior.double()
+    prior, seen = prior.double(), masks.seen(tokens, S)
 
     def log_joint(z: Tensor) -> Tensor:
-        x, s, t = (part.repeat(len(z), *[1] * (part.ndim - 1)) for part in (tokens, S, asked))
+        x, s, t = (part.repeat(len(z), *[1] * (part.ndim - 1)) for part in (seen, S, asked))
         mean = vae.net(x, s, z.flatten(0, 1).to(tokens.dtype), t).view(len(z), *tokens.shape)
         error = (tokens - mean).masked_fill(~T.unsqueeze(-1), 0).double().square().sum((-2, -1))
         return prior.log_prob(z) - 0.5 * error / variance - constant

@@ -1,9 +1,10 @@
 """The objectives. B batch, L tokens, D token dimension, Z latent dimension, C channels, P patch size."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,15 +103,12 @@ class BigLearnELBO:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this objective from another, in numbers and words; of its q(S, T) no more than the name, unless it
-        is a MaskSampler."""
-        names = ("beta", "prior", "beta_warmup_steps", "beta_warmup_start")
-        masks = asdict(self.masks) if isinstance(self.masks, MaskSampler) else {}
+        """What tells this objective from another: its name, that of its q(S, T), and what either was made with."""
         return {
+            **settings_of(self),
             "objective": type(self).__qualname__,
-            **{name: getattr(self, name) for name in names},
             "masks": getattr(self.masks, "__qualname__", type(self.masks).__qualname__),
-            **{f"masks.{name}": value for name, value in masks.items()},
+            **{f"masks.{name}": value for name, value in settings_of(self.masks).items()},
         }
 
     def compiled(self, **options: Any) -> "BigLearnELBO":
@@ -176,18 +174,25 @@ class BigLearnELBO:
     def terms(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction and KL (B,) of an `ELBO`, as functions of tensors alone; see `__call__` for these."""
         q, p = self._posterior_and_prior(net, x, S, T)
-        mean = net(x, S, q.sample(noise), T)  # (B, L, D)
+        mean = net(masks.seen(x, S), S, q.sample(noise), T)  # (B, L, D)
         nothing = ~(S | T).any(-1)  # was recorded, and N(0, I) would still be asked of what the network says of it
         return _log_likelihood(x, mean, T), q.kl(p).masked_fill(nothing, 0)
 
     def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""
         if self.prior == "standard":
-            return net(x, S | T), None
+            return net(masks.seen(x, S | T), S | T), None
         if not getattr(_unwrapped(net), "fixed_shapes", True):  # they are not of one length
-            return net(x, S | T), net(x, S)
-        both = net(torch.cat([x, x]), torch.cat([S | T, S]))
+            return net(masks.seen(x, S | T), S | T), net(masks.seen(x, S), S)
+        both = net(torch.cat([masks.seen(x, S | T), masks.seen(x, S)]), torch.cat([S | T, S]))
         return both[: len(x)], both[len(x) :]
+
+
+def is_gaussian(loss: Any) -> bool:
+    """Whether an objective's reconstruction is known to be log N(x_T; mean, I) without its constant, so that there are
+    bounds in nats and beta is a variance: of a BigLearnELBO whose subclass computes no terms of its own."""
+    own = (type(loss).terms, type(loss).__call__) if isinstance(loss, BigLearnELBO) else None
+    return own == (BigLearnELBO.terms, BigLearnELBO.__call__)
 
 
 def check_prior(prior: str) -> None:
@@ -268,6 +273,14 @@ def _check_masks(S: Tensor, T: Tensor, recorded: Tensor, values: bool) -> None:
             f"S and T must be disjoint and T hold at least one token of each image, got {int(both.sum())} tokens in "
             f"both and {int(empty.sum())} images without T: T & ~S is disjoint from S"
         )
+
+
+def settings_of(part: Any) -> dict[str, Any]:
+    """What was given to make an object, by name, as far as it keeps that under these names; nothing of a function."""
+    makers = [kind.__init__ for kind in type(part).__mro__ if "__init__" in vars(kind)]
+    names = dict.fromkeys(name for maker in reversed(makers) for name in inspect.signature(maker).parameters)
+    kept = vars(part) if hasattr(part, "__dict__") else {}
+    return {name: kept[name] for name in names if name in kept}
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, T: Tensor) -> Tensor:
@@ -413,7 +426,7 @@ class InpaintingRegression:
             raise ValueError("give S and T, or random to draw them from")
         _check_call(net, random)
         x, S, T = _task(self.masks, x, S, T, random, step)
-        mean = net(x, S, x.new_zeros(len(x), _unwrapped(net).z_dim), T)
+        mean = net(masks.seen(x, S), S, x.new_zeros(len(x), _unwrapped(net).z_dim), T)
         reconstruction = _log_likelihood(x, mean, T)
         return ELBO(reconstruction, torch.zeros_like(reconstruction), 0.0, T.sum(-1), x.shape[-1])
 

@@ -4,8 +4,10 @@ Masks are boolean (B, L), True = in the set. `MaskSampler` is q(S, T) of the obj
 for a trained model. B batch, L tokens.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,13 @@ class MaskSampler:
             checks.real_numbers(name, getattr(self, name), 2, "(0, inf)", ": parameters of a Beta distribution")
         checks.real_number("joint", self.joint, "[0, 1]")
         checks.check_choice("ratios_per", self.ratios_per, ("sample", "step"))
+
+    def altered(self, **settings: Any) -> "MaskSampler":
+        """The same with other settings; of a subclass, too, of which dataclasses.replace may not keep all."""
+        result = copy.copy(self)
+        for name, value in settings.items():
+            object.__setattr__(result, name, value)
+        return result
 
     def __call__(
         self, batch_size: int, num_tokens: int, generator: torch.Generator, recorded: Tensor | None = None
@@ -85,6 +94,11 @@ class MaskSampler:
         t = (t_ratio * (count - s)).ceil().clamp(min=1)
         rank = rank_among(recorded, order)
         return rank < s, (rank >= s) & (rank < s + t) & recorded
+
+
+def seen(x: Tensor, S: Tensor) -> Tensor:
+    """Tokens x (B, L, D) with 0 in place of those outside S (B, L): no network gets to see what it is to predict."""
+    return x.masked_fill(~S.unsqueeze(-1), 0)
 
 
 def rank_among(mask: Tensor, order: Tensor) -> Tensor:

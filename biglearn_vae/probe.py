@@ -55,7 +55,7 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
     """
     found = []
     for x, S in _observed(vae, images, ratio, seed):
-        tokens = _tokens(vae, x).to(vae.dtype).masked_fill(~S.unsqueeze(-1), 0)
+        tokens = masks.seen(_tokens(vae, x).to(vae.dtype), S)
         found.append(vae._encode(tokens, S).mean.cpu())  # to `encode` the tokens of one image may look like an image
     return torch.cat(found)
 
@@ -353,7 +353,7 @@ class LabelledViT(nn.Module):
 
     def forward(self, x: Tensor, S: Tensor) -> Tensor:
         """Logits, (B, number of classes) or (B, A), given tokens x (B, L, D) where S (B, L) is True."""
-        return self.head(self.net(x, S).mean)
+        return self.head(self.net(masks.seen(x, S), S).mean)
 
     @torch.no_grad()
     def predict(self, x: Tensor, S: Tensor) -> Tensor:

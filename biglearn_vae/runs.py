@@ -273,7 +273,8 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     net = net.to(pick_device(device)).requires_grad_(False)
     # One's own objective may have no such settings; only then is it made, which needs the code of it.
     loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() else config.objective(cfg, drawing=False)
-    return BigLearnVAE(net, tokens, prior=loss.prior, variance=loss.beta), state, path
+    variance = loss.beta if state["metadata"].get("gaussian", True) else 0.0
+    return BigLearnVAE(net, tokens, prior=loss.prior, variance=variance), state, path
 
 
 def check_which(which: str) -> None:

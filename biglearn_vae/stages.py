@@ -16,7 +16,7 @@ from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Splits, parts
 from biglearn_vae.files import read_json, write_text
 from biglearn_vae.loggers import Pictures
-from biglearn_vae.losses import BigLearnELBO
+from biglearn_vae.losses import BigLearnELBO, is_gaussian
 from biglearn_vae.patch_ae import PatchAE
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class VAEStage:
             self._start_from(cfg.init_from)
         self.loss = config.objective(cfg)
         self.metadata = {"tokenizer": self.tokens.state()} if isinstance(self.tokens, PatchAE) else {}
+        self.metadata["gaussian"] = is_gaussian(self.loss)
 
     def _start_from(self, source: str) -> None:
         """Take the weights of a trained model, which may be of another method and of images of another size."""
@@ -216,7 +217,7 @@ def measure(
         f"{split}_joint_elbo": joint["elbo"],
         f"{split}_reconstruction": joint["reconstruction"],
         f"{split}_kl": joint["kl"],
-        f"{split}_joint_elbo_nats": joint["elbo_nats"],
+        **({f"{split}_joint_elbo_nats": joint["elbo_nats"]} if "elbo_nats" in joint else {}),
         "inpainting_psnr": {str(ratio): value for ratio, value in inpainting.items()},
         "nearest_psnr": {str(ratio): value for ratio, value in nearest.items()},
     }
@@ -260,6 +261,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
     """The numbers of a summary or an evaluation as a small table, where everything is, and what to type next."""
     passes = result.get("passes", {})
     elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
+    nats = result.get(f"{split}_joint_elbo_nats")
     rows = {
         "share of patches observed": [f"{float(ratio):g}" for ratio in result["inpainting_psnr"]],
         "mean of several completions": [f"{value:.2f}" for value in result["inpainting_psnr"].values()],
@@ -277,8 +279,8 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
         [
             *_head(result),
             "",
-            f"{split} JointELBO {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}; "
-            f"{result[f'{split}_joint_elbo_nats']:.2f} nats with the constant of N(mu, I)",
+            f"{split} JointELBO {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}"
+            + ("" if nats is None else f"; {nats:.2f} nats with the constant of N(mu, I)"),
             "",
             "in-painting: PSNR in dB over the missing pixels",
             *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),

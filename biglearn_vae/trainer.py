@@ -154,8 +154,17 @@ def _checked_folder(folder: str | Path | None) -> Path | None:
     return None if folder is None else Path(folder)
 
 
-def _check(net: nn.Module, optim: Any, batches: Any, metadata: dict[str, Any], counts: dict[str, int]) -> None:
+def _check(
+    net: nn.Module, loss: Any, optim: Any, batches: Any, metadata: dict[str, Any], counts: dict[str, int]
+) -> None:
     """Raise a ValueError for what a trainer cannot be made of."""
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"expected a network, a torch.nn.Module (of a BigLearnVAE its .net), got {type(net).__name__}")
+    if untrained := _own_parameters(loss, net):
+        raise ValueError(
+            f"the loss has parameters of its own, {', '.join(untrained)}, which nothing would train or keep: make them "
+            "the network's, or let them need no gradient"
+        )
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ValueError(
             "expected a network with parameters to be trained, all are frozen, as those of a loaded model are: "
@@ -173,6 +182,16 @@ def _check(net: nn.Module, optim: Any, batches: Any, metadata: dict[str, Any], c
     checkpoint.check_metadata(metadata)
 
 
+def _own_parameters(loss: Any, net: nn.Module) -> list[str]:
+    """The names of what in a loss needs gradients and is not the network's."""
+    known, held = set(map(id, net.parameters())), dict(getattr(loss, "__dict__", {}))
+    for name, part in {"": loss, **held}.items():
+        if isinstance(part, nn.Module):
+            held |= {f"{name}.{own}".lstrip("."): value for own, value in part.named_parameters()}
+    needing = {name: value for name, value in held.items() if isinstance(value, Tensor) and value.requires_grad}
+    return [name for name, value in needing.items() if id(value) not in known]
+
+
 def _measured(found: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """What `evaluate` gave; a ValueError if that isn't numbers and pictures."""
     if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, dict) for part in found):
@@ -185,6 +204,23 @@ def _measured(found: Any) -> tuple[dict[str, float], dict[str, Any]]:
         return {name: float(value) for name, value in numbers.items()}, pictures
     except (TypeError, ValueError):
         raise ValueError(f"what evaluate gives first must be numbers by name, got {numbers!r:.200}") from None
+
+
+def _checked_parts(parts: Any) -> Any:
+    """What a loss gave; a ValueError if that has no loss to follow and nothing to report."""
+    if not hasattr(parts, "loss") or not callable(getattr(parts, "scalars", None)):
+        raise ValueError(
+            "expected of the loss what has .loss, a tensor (), and .scalars(), such tensors by name, as an ELBO has: "
+            f"got {checks.described(parts)}"
+        )
+    return parts
+
+
+def _checked_scalar(name: str, value: Any) -> Tensor:
+    """One of the numbers that a loss reports, without gradients; a ValueError if it is no tensor ()."""
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ValueError(f"expected tensors () in .scalars() of the loss, got {name}: {checks.described(value)}")
+    return value.detach()
 
 
 def _load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -247,7 +283,7 @@ class Trainer:
     ):
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
         intervals = {f"{name}_every": value for name, value in self.every.items()}
-        _check(net, optim, batches, metadata or {}, dict(steps=steps, accumulate=accumulate, **intervals))
+        _check(net, loss, optim, batches, metadata or {}, dict(steps=steps, accumulate=accumulate, **intervals))
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
         self.steps, self.seed, self.monitor = steps, seed, monitor
         self.folder = _checked_folder(folder)
@@ -452,6 +488,7 @@ class Trainer:
                     break
             self.interrupted = self.world.any(interruption.requested)
         self._forget_graph()  # and the memory that it holds
+        self.net.eval()
         if self.step < self.steps:
             words = "; a checkpoint is written" if self.folder else ""
             raise Interrupted(f"stopped at step {self.step} of {self.steps}{words}", kept=self.folder is not None)
@@ -585,10 +622,11 @@ class Trainer:
             with self._synchronized(part + 1 == self.accumulate):
                 with self._autocast():
                     own = _part(batch, part, self.accumulate)
-                    parts = self.loss(self._wrapped, own, random=StepRandom(generator, rank, size), step=step)
+                    found = self.loss(self._wrapped, own, random=StepRandom(generator, rank, size), step=step)
+                parts = _checked_parts(found)
                 (parts.loss / self.accumulate).backward()
             for name, value in parts.scalars().items():
-                total[name] = total.get(name, 0) + value.detach() / self.accumulate
+                total[name] = total.get(name, 0) + _checked_scalar(name, value) / self.accumulate
         return total
 
     @contextmanager

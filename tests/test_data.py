@@ -130,6 +130,11 @@ def test_order_depends_on_the_seed_alone():
     assert len({tuple(order) for seed in range(4) for order in orders(seed)}) == 8
 
 
+def test_what_makes_tokens_of_a_batch_is_not_trained():
+    weight = torch.ones((), requires_grad=True)
+    assert not Batches(numbered(4), 2, transform=lambda x: x * weight)(0).requires_grad
+
+
 def test_order_does_not_depend_on_the_batch_size():
     one, other = Batches(numbered(30), 10, seed=1), Batches(numbered(30), 15, seed=1)
     assert [n for step in range(6) for n in numbers(one(step))] == [

@@ -484,12 +484,44 @@ def test_images_of_which_nothing_was_recorded_are_no_perfect_ones(vae):
         assert found["elbo_nats"] == pytest.approx(each.elbo_nats[::2].double().mean().item())
 
 
+def test_masks_of_a_class_of_ones_own_keep_what_they_have(vae):
+    class Half(MaskSampler):
+        """Observes the first half of the patches, or the last."""
+
+        def __init__(self, first, **others):
+            super().__init__(**others)
+            object.__setattr__(self, "first", first)
+
+        def __call__(self, batch_size, num_tokens, generator, recorded=None):
+            S = (torch.arange(num_tokens) < num_tokens // 2) == self.first
+            return S.expand(batch_size, -1), ~S.expand(batch_size, -1)
+
+    x = pictures(vae)
+    for first in (True, False):
+        one = BigLearnELBO(0.3, masks=Half(first, ratios_per="step"))
+        other = BigLearnELBO(0.3, masks=lambda *sizes, masks=one.masks: masks(*sizes))
+        assert evaluation.elbo(vae, x, one, joint=False) == evaluation.elbo(vae, x, other, joint=False)
+        assert one.masks.ratios_per == "step"
+
+
+def test_nats_are_those_of_a_gaussian_alone(vae):
+    class Laplace(BigLearnELBO):
+        def terms(self, net, x, S, T, noise):
+            q, p = self._posterior_and_prior(net, x, S, T)
+            return -(net(x, S, q.sample(noise), T) - x).abs().masked_fill(~T.unsqueeze(-1), 0).sum((1, 2)), q.kl(p)
+
+    assert "elbo_nats" not in evaluation.elbo(vae, pictures(vae), Laplace(0.3))
+    with pytest.raises(ValueError, match=r"expected an objective, such as BigLearnELBO\(beta\), got 0.3"):
+        evaluation.elbo(vae, pictures(vae), 0.3)
+
+
 def slow_nearest_of_incomplete(x: Tensor, S: Tensor, train: Tensor, neighbours: int) -> Tensor:
-    result = torch.empty_like(x)
+    result, mean = torch.empty_like(x), train.nanmean(0)
+    variance = (train - mean).square().nanmean(0)
     for n in range(len(x)):
-        shared = (~train.isnan()) & S[n].unsqueeze(-1)  # (M, L, D)
-        squares = torch.where(shared, (train - x[n]).square(), 0).sum((1, 2)) / shared.sum((1, 2))
-        nearest = squares.nan_to_num(math.inf).argsort()[:neighbours]
+        expected = (x[n] - mean).square() + variance
+        squares = torch.where(train.isnan(), expected, (train - x[n]).square())  # (M, L, D)
+        nearest = squares[:, S[n]].nan_to_num(0).sum((1, 2)).argsort()[:neighbours]
         result[n] = train[nearest].nanmean(0)
         result[n] = torch.where(result[n].isnan(), train.nanmean(0), result[n])
     return result
@@ -502,6 +534,13 @@ def test_nearest_completion_of_incomplete_training_images():
         expected = slow_nearest_of_incomplete(x, S, train, neighbours)
         result = evaluation.nearest_completion(x, S, train, neighbours)
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+def test_images_of_which_little_was_recorded_are_not_the_nearest_for_it():
+    x, S = tokens(1, 0), torch.ones(1, 6, dtype=torch.bool)
+    train = torch.cat([x + 0.1, tokens(40, 1)])
+    train[-1, 1:], train[-1, :1] = math.nan, x[0, :1]  # the same in all that it has
+    torch.testing.assert_close(evaluation.nearest_completion(x, S, train, 1)[0], train[0])
 
 
 def test_what_no_training_image_has_is_completed_by_the_mean_of_all_numbers():

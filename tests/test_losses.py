@@ -54,6 +54,19 @@ def gradients(net, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(net.parameters())))
 
 
+@pytest.mark.parametrize("loss", [BigLearnELBO(BETA), BigLearnELBO(BETA, prior="standard"), InpaintingRegression()])
+def test_no_network_gets_to_see_what_it_is_to_predict(tiny_net, loss, monkeypatch):
+    (x, noise), (S, T), calls = data(), tasks(), []
+    forward = tiny_net.forward
+    monkeypatch.setattr(tiny_net, "forward", lambda x, S, *more: calls.append((x, S)) or forward(x, S, *more))
+    noise = {} if isinstance(loss, InpaintingRegression) else {"noise": noise}
+    loss(tiny_net, torch.where((S | T).unsqueeze(-1), x, torch.nan), S, T, **noise)
+    assert calls
+    for given, seen in calls:
+        tokens = x.repeat(len(given) // len(x), 1, 1)
+        assert given.equal(torch.where(seen.unsqueeze(-1), tokens, 0))
+
+
 @pytest.mark.parametrize("prior", ["learned", "standard"])
 def test_all_parts_by_hand(tiny_net, prior):
     (x, noise), (S, T) = data(), tasks()

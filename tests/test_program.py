@@ -221,7 +221,7 @@ from __future__ import annotations
 import functools
 import typing
 import torch
-from biglearn_vae import BigLearnELBO, TwoStackViT
+from biglearn_vae import BigLearnELBO, DiagGaussian, TwoStackViT
 if typing.TYPE_CHECKING:
     from pathlib import Path
 
@@ -255,11 +255,38 @@ class Net(TwoStackViT):
     pass
 
 class Bare(torch.nn.Linear):
+    # Looks at hidden patches, too, if it is given them.
     z_dim = 3
 
     def __init__(self, grid, token_dim, **others):
-        super().__init__(2, 2)
+        super().__init__(token_dim, 6)
+        self.out = torch.nn.Linear(token_dim + 3, token_dim)
         self.grid, self.token_dim, self.num_tokens = grid, token_dim, grid[0] * grid[1]
+
+    def forward(self, x, S, z=None, T=None):
+        if z is None:
+            return DiagGaussian(*super().forward(x).mean(1).chunk(2, -1))
+        return self.out(torch.cat([x, z.unsqueeze(1).expand(-1, x.shape[1], -1)], -1))
+
+class Wrong(Bare):
+    def forward(self, x, S, z=None, T=None):
+        return x.mean(1)
+
+class Uncallable(Bare):
+    def forward(self, x):
+        return x
+
+class Bernoulli(BigLearnELBO):
+    def terms(self, net, x, S, T, noise):
+        q, p = self._posterior_and_prior(net, x, S, T)
+        logits = net(x, S, q.sample(noise), T)
+        error = torch.nn.functional.binary_cross_entropy_with_logits(logits, x.clamp(0, 1), reduction="none")
+        return -error.masked_fill(~T.unsqueeze(-1), 0).sum((1, 2)), q.kl(p)
+
+class Bare_parts(BigLearnELBO):
+    def __call__(self, net, x, *arguments, **options):
+        found = super().__call__(net, x, *arguments, **options)
+        return type("Parts", (), {"loss": found.loss, "scalars": found.scalars})()
 
 NUMBER = 3
 """
@@ -324,6 +351,14 @@ COLUMNS = "masks._target_=own_parts.Columns"
         (["trainer._target_=own_parts.Net"], "trainer._target_: there is no such setting"),
         (["loss._target_=own_parts.no_objective", *NO_LOSS], "an objective like BigLearnELBO, got one without masks"),
         (["model._target_=own_parts.Other"], "model: expected a network such as UniversalViT, unwrapped"),
+        (
+            ["model._target_=own_parts.Wrong"],
+            "model: Wrong: net(x, S) must give a DiagGaussian over z, (B, 3), got",
+        ),
+        (
+            ["model._target_=own_parts.Uncallable"],
+            "model: Uncallable cannot be called as UniversalViT is, net(x, S)",
+        ),
     ],
 )
 def test_parts_of_ones_own_that_do_not_fit(here, own_parts, monkeypatch, capsys, words, expected):
@@ -332,9 +367,41 @@ def test_parts_of_ones_own_that_do_not_fit(here, own_parts, monkeypatch, capsys,
     assert not (here / "outputs").exists()
 
 
-def test_the_benchmark_refuses_a_network_that_it_does_not_know(own_parts, monkeypatch, capsys):
-    assert run_here(monkeypatch, "model._target_=own_parts.Bare", "device=cpu", script="benchmark") == 2
-    assert "knows how UniversalViT and TwoStackViT work alone, got a Bare" in capsys.readouterr().err
+def test_a_likelihood_and_a_network_of_ones_own(here, own_parts, monkeypatch, capsys):
+    words = ["loss._target_=own_parts.Bernoulli", "model._target_=own_parts.Bare", "~model.dim", "optim.muon_lr=0.01"]
+    words += ["trainer.steps=2", "name=own"]
+    assert run_here(monkeypatch, *SMALL, *words) == 0
+    assert "nats" not in capsys.readouterr().out
+    assert "test_joint_elbo_nats" not in json.loads(Path("outputs/own/summary.json").read_text())
+    assert blv.load("outputs/own", device="cpu").variance == 0  # beta is none of such a model
+    words = ["run=outputs/own", "likelihood_images=2", "samples=2", "images=9"]
+    assert run_here(monkeypatch, *words, script="evaluate") == 0
+    found = json.loads(Path("outputs/own/evaluation.json").read_text())
+    assert "fitted" in found["likelihood"] and "model" not in found["likelihood"]
+    words = ["run=outputs/own", "draws=1", "ratios=[0.5]", "train_images=40", "test_images=20", "ceiling_steps=2"]
+    assert run_here(monkeypatch, *words, script="probe") == 0
+    capsys.readouterr()
+    assert run_here(monkeypatch, *SMALL, "model._target_=own_parts.Bare", "~model.dim") == 2
+    assert "optim.muon_lr: Interpolation key 'model.dim' not found: give optim.muon_lr" in capsys.readouterr().err
+    assert run_here(monkeypatch, *SMALL, "loss._target_=own_parts.Bare_parts") == 2
+    assert "expected of the loss an ELBO, or what has its parts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("model._target_=own_parts.Bare", "knows how UniversalViT and TwoStackViT work alone, got a Bare"),
+        ("loss._target_=own_parts.Bernoulli", "which terms or masks of one's own are not, got Bernoulli with MaskSam"),
+        (
+            "masks._target_=own_parts.columns",
+            "masks of one's own are not, got BigLearnELBO with Columns",
+        ),
+    ],
+)
+def test_the_benchmark_refuses_what_it_does_not_know(own_parts, monkeypatch, capsys, word, expected):
+    own = ["+masks.first=1"] if word.startswith("masks") else []
+    assert run_here(monkeypatch, word, *own, "device=cpu", script="benchmark") == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_a_run_killed_at_any_step_resumes_to_the_same_bits(here, monkeypatch, capsys):
@@ -744,7 +811,10 @@ def test_a_setting_may_be_that_of_another(here, monkeypatch, capsys):
     command = json.loads(Path("outputs/run/environment.json").read_text())["command"]
     assert shlex.split(command) == ["train.py", *SMALL, "trainer.steps=2", "name=run", "model.z_dim=${model.dim}"]
     assert run_here(monkeypatch, *SMALL, "model.z_dim=${model.dims}") == 2
-    assert "\nerror: model.z_dim: Interpolation key 'model.dims' not found\n" in capsys.readouterr().err
+    assert (
+        "\nerror: model.z_dim: Interpolation key 'model.dims' not found: give model.z_dim itself\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_sweep_in_a_file_of_ones_own(here, monkeypatch, capsys):

@@ -294,6 +294,8 @@ def test_what_a_trainer_is_made_of_is_checked_before_it_trains(tmp_path):
     for batches in ([1, 2], lambda step: torch.ones(4, 2)):
         with pytest.raises(ValueError, match=r"batches must be like Batches, .* got (list|function)"):
             make_trainer(batches=batches)
+    with pytest.raises(ValueError, match=r"expected a network, .* \(of a BigLearnVAE its .net\), got Linear"):
+        Trainer(type("Linear", (), {})(), noisy_squares, Points(), OPTIM, steps=1)
     make_trainer(str(tmp_path), steps=2).fit()  # a folder may be text
     assert checkpoint.load_latest(tmp_path)["step"] == 2
 
@@ -302,6 +304,50 @@ def test_a_frozen_network_is_refused_with_what_to_do():
     frozen = network().requires_grad_(False)
     with pytest.raises(ValueError, match=r"all are frozen.*deepcopy\(vae.net\).requires_grad_\(True\)"):
         Trainer(frozen, noisy_squares, Points(), OPTIM, steps=1)
+
+
+def test_parameters_of_a_loss_are_refused_unless_they_are_the_networks():
+    class Learned(BigLearnELBO):
+        pass
+
+    class Module(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+
+        def forward(self, net, batch, *, random, step):
+            return noisy_squares(net, batch, random=random, step=step)
+
+    loss, net = Learned(0.1), network()
+    loss.log_sigma, loss.fixed = nn.Parameter(torch.zeros(())), torch.zeros(())
+    for given, name in ((loss, "log_sigma"), (Module(nn.Linear(2, 2)), "part.weight, part.bias")):
+        with pytest.raises(ValueError, match=f"the loss has parameters of its own, {name}, which nothing would train"):
+            Trainer(net, given, Points(), OPTIM, steps=1)
+    for given in (Module(net), Module(nn.Linear(2, 2).requires_grad_(False))):
+        Trainer(net, given, Points(), OPTIM, steps=1).fit()
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        (lambda loss: loss, r"expected of the loss what has .loss, .* got torch.float32 \(\)"),
+        (lambda loss: type("P", (), {"loss": loss, "scalars": lambda _: {"a": 1.0}})(), "got a: float"),
+        (
+            lambda loss: type("P", (), {"loss": loss, "scalars": lambda _: {"a": torch.ones(2)}})(),
+            r"a: torch.float32 \(",
+        ),
+    ],
+)
+def test_what_a_loss_gives_is_checked(gives, message):
+    with pytest.raises(ValueError, match=message):
+        make(loss=lambda *given, **options: gives(noisy_squares(*given, **options).loss)).fit()
+
+
+def test_a_trained_network_is_one_to_evaluate():
+    for evaluate_every in (1, 5):  # by itself the evaluation leaves it so at its own steps
+        trainer = make(steps=6, optim=Optim(lr=0.01), evaluate_every=evaluate_every)
+        trainer.fit()
+        assert not trainer.result.training and not any(module.training for module in trainer.net.modules())
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path):
@@ -711,6 +757,36 @@ def test_a_loss_of_ones_own_says_what_tells_it_from_others(tmp_path):
     make(tmp_path / "told", steps=6, loss=Scaled(2.0, tells=True)).fit()
     with pytest.raises(ValueError, match=r"another loss, whose scale was 2.0, now it is 3.0"):
         make(tmp_path / "told", loss=Scaled(3.0, tells=True)).resume()
+
+
+def test_what_a_subclass_of_the_objective_and_of_the_masks_was_made_with_counts(tmp_path):
+    class Scaled(BigLearnELBO):
+        def __init__(self, scale, **others):
+            super().__init__(0.1, **others)
+            self.scale, self.calls = scale, 0
+
+        def terms(self, *given):
+            self.calls += 1
+            return super().terms(*given)
+
+    class Wider(MaskSampler):
+        def __init__(self, width=1, **others):
+            super().__init__(**others)
+            object.__setattr__(self, "width", width)
+
+    def trainer(**settings):
+        net = UniversalViT(grid=(2, 3), token_dim=5, dim=16, depth=1, z_dim=3, heads=2)
+        return Trainer(net, Scaled(**settings), Images(), OPTIM, steps=2, folder=tmp_path)
+
+    trainer(scale=1.0, masks=Wider(2)).fit()
+    for other, says in (
+        (dict(scale=3.0, masks=Wider(2)), "scale was 1.0, now it is 3.0"),
+        (dict(scale=1.0, masks=Wider(4)), "masks.width was 2, now it is 4"),
+        (dict(scale=1.0, masks=Wider(2, joint=0.5)), "masks.joint was 0.0, now it is 0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"was trained with another loss, whose {says}"):
+            trainer(**other).resume()
+    assert trainer(scale=1.0, masks=Wider(2)).resume() == 2
 
 
 def test_another_batch_size_is_another_training(tmp_path):
