@@ -564,7 +564,7 @@ def measure_likelihood(
         variance = vae.variance or fitted
         found = evaluation.consistency(vae, images, variance=variance, seed=seed, **counts)
         agreement = {"variance": variance} | found
-    return {"likelihood": {"images": len(images)} | counts | bounds, "consistency": agreement}
+    return {"likelihood": {"images": len(images), "prior": vae.prior} | counts | bounds, "consistency": agreement}
 
 
 def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int) -> dict[str, Any]:
@@ -637,7 +637,7 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
 def _write_measured(run: Path, script: str, found: dict[str, Any]) -> Path:
     """Write what a measuring script found, and say where what it found before is kept."""
     if kept := runs.write_measured(run, script, found):
-        print(f"{kept!s:<60} what was measured before, with other settings or at another step")
+        print(f"{kept!s:<60} what was measured before, with other settings, on other images or at another step")
     return run / runs.FILES[script]
 
 
@@ -670,10 +670,12 @@ class _Trained(NamedTuple):
     step: int
 
     def described(self, cfg: "DictConfig", **settings: Any) -> dict[str, Any]:
-        """What a script measured: of which network, with which settings that its numbers depend on, and where."""
+        """What a script measured: of which network, on which images, with which settings that its numbers depend on,
+        and where."""
         own = {name: value for name, value in config.leaves(cfg) if name not in (*config.PLACE, "checkpoint")}
         network = {"name": self.run.name, "checkpoint": self.checkpoint, "step": self.step}
-        return network | {"settings": own | settings, "environment": environment(cfg.device)}
+        data = {"data": getattr(self.splits, cfg.split).fingerprint()}
+        return network | data | {"settings": own | settings, "environment": environment(cfg.device)}
 
 
 def _trained(cfg: "DictConfig") -> _Trained:

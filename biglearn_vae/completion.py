@@ -8,7 +8,7 @@ N images, K draws.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,14 +93,22 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     Args:
         images: N of them; all are made floats at once. Only what was recorded of them is given and scored.
         train: training images.
+
+    Raises:
+        ValueError: if a task hides nothing that was recorded of these images.
     """
     of_chains = plan.chains_of(vae)
+    ((x, tasks),) = evaluation.tasks_in_parts(vae, images, plan.tasks, seed, rows=len(images))
+    if empty := [str(task) for task, (_, T) in tasks.items() if not T.any()]:
+        raise ValueError(
+            f"tasks {', '.join(empty)} hide nothing that was recorded of these {len(x)} images: leave them out, or "
+            "take more images"
+        )
     floors = {
         "training mean": evaluation.training_mean_psnr(vae, images, train, plan.tasks, seed),
         "10 nearest": evaluation.nearest_psnr(vae, images, train, plan.tasks, seed=seed),
     }
     variance = evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)
-    ((x, tasks),) = evaluation.tasks_in_parts(vae, images, plan.tasks, seed, rows=len(images))
     nats = _nats(vae, x, tasks, plan, variance, seed) if plan.likelihood_images else {}
     result = {}
     for task, (S, T) in tasks.items():
@@ -187,18 +195,22 @@ def regressor_psnr(
 
     Args:
         net: with fresh weights; it is trained.
-        masks: q(S, T), as the model's.
+        optim: its warm-up takes at most a third of the steps.
+        masks: q(S, T), as the model's, but for joint tasks, of which only the mean could be learned: a MaskSampler then
+            has none, so that a joint VAE's regressor, too, sees parts of images.
 
     Raises:
         KeyboardInterrupt: if Ctrl-C or SIGTERM ended the training early.
     """
     device = next(net.parameters()).device
+    if isinstance(masks, MaskSampler):
+        masks = masks.altered(joint=0.0)
     batches = Batches(train.resident(device), batch_size, seed, World(device=device), transform=tokenizer.encode)
     trainer = Trainer(
         net,
         InpaintingRegression(masks),
         batches,
-        optim,
+        replace(optim, warmup_steps=min(optim.warmup_steps, steps // 3)),
         steps=steps,
         seed=derive_seed("regressor", seed),
         world=batches.world,

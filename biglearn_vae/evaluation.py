@@ -206,6 +206,7 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
     The second result is the mean of all training tokens, (L, D), of a number that none of them has the mean of all
     numbers. Training images are read once, a part at a time, and once more if some were not recorded in full.
     """
+    neighbours = checks.whole_number("neighbours", neighbours, 1)
     length, dim = x[:1].shape[1:]
     many = rows_of(length * dim, chunks=8)  # training images
     few = min(many, rows_of(max(length, S.shape[1]) * min(many, len(train))))  # others: L or R x few x many distances
@@ -326,8 +327,13 @@ def _squared_error(completed: Tensor, images: Tensor, hidden: Tensor) -> _Error:
             f"expected completions of the size of the images, {tuple(images.shape)}, and a mask of pixels of them, as "
             f"vae.pixel_mask(~S) makes it, got {checks.described(completed)} and {checks.described(hidden)}"
         )
-    error = (completed - images)[hidden.expand_as(images)].double().square()
+    error = (_floats(completed) - _floats(images))[hidden.expand_as(images)].double().square()
     return error.sum().item(), error.numel()
+
+
+def _floats(images: Tensor) -> Tensor:
+    """Images in [0, 1], of bytes, too."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def _decibels(parts: Sequence[_Error]) -> float:
@@ -413,6 +419,8 @@ def _in_parts(
     seed: int,
 ) -> Tensor:
     """`BigLearnVAE.log_prob` (N,) or `log_weights` (K, N), a part of the images at a time."""
+    if not len(images):
+        raise ValueError("expected at least one image, got none")
     rows = rows_of(images[:1].numel())
     results = []
     for k, start in enumerate(range(0, len(images), rows)):
@@ -609,6 +617,7 @@ def completion_scores(draws: Tensor, images: Tensor, hidden: Tensor) -> dict[str
         )
     if hidden.shape != (len(images), 1, *images.shape[2:]) or not hidden.any():
         raise ValueError(f"hidden must be pixels (N, 1, H, W), at least one, got {tuple(hidden.shape)}")
+    draws, images = _floats(draws), _floats(images)
     rows, totals = max(1, 2**24 // draws[:, 0].numel()), torch.zeros(3, dtype=torch.float64)
     for part in zip(draws.split(rows, 1), images.split(rows), hidden.split(rows), strict=True):
         totals += _completion_errors(*part).cpu()
@@ -740,8 +749,9 @@ def conditional_log_prob_joint(
 
 def _mask(vae: BigLearnVAE, images: Tensor, S: Tensor) -> Tensor:
     """A mask of images (N, C, H, W) as (N, L) on the model's device; they must be finite there."""
-    if images.ndim != 4:
-        raise ValueError(f"expected a batch of images (N, C, H, W), got {tuple(images.shape)}")
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        given = tuple(images.shape) if isinstance(images, Tensor) else checks.described(images)
+        raise ValueError(f"expected a batch of images (N, C, H, W), got {given}")
     return vae.combine((images, S))[1]
 
 
@@ -760,7 +770,7 @@ def _annealed(
     """log p(x_T | x_S) from p(z | x_{S u T}), or from p(z | x_S), from which the way is longer at its beginning."""
     if torch.is_inference_mode_enabled():
         raise ValueError("annealing follows gradients: take torch.no_grad() in place of torch.inference_mode()")
-    variance = checked_variance(vae, variance)
+    variance, samples = checked_variance(vae, variance), checks.whole_number("samples", samples, 1)
     rows, estimates = max(1, vae.chunk // max(annealing.PILOT, samples)), []
     for k, (x, s, t) in enumerate(zip(images.split(rows), S.split(rows), T.split(rows), strict=True)):
         x = vae.combine((x, s | t))[0]  # where all else is zero
@@ -769,8 +779,12 @@ def _annealed(
         asked = torch.ones_like(t) if from_prior else t
         target = _log_joint(vae, vae.tokenizer.encode(x), s, t, asked, prior, variance)
         base, power = (prior, 4) if from_prior else (posterior, 1)
-        weights = annealing.log_weights(target, base, samples, steps, power, derive_seed(seed, k))
-        estimates.append(_log_mean(weights))
+        weights = [  # chains by themselves where all of one image are more than may pass at once
+            annealing.log_weights(target, base, min(vae.chunk, samples - begin), steps, power, own)
+            for begin in range(0, samples, vae.chunk)
+            for own in [derive_seed(seed, k, *([begin] if begin else []))]
+        ]
+        estimates.append(_log_mean(torch.cat(weights)))
     return LogProb(*torch.cat(estimates, -1))
 
 

@@ -161,12 +161,21 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
     return torch.sigmoid(logs[:, 0] - logs[:, 1])
 
 
-def random(batch_size: int, num_tokens: int, ratio: float, seed: int | None = None) -> Tensor:
+def random(
+    batch_size: int, num_tokens: int, ratio: float, seed: int | None = None, recorded: Tensor | None = None
+) -> Tensor:
     """Masks (B, L) in which a random `ratio` of the patches, rounded, is observed: the same ones for the same seed, or,
-    without one, after the same `torch.manual_seed`."""
+    without one, after the same `torch.manual_seed`.
+
+    Args:
+        recorded: boolean (B, L); then as many patches are chosen among these, or all of them where there are fewer.
+    """
     shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
     seen = round(checks.real_number("ratio", ratio, "[0, 1]") * shape[1])
-    return torch.rand(shape, generator=_generator(seed)).argsort(dim=-1) < seen
+    place = torch.rand(shape, generator=_generator(seed)).argsort(dim=-1)
+    if recorded is None:
+        return place < seen
+    return (rank_among(recorded, place.to(recorded.device) / num_tokens) < seen) & recorded
 
 
 def _generator(seed: int | None) -> torch.Generator:

@@ -50,7 +50,7 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
     Args:
         images: (N, C, H, W) in [0, 1], a tensor or a set, which is read in parts, or their tokens (N, L, D). What was
             never recorded (NaN) is not observed.
-        ratio: share of the patches in S, in [0, 1].
+        ratio: share of the patches in S, in [0, 1]; of an image that lacks some as many as of others, if there are.
         seed: of the masks.
     """
     found = []
@@ -77,11 +77,17 @@ def _observed(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: i
     """Images (n, C, H, W), or tokens (n, L, D), and which patches of them are observed (n, L), part by part."""
     if not len(images):
         raise ValueError("expected at least one image, got none")
-    mask = masks.random(len(images), vae.num_tokens, ratio, seed=seed)  # whatever the parts are
+    mask = masks.random(len(images), vae.num_tokens, ratio, seed, _recorded(vae, images))  # whatever the parts are
     size = _part_size(vae)
     for x, S in zip(parts(images, vae.device, size), mask.split(size), strict=True):
-        recorded = masks.recorded(x) if x.ndim == 3 else masks.recorded_patches(x, vae.grid)
-        yield x, S.to(vae.device) & recorded
+        yield x, S.to(vae.device)
+
+
+def _recorded(vae: BigLearnVAE, images: Tensor | ImageSet) -> Tensor:
+    """The patches (N, L) of images or tokens that were ever recorded, on the CPU."""
+    if isinstance(images, ImageSet):
+        return images.recorded_patches(vae.grid).cpu()
+    return (masks.recorded(images) if images.ndim == 3 else masks.recorded_patches(images, vae.grid)).cpu()
 
 
 def _tokens(vae: BigLearnVAE, x: Tensor) -> Tensor:
@@ -523,6 +529,8 @@ def linear_probe(
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
     draws = checks.whole_number("draws", draws, 1)
+    if not isinstance(ratios, list | tuple) or not ratios:
+        raise ValueError(f"ratios must be S-ratios in [0, 1], in a list of at least one, got {ratios!r}")
     raw, votes, votes_over_pixels = _floors(vae, raw, neighbours, len(train))
     costly = isinstance(vae.tokenizer, PatchAE)  # plain patches are cut in no time, and travel to a GPU as bytes
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
@@ -588,7 +596,8 @@ def _nearest_scores(
 ) -> dict[float, dict[str, Any]]:
     """The scores of `nearest_classes` by S-ratio, under the same masks of test images as all else."""
     asked = [(ratio, mask_seeds(seed, ratio, draw)[1]) for ratio in ratios for draw in range(draws)]
-    S = torch.stack([masks.random(len(test), vae.num_tokens, ratio, seed=own) for ratio, own in asked], 1)
+    recorded = _recorded(vae, test)
+    S = torch.stack([masks.random(len(test), vae.num_tokens, ratio, own, recorded) for ratio, own in asked], 1)
     predicted, train_y, test_y = nearest_classes(vae, test, S, train, neighbours), labels_of(train), labels_of(test)
     scores = [_score(one, train_y, test_y) for one in predicted.unbind(1)]
     return {ratio: _over_draws(scores[k * draws : (k + 1) * draws]) for k, ratio in enumerate(ratios)}

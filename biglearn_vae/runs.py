@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # What each script leaves in a run's folder.
 FILES = {"train": "summary.json", "evaluate": "evaluation.json", "complete": "completion.json", "probe": "probe.json"}
 # What tells one measurement of a script from another.
-MEASUREMENT = ("checkpoint", "step", "settings")
+MEASUREMENT = ("checkpoint", "step", "data", "settings")
 # Settings of the measurement at the end of training.
 MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
 # Settings in which a run may differ from what it was started with, and still go on.

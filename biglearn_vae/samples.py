@@ -76,6 +76,10 @@ def by_passes(
             0, or no training images, leaves it out.
         samples: of the bound, for each image and pass.
     """
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"expected a tensor of images (N, C, H, W), got {checks.described(images)}: images[:] of a set"
+        )
     images, result = images.to(vae.device), {}
     vae.sample(len(images), seed=seed)  # a first call takes longer
     for count in passes:

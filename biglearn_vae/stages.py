@@ -315,6 +315,8 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
                 cells = "".join(f"{bounds[f'{task}_{unit}']:>13.{digits}f}" for task in tasks)
                 head = f"{words}, variance {bounds['variance']:.4g} ({origin})"
                 lines.append(f"  {head:<45}" + cells)
+    if likelihood.get("prior") == "standard" and len(tasks) > 1:
+        lines.append("  conditional and consistency: by an encoder and a decoder that never saw a part of an image")
     if agreement:
         lines += [
             f"consistency, variance {agreement['variance']:.4g}: log p(a) + log p(b | a) and log p(b) + log p(a | b)",

@@ -120,14 +120,18 @@ def test_shapes_observe_what_they_say():
     assert S["left"][1].view(4, 4)[:, :2].all() and S["left"][1].sum() == 8
 
 
-def test_the_regressor_learns_what_can_be_known():
+@pytest.mark.parametrize("joint", [0.0, 1.0])
+def test_the_regressor_learns_what_can_be_known(joint):
     # Images of one brightness each: any patch says what the others are.
     values = torch.randint(256, (300, 1, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = ImageSet(values.expand(-1, 1, 4, 4).contiguous())
     torch.manual_seed(0)
     net = UniversalViT(grid=(2, 2), token_dim=4, dim=16, depth=2, z_dim=2, heads=2)
-    test, optim = images.select(slice(200, 300)), Optim(lr=1e-2, muon_lr=0.02, schedule="cosine")
-    options = dict(optim=optim, masks=MaskSampler((1, 1), (1, 1)), steps=150, batch_size=32)
+    test, optim = (
+        images.select(slice(200, 300)),
+        Optim(lr=1e-2, muon_lr=0.02, schedule="cosine", warmup_steps=int(joint) * 500),
+    )
+    options = dict(optim=optim, masks=MaskSampler((1, 1), (1, 1), joint), steps=150, batch_size=32)
     found = completion.regressor_psnr(net, Patchify(4, 2, 1), images.select(slice(200)), test, [0.5, "top"], **options)
     vae = BigLearnVAE(net, Patchify(4, 2, 1))
     mean = evaluation.training_mean_psnr(vae, test, images.select(slice(200)), [0.5, "top"])
@@ -198,6 +202,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ):
         assert run_here(monkeypatch, "run=outputs/run", word, script="complete") == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_task_that_hides_nothing_that_was_recorded_is_named():
+    vae = make()
+    images = pictures(vae)
+    images[..., images.shape[-1] // 2 :] = torch.nan
+    with pytest.raises(ValueError, match=r"tasks left hide nothing that was recorded of these \d+ images: leave them"):
+        completion.measure(vae, images, images, plan(tasks=["left", 0.5]))
 
 
 def test_chains_are_of_the_tasks_alone_and_of_a_joint_vae():

@@ -89,6 +89,15 @@ def test_psnr_of_a_completion(vae, monkeypatch, chunk):
         assert result[ratio] == pytest.approx(slow_psnr(complete(x, S & recorded), x, ~asked), rel=1e-5)
 
 
+def test_bytes_score_as_the_images_that_they_are(vae):
+    x = (255 * pictures(vae)).round().to(torch.uint8)
+    hidden, drawn = vae.pixel_mask(~masks.random(N, vae.num_tokens, 0.5, seed=1)), vae.inpaint(x, ~masks.half(vae.grid))
+    drawn = torch.stack([drawn, 0.5 * drawn])
+    assert evaluation.psnr(drawn[0], x, hidden) == evaluation.psnr(drawn[0], x / 255, hidden)
+    assert evaluation.psnr(x, x / 255, hidden) == math.inf
+    assert evaluation.completion_scores(drawn, x, hidden) == evaluation.completion_scores(drawn, x / 255, hidden)
+
+
 def test_one_draw_scores_as_in_inpainting_psnr(vae):
     x = pictures(vae)
     expected = evaluation.inpainting_psnr(vae, x, [0.5], draws=1, seed=3)
@@ -145,6 +154,15 @@ def linear(**inexact) -> tuple[LinearGaussian, BigLearnVAE, Tensor, Tensor, Tens
     return net, vae, vae.tokenizer.decode(tokens), S, net.log_prob(tokens, ~S, S)
 
 
+def test_no_more_chains_pass_through_the_network_at_once_than_asked_for(monkeypatch):
+    net, _, x, S, truth = linear()
+    passed, forward = [], net.forward
+    monkeypatch.setattr(net, "forward", lambda x, *more: passed.append(len(x)) or forward(x, *more))
+    vae = BigLearnVAE(net, net.model("standard").tokenizer, "standard", net.variance, chunk=8)
+    found = evaluation.annealed_log_prob(vae, x[:2], ~S[:2], S[:2], samples=20, steps=8, seed=1)
+    assert max(passed) <= 8 and found.nats == pytest.approx(truth[:2], abs=0.5)
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_annealed_likelihood_is_the_truth(given):
     """Of overlapping posteriors that are half a standard deviation off and half as wide; the rest is not looked at."""
@@ -181,7 +199,7 @@ def test_annealed_likelihoods_refuse():
             evaluation.annealed_log_prob(vae, x, T, given)
     with pytest.raises(ValueError, match=r"batch of images \(N, C, H, W\), got \(1, 4, 6\)"):
         evaluation.annealed_log_prob(vae, x[0])
-    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         evaluation.annealed_log_prob(vae, x, samples=0)
 
 

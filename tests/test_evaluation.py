@@ -543,6 +543,13 @@ def test_images_of_which_little_was_recorded_are_not_the_nearest_for_it():
     torch.testing.assert_close(evaluation.nearest_completion(x, S, train, 1)[0], train[0])
 
 
+def test_what_is_no_number_of_neighbours_and_no_image():
+    x, S = tokens(3, 0), torch.ones(3, 6, dtype=torch.bool)
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"neighbours must be at least 1, got {count}"):
+            evaluation.nearest_completion(x, S, tokens(5, 1), count)
+
+
 def test_what_no_training_image_has_is_completed_by_the_mean_of_all_numbers():
     x, train, S = tokens(7, 0), tokens(12, 1), masks.random(7, 6, 0.5, seed=2)
     train[:, 2] = math.nan

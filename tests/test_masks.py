@@ -411,3 +411,15 @@ def test_in_turns_everything_is_asked_for_once_and_seen_afterwards(passes):
         before = seen | asked
     assert torch.equal(before, S | T) and torch.equal(sum(asked.int() for _, asked in found), T.int())
     assert len(list(masks.in_turns(S, torch.zeros_like(T), passes))) == 1
+
+
+def test_random_masks_of_what_was_recorded_have_as_many_patches_as_others():
+    recorded = masks.random(400, 10, 0.6, seed=1) & (torch.arange(400) % 4 > 0).unsqueeze(-1)
+    recorded |= (torch.arange(400) % 4 == 1).unsqueeze(-1)  # nothing, all, and six of ten
+    for ratio in (0.0, 0.25, 0.5, 0.9, 1.0):
+        S, plain = masks.random(400, 10, ratio, 3, recorded), masks.random(400, 10, ratio, 3)
+        assert not (S & ~recorded).any()
+        assert S.sum(-1).equal(recorded.sum(-1).clamp(max=round(ratio * 10)))
+        assert S[1::4].equal(plain[1::4])
+    counts = masks.random(20_000, 10, 0.3, 4, (torch.arange(10) < 5).expand(20_000, -1)).double().mean(0)
+    torch.testing.assert_close(counts[:5], torch.full((5,), 0.6, dtype=torch.float64), rtol=0, atol=0.02)

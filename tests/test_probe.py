@@ -122,7 +122,7 @@ def test_what_was_never_recorded_is_not_observed(vae):
     recorded = masks.random(N, vae.num_tokens, 0.5, seed=9)
     x = pictures(vae)
     holes = x.masked_fill(~masks.to_pixels(recorded, vae.grid, (4, 6)).unsqueeze(1), math.nan)
-    S = masks.random(N, vae.num_tokens, 0.7, seed=3) & recorded
+    S = masks.random(N, vae.num_tokens, 0.7, 3, recorded)
     assert_close(probe.features(vae, holes, 0.7, seed=3), vae.encode(x, S).mean, rtol=1e-10, atol=1e-12)
     seen = masks.to_pixels(S, vae.grid, (4, 6)).unsqueeze(1).expand_as(x)
     assert torch.equal(probe.pixels(vae, holes, 0.7, seed=3), x.masked_fill(~seen, 0).flatten(1))
@@ -304,6 +304,9 @@ def test_ratios_draws_and_empty_sets_are_checked(vae):
     images = labelled(vae, 8)
     with pytest.raises(ValueError, match=r"ratio must be a number in \[0, 1\], got 1.5"):
         probe.linear_probe(vae, images, images, [1.5])
+    for ratios in (0.5, [], "0.5"):
+        with pytest.raises(ValueError, match=r"ratios must be S-ratios in \[0, 1\], in a list of at least one, got"):
+            probe.linear_probe(vae, images, images, ratios)
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         probe.linear_probe(vae, images, images, [0.5], draws=0)
     with pytest.raises(ValueError, match="at least one image"):

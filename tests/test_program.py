@@ -609,6 +609,23 @@ def test_arrays_that_lack_pixels_are_trained_on_measured_and_drawn(here, monkeyp
     assert "was trained on other images" in capsys.readouterr().err
 
 
+def test_what_was_measured_on_other_test_images_is_kept(here, monkeypatch, capsys):
+    train, one, other = np.random.default_rng(0).integers(256, size=(3, 20, 8, 8), dtype=np.uint8)
+    for name, test in (("one", one), ("other", other)):
+        np.savez(here / f"{name}.npz", train_images=train, test_images=test)
+    words = ["data=array_file", "data.root=one.npz", "data.image_size=8", "data.patch_size=2", "data.channels=1"]
+    assert run_here(monkeypatch, *SMALL, *words, "trainer.steps=2", "method=vae", "name=run") == 0
+    words = ["run=outputs/run", "images=9", "draws=2", "likelihood_images=2", "samples=2"]
+    for more in ([], ["data_root=other.npz"], ["data_root=other.npz"]):
+        assert run_here(monkeypatch, *words, *more, script="evaluate") == 0
+    out, run = capsys.readouterr().out, here / "outputs/run"
+    assert out.count("what was measured before, with other settings, on other images or at another step") == 1
+    assert "conditional and consistency: by an encoder and a decoder that never saw a part of an image" in out
+    found = [json.loads((run / name).read_text()) for name in ("evaluation-1.json", "evaluation.json")]
+    assert found[0]["settings"] == found[1]["settings"] and found[0]["data"] != found[1]["data"]
+    assert found[0]["test_joint_elbo"] != found[1]["test_joint_elbo"] and not (run / "evaluation-2.json").exists()
+
+
 def test_evaluating_images_of_one_patch(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "data.patch_size=8", "name=run") == 0
     words = ["run=outputs/run", "images=4", "draws=2", "likelihood_images=2", "samples=2"]
