@@ -528,9 +528,7 @@ def linear_probe(
 
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
-    draws = checks.whole_number("draws", draws, 1)
-    if not isinstance(ratios, list | tuple) or not ratios:
-        raise ValueError(f"ratios must be S-ratios in [0, 1], in a list of at least one, got {ratios!r}")
+    draws = _checked_draws(draws, ratios)
     raw, votes, votes_over_pixels = _floors(vae, raw, neighbours, len(train))
     costly = isinstance(vae.tokenizer, PatchAE)  # plain patches are cut in no time, and travel to a GPU as bytes
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
@@ -549,6 +547,13 @@ def linear_probe(
     if votes_over_pixels:
         result["nearest"] = _nearest_scores(vae, *plain, ratios, draws, seed, votes_over_pixels)
     return {"metric": "accuracy" if test_y.ndim == 1 else "balanced accuracy", "neighbours": votes} | result
+
+
+def _checked_draws(draws: int, ratios: Sequence[float]) -> int:
+    """How often masks are drawn; a ValueError also for ratios that are no list of any."""
+    if not isinstance(ratios, list | tuple) or not ratios:
+        raise ValueError(f"ratios must be S-ratios in [0, 1], in a list of at least one, got {ratios!r}")
+    return checks.whole_number("draws", draws, 1)
 
 
 def _scores_of_draw(
