@@ -1,7 +1,11 @@
 """Small networks that several test files share."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from programs import SMALL, run_here
 
 from biglearn_vae import TwoStackViT, UniversalViT
 
@@ -32,6 +36,22 @@ def here(tmp_path, monkeypatch):
     """The commands run inside this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """A folder in which outputs/run was trained with the settings of SMALL."""
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_here(patch, *SMALL, "name=run") == 0
+    return folder
+
+
+@pytest.fixture
+def trained(here, once):
+    """A copy of that run, to begin with."""
+    return Path(shutil.copytree(once / "outputs/run", here / "outputs/run"))
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,7 @@ import math
 import os
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,8 +77,7 @@ def test_other_data_under_the_same_name_is_refused(here, monkeypatch, capsys):
     assert "was trained on other data" in capsys.readouterr().err
 
 
-def test_more_steps_continue_and_other_settings_are_refused(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_more_steps_continue_and_other_settings_are_refused(here, trained, monkeypatch, capsys):
     (older := here / "outputs/run/figures/interpolation.png").write_bytes(b"of the network of 24 steps")
     assert run_here(monkeypatch, *SMALL, "name=run", "evaluation.draws=3") == 0 and older.exists()
     assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0 and not older.exists()
@@ -404,8 +404,7 @@ def test_the_benchmark_refuses_what_it_does_not_know(own_parts, monkeypatch, cap
     assert expected in capsys.readouterr().err
 
 
-def test_a_run_killed_at_any_step_resumes_to_the_same_bits(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=whole") == 0
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(here, trained, monkeypatch, capsys):
     process = start(*SMALL, "name=killed", cwd=here)
     latest = here / "outputs" / "killed" / "checkpoints" / checkpoint.LATEST
     while not latest.exists() and process.poll() is None:
@@ -414,11 +413,10 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(here, monkeypatch, ca
     finish(process, -signal.SIGKILL)
     assert run_here(monkeypatch, *SMALL, "name=killed") == 0
     assert "going on with" in capsys.readouterr().out
-    assert_same_runs(here / "outputs" / "whole", here / "outputs" / "killed")
+    assert_same_runs(trained, here / "outputs" / "killed")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=whole") == 0
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(here, trained, monkeypatch, capsys):
     process = start(*SMALL, "name=killed", "trainer.steps=100000", "trainer.checkpoint_every=7", cwd=here)
     log = here / "outputs" / "killed" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
@@ -430,7 +428,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(here, monkeypatch,
     capsys.readouterr()
     assert run_here(monkeypatch, *SMALL, "name=killed") == 0
     assert "training outputs/killed" in capsys.readouterr().out
-    assert_same_runs(here / "outputs" / "whole", here / "outputs" / "killed")
+    assert_same_runs(trained, here / "outputs" / "killed")
 
 
 def test_a_machine_without_git_and_damaged_leftovers(here, monkeypatch, capsys):
@@ -458,9 +456,8 @@ def test_sweeps_are_checked_before_they_start(here, monkeypatch, capsys):
     assert not (here / "outputs").exists()
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(here, monkeypatch, capsys, recwarn):
-    assert run_here(monkeypatch, *SMALL, "name=whole") == 0
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(here, trained, monkeypatch, capsys, recwarn):
+    shutil.copytree(trained, here / "outputs/whole")
     run = here / "outputs" / "run"
     (run / "summary.json").unlink()
     latest = run / "checkpoints" / checkpoint.LATEST
@@ -634,11 +631,10 @@ def test_evaluating_images_of_one_patch(here, monkeypatch, capsys):
     assert "nats, variance 0.01 (beta)" in out and "outputs/run/evaluation.json" in out
 
 
-def test_evaluating_samples_in_passes(here, monkeypatch, capsys):
+def test_evaluating_samples_in_passes(here, trained, monkeypatch, capsys):
     import biglearn_vae as blv
     from biglearn_vae import samples
 
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
     words = ["run=outputs/run", "images=9", "draws=2", "samples=2", "passes=[1,3]", "device=cpu"]
     for count in (2, 0):
         assert run_here(monkeypatch, *words, f"likelihood_images={count}", script="evaluate") == 0
@@ -673,8 +669,7 @@ def test_evaluating_images_of_which_none_was_recorded_as_a_whole(here, monkeypat
     assert "valid_joint_elbo" in result and "likelihood" not in result
 
 
-def test_evaluating_on_other_data_than_the_run_was_trained_on(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_evaluating_on_other_data_than_the_run_was_trained_on(here, trained, monkeypatch, capsys):
     config_file = here / "outputs/run/config.yaml"
     config_file.write_text(config_file.read_text().replace("name: digits", "name: image_folder\n  root: a"))
     from PIL import Image
@@ -689,8 +684,7 @@ def test_evaluating_on_other_data_than_the_run_was_trained_on(here, monkeypatch,
     assert "there is no folder a: point data_root at a folder" in capsys.readouterr().err  # as it is named here
 
 
-def test_a_run_that_cannot_be_written_to_is_refused_before_it_is_measured(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_a_run_that_cannot_be_written_to_is_refused_before_it_is_measured(here, trained, monkeypatch, capsys):
     run = here / "outputs/run"
     run.chmod(0o500)
     try:
@@ -714,8 +708,7 @@ def test_evaluate_refuses_what_it_cannot_use(here, monkeypatch, capsys, word):
     assert word.split("=")[0] in capsys.readouterr().err
 
 
-def test_probe_a_run(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_probe_a_run(here, trained, monkeypatch, capsys):
     capsys.readouterr()
     words = ["run=outputs/run", "device=cpu", "draws=2", "ratios=[1.0,0.3]", "train_images=200", "test_images=50"]
     assert run_here(monkeypatch, *words, "split=valid", "ceiling_steps=3", script="probe") == 0

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -198,8 +199,7 @@ def test_a_folder_that_cannot_be_made(here, monkeypatch, capsys):
     assert "cannot be written" in error and "output_dir=" in error and "Traceback" not in error
 
 
-def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_over(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_over(here, trained, monkeypatch, capsys):
     run = here / "outputs" / "run"
     for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
         (run / "checkpoints" / name).unlink()
@@ -226,8 +226,7 @@ def test_a_run_does_not_go_back_to_fewer_steps(here, monkeypatch, capsys):
     assert runs.summaries() == []
 
 
-def test_a_lost_config_is_taken_from_the_checkpoint(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_a_lost_config_is_taken_from_the_checkpoint(here, trained, monkeypatch, capsys):
     path = here / "outputs" / "run" / "config.yaml"
     saved = config.saved("outputs/run")
     path.unlink()
@@ -244,9 +243,8 @@ def test_a_lost_config_is_taken_from_the_checkpoint(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
 
 
-def test_a_lost_best_checkpoint_is_made_again(here, monkeypatch):
-    assert run_here(monkeypatch, *SMALL, "name=whole") == 0
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_a_lost_best_checkpoint_is_made_again(here, trained, monkeypatch):
+    shutil.copytree(trained, here / "outputs/whole")
     run = here / "outputs" / "run"
     (run / "checkpoints" / checkpoint.BEST).unlink()
     assert run_here(monkeypatch, *SMALL, "name=run") == 0
@@ -257,8 +255,7 @@ def test_a_lost_best_checkpoint_is_made_again(here, monkeypatch):
     assert elbo[0] == elbo[1]
 
 
-def test_numbers_of_an_earlier_network_do_not_stay_beside_another(here, monkeypatch):
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_numbers_of_an_earlier_network_do_not_stay_beside_another(here, trained, monkeypatch):
     assert (
         run_here(monkeypatch, "run=outputs/run", "images=4", "draws=2", "likelihood_images=0", script="evaluate") == 0
     )
@@ -301,8 +298,7 @@ def test_measurements_with_other_settings_are_kept_once_each(tmp_path):
     assert {(30, 9, 4), (24, 1, 5), (24, 9, 3)} <= set(there().values())
 
 
-def test_a_finished_run_is_measured_anew_if_that_is_asked_for(here, monkeypatch, capsys):
-    assert run_here(monkeypatch, *SMALL, "name=run") == 0
+def test_a_finished_run_is_measured_anew_if_that_is_asked_for(here, trained, monkeypatch, capsys):
     before, rows = json.loads((here / "outputs/run/summary.json").read_text()), metrics(here / "outputs/run")
     words = [*SMALL, "name=run", "evaluation.draws=3", "evaluation.ratios=[0.5]"]
     assert run_here(monkeypatch, *words) == 0
