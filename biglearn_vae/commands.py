@@ -606,6 +606,7 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     trained = _trained(cfg)
     run, settings, vae, splits = trained[:4]
     result = trained.described(cfg) | {"split": cfg.split, "parameters": count_parameters(vae.net)}
+    _warn_of_shares(cfg.ratios, vae.num_tokens, vae.num_tokens - 1)
     print(f"measuring {run}: {len(getattr(splits, cfg.split)):,} {cfg.split} images ...", flush=True)
     result |= measure(vae, config.objective(settings, drawing=False), splits, cfg, cfg.split, cfg.seed)
     if cfg.likelihood_images:
@@ -630,6 +631,7 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     checks.check_choice("split", cfg.split, PARTS[1:])
     checks.whole_number("images", cfg.images, 1)
     trained = _trained(cfg)
+    _warn_of_shares(plan.tasks, trained.vae.num_tokens, trained.vae.num_tokens - 1)
     images = getattr(trained.splits, cfg.split).select(slice(cfg.images))
     start = time.perf_counter()
     tasks = completion.measure(trained.vae, images, trained.splits.train, plan, cfg.seed)
@@ -717,6 +719,21 @@ def _trained(cfg: "DictConfig") -> _Trained:
         raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
     print(f"{run}: {path.name}, of step {state['step']}; the run has {settings.trainer.steps}", flush=True)
     return _Trained(run, settings, vae, splits, path.name, state["step"])
+
+
+def _warn_of_shares(shares: Sequence[completion.Task], num_tokens: int, most: int) -> None:
+    """Of images of few patches, warn of shares that are rounded to nothing, or to the same as others.
+
+    Args:
+        most: so many patches at most are observed.
+    """
+    counts: dict[int, list[str]] = {}
+    for share in shares:
+        if not isinstance(share, str):
+            counts.setdefault(min(round(share * num_tokens), most), []).append(f"{share:g}")
+    for count, alike in counts.items():
+        if len(alike) > 1 or (count == 0 and alike != ["0"]):
+            warnings.warn(f"{count} of {num_tokens} patches are observed at {' and '.join(alike)}", stacklevel=2)
 
 
 def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
@@ -843,6 +860,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     started = time.perf_counter()
     trained = _trained(cfg)
     run, settings, vae, splits = trained[:4]
+    _warn_of_shares(values["ratios"], vae.num_tokens, vae.num_tokens)
     train = probing.some(splits.train, cfg.train_images)
     test = probing.some(getattr(splits, cfg.split), cfg.test_images)
     print(f"probing {run}: {len(train):,} training and {len(test):,} {cfg.split} images ...", flush=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from biglearn_vae import checks, config
-from biglearn_vae.files import read_json, write_json
+from biglearn_vae.files import Busy, is_locked, read_json, write_json
 from biglearn_vae.runs import FILES
 from biglearn_vae.trainer import Interruption
 from biglearn_vae.workers import Worker
@@ -274,6 +274,7 @@ class Campaign:
         self._deadline = None if self.budget is None else time.monotonic() + 60 * self.budget
         self._stop, self._interruption = threading.Event(), Interruption()
         self.failures: list[str] = []  # what went wrong with which run
+        self.left: list[str] = []  # runs that another process trains
 
     def missing(self) -> list[Run]:
         """Those of `runs` that results/ does not hold with these settings, in all that the target needs.
@@ -290,7 +291,8 @@ class Campaign:
     def make(self, call: Callable[[str, list[str]], Any]) -> bool:
         """Make what is missing; returns whether nothing is left. Ctrl-C and SIGTERM stop it like the end of its budget.
 
-        A run of which a script fails is left; `failures` has the end of what it said, and the others go on.
+        A run of which a script fails is left; `failures` has the end of what it said, and the others go on. So they do
+        where another process trains a run, which is left to that (`left`).
 
         Args:
             call: what runs a script, given its name and the words of its command line; a module's function, since it is
@@ -325,7 +327,7 @@ class Campaign:
                 raise
             finally:
                 self._stop.set()
-        return not self.failures
+        return not self.failures and not self.left
 
     def _lacking(self, run: Run) -> list[str]:
         """Scripts whose numbers of a run are not there, or were made with other settings."""
@@ -346,6 +348,9 @@ class Campaign:
             for script in self._lacking(run):
                 self._call(worker, device, run, script)
                 self._keep(run, script)
+        except Busy:
+            print(f"left to another process: {run.name}\n", end="", flush=True)
+            self.left.append(run.name)
         except (ValueError, OSError, KeyError) as error:  # of one run, not to end the others, which may take days
             why = str(error) if isinstance(error, ValueError) else f"{run.name}: {type(error).__name__}: {error}"
             print(f"failed: {why}\n", end="", file=sys.stderr, flush=True)
@@ -355,9 +360,11 @@ class Campaign:
             idle.put((worker, device))
 
     def _call(self, worker: Worker, device: str, run: Run, script: str) -> None:
-        """One script on one run; a ValueError if it fails, with the end of what it said."""
+        """One script on one run; a ValueError if it fails, with the end of what it said, Busy if others train it."""
         if self._over():
             raise Stopped
+        if script == "train" and is_locked(self._folder(run)):
+            raise Busy(run.name)
         print(f"{script} {run.name}\n", end="", flush=True)  # in one piece: other workers' threads print, too
         before = self._found(run, script)
         log = self.output / self.preset.name / f"{run.name}-{script}.log"

@@ -123,3 +123,16 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process writes into a folder, as far as can be told."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with locked(folder, "writes there"):
+            return False
+    except Busy:
+        return True
+    except OSError:  # it may be read alone
+        return False

@@ -626,9 +626,13 @@ def test_what_was_measured_on_other_test_images_is_kept(here, monkeypatch, capsy
 def test_evaluating_images_of_one_patch(here, monkeypatch, capsys):
     assert run_here(monkeypatch, *SMALL, "data.patch_size=8", "name=run") == 0
     words = ["run=outputs/run", "images=4", "draws=2", "likelihood_images=2", "samples=2"]
-    assert run_here(monkeypatch, *words, script="evaluate") == 0
+    with pytest.warns(UserWarning, match=r"^0 of 1 patches are observed at 0.1 and 0.3 and 0.5 and 0.7$"):
+        assert run_here(monkeypatch, *words, script="evaluate") == 0
     out = capsys.readouterr().out
     assert "nats, variance 0.01 (beta)" in out and "outputs/run/evaluation.json" in out
+    words = ["run=outputs/run", "draws=1", "train_images=40", "test_images=20", "ratios=[1.0,0.3,0]"]
+    with pytest.warns(UserWarning, match=r"^0 of 1 patches are observed at 0.3 and 0$"):
+        assert run_here(monkeypatch, *words, script="probe") == 0
 
 
 def test_evaluating_samples_in_passes(here, trained, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from programs import own_case, run_here
 
-from biglearn_vae import checkpoint, config, experiments, results_page
+from biglearn_vae import checkpoint, config, experiments, files, results_page
 from biglearn_vae.experiments import Campaign, Preset, Run
 from biglearn_vae.files import read_json, write_json
 
@@ -743,6 +743,19 @@ def test_the_summary_of_fewer_steps_is_not_that_of_a_training_that_was_told_to_s
             (folder / "summary.json").write_text(summary)
         with pytest.raises(experiments.Stopped) if raised else nullcontext():
             campaign._call(Told(), "cpu", run, "train")
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, capsys):
+    own = preset(methods=["vae"], seeds={"tiny": [0]})
+    campaign = Campaign(own, "joint_elbo", tmp_path / "out", tmp_path / "results")
+    folder = tmp_path / "out/p/digits-tiny-vae-seed0"
+    folder.mkdir(parents=True)
+    assert not files.is_locked(folder)
+    with files.locked(folder):
+        assert files.is_locked(folder) and not campaign.make(pytest.fail)
+    assert campaign.left == [folder.name] and not campaign.failures and not files.is_locked(folder)
+    assert f"left to another process: {folder.name}\n" in capsys.readouterr().out
+    assert not list(folder.parent.glob("*.log"))
 
 
 def test_what_was_measured_before_is_no_measurement_of_now_and_stays(tmp_path):
