@@ -125,10 +125,11 @@ class BigLearnVAE:
         """Write the model into one file, from which `biglearn_vae.load` makes it again, wherever it is.
 
         It holds sizes and weights of network and tokenizer, prior and variance; no code, no data, no settings of the
-        training.
+        training. Of a network or a tokenizer that is not of this library, of which it holds the weights alone, one
+        has to be given to `load`.
 
         Raises:
-            ValueError: if network or tokenizer are not of this library, or the path is that of a folder.
+            ValueError: if the path is that of a folder.
         """
         path = Path(path).expanduser()
         if path.is_dir():
@@ -137,18 +138,25 @@ class BigLearnVAE:
         checkpoint.save(path, parts | {"prior": self.prior, "variance": self.variance})
 
     @classmethod
-    def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "BigLearnVAE":
+    def from_file(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        net: nn.Module | None = None,
+        tokenizer: nn.Module | None = None,
+    ) -> "BigLearnVAE":
         """What `save` wrote, frozen.
 
+        Args:
+            net, tokenizer: newly made ones, which take the weights, where the file's are not of this library.
+
         Raises:
-            ValueError: if it cannot be read, or is something else.
+            ValueError: if it cannot be read, or is something else, or needs a part or another one.
         """
         path = Path(path).expanduser()
         state = checkpoint.load(path)
         try:
-            net, tokenizer = (
-                states.rebuilt(SAVED[state[name]["kind"]], state[name]["state"]) for name in ("net", "tokenizer")
-            )
+            net, tokenizer = _made("net", state["net"], net), _made("tokenizer", state["tokenizer"], tokenizer)
             return cls(net.to(device), tokenizer, prior=state["prior"], variance=state["variance"])
         except (KeyError, TypeError):
             hint = ""
@@ -669,13 +677,24 @@ def best_variance(vae: BigLearnVAE, x: Tensor, passes: int = 1, samples: int = 6
 
 
 def _state(part: nn.Module) -> dict[str, Any]:
-    """A network or a tokenizer of this library as it is written into files."""
+    """A network or a tokenizer as it is written into files; of one's own, "weights" in place of a whole "state"."""
     kind = type(part).__name__
-    if SAVED.get(kind) is not type(part):
-        raise ValueError(
-            f"only {', '.join(SAVED)} can be saved, got a {kind}: torch.save its state_dict() and make it yourself"
-        )
-    return {"kind": kind, "state": states.of(part)}
+    if SAVED.get(kind) is type(part):
+        return {"kind": kind, "state": states.of(part)}
+    return {"kind": kind, "weights": states.weights_of(part)}
+
+
+def _made(name: str, state: dict[str, Any], given: nn.Module | None) -> nn.Module:
+    """What `_state` described, frozen; `given`, if it is one's own, takes the weights."""
+    if "weights" not in state:
+        if given is not None:
+            raise ValueError(f"its {name} is a {state['kind']}, which needs no {name}=")
+        return states.rebuilt(SAVED[state["kind"]], state["state"])
+    if not isinstance(given, nn.Module):
+        kind = state["kind"]
+        raise ValueError(f"its {name} is a {kind} of one's own, to be made first: load(..., {name}={kind}(...))")
+    checkpoint.load_weights(given, state["weights"], "the file")
+    return given.requires_grad_(False).eval()
 
 
 def check_network(net: nn.Module) -> None:

@@ -175,6 +175,10 @@ def random(
     place = torch.rand(shape, generator=_generator(seed)).argsort(dim=-1)
     if recorded is None:
         return place < seen
+    if not checks.is_mask(recorded) or tuple(recorded.shape) != shape:
+        raise ValueError(
+            f"expected a boolean mask of what was recorded, of shape {shape}, got {checks.described(recorded)}"
+        )
     return (rank_among(recorded, place.to(recorded.device) / num_tokens) < seen) & recorded
 
 

@@ -81,7 +81,9 @@ def timed_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Mean, with "+" as sign also that of a positive one, and, of several, standard deviation; NaN of none."""
+    """Mean, with "+" as sign also that of a positive one, and, of several, standard deviation; NaN of none, and with
+    null, which files have for what is not finite."""
+    values = [math.nan if value is None else value for value in values]
     text = f"{statistics.fmean(values or [math.nan]):{sign}.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {_deviation(values):.{digits}f}"
 
@@ -780,7 +782,9 @@ def _plot_probe(axes, runs: Runs, case: str) -> None:
     axes.set_ylabel(_metric(runs))
 
 
-def _plot_course(axes, runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any], dict[str, float]], float]):
+def _plot_course(
+    axes, runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any], dict[str, float]], float]
+) -> None:
     """Half of Figure 13: `value` of a run and a point of its course."""
     for run in runs:
         pace = run["train"]["epochs"] / run["train"]["steps"]

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from biglearn_vae import checkpoint, checks, config
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import NAMED_BY_ROOT
@@ -240,13 +242,20 @@ def _makes(run: Path, cfg: "DictConfig") -> bool:
     return not differences(other, cfg) and other.trainer.steps >= cfg.trainer.steps
 
 
-def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearnVAE:
+def load(
+    run: str | Path,
+    device: str = "auto",
+    which: str = "best",
+    net: nn.Module | None = None,
+    tokenizer: nn.Module | None = None,
+) -> BigLearnVAE:
     """A trained model from the folder of its run, or from the file of `BigLearnVAE.save`, frozen, in evaluation mode.
 
     Args:
         run: the folder, or the file.
         device: "auto" is a GPU if there is one.
         which: of a run "best", the largest validation ELBO, or "latest".
+        net, tokenizer: newly made ones, which take the weights, of a file whose own are not of this library.
 
     Raises:
         ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
@@ -254,7 +263,9 @@ def load(run: str | Path, device: str = "auto", which: str = "best") -> BigLearn
     check_which(which)
     path = Path(run).expanduser()
     if path.is_file():
-        return BigLearnVAE.from_file(path, pick_device(device))
+        return BigLearnVAE.from_file(path, pick_device(device), net, tokenizer)
+    if net is not None or tokenizer is not None:
+        raise ValueError(f"net and tokenizer are for a file of BigLearnVAE.save, {path} is none")
     if path.suffix == ".pt" and not path.exists():
         raise ValueError(f"there is no file {path}, nor a run of that name")
     return load_with_state(run, device, which)[0]

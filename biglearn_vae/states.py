@@ -10,8 +10,12 @@ Part = TypeVar("Part", bound=nn.Module)
 
 def of(part: nn.Module) -> dict[str, Any]:
     """For `rebuilt`: a module's `sizes`, the arguments that make another one, and its weights, copied to the CPU."""
-    weights = {name: value.detach().cpu().clone() for name, value in part.state_dict().items()}
-    return {"sizes": part.sizes, "weights": weights}
+    return {"sizes": part.sizes, "weights": weights_of(part)}
+
+
+def weights_of(part: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's weights, copied to the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in part.state_dict().items()}
 
 
 def rebuilt(kind: type[Part], state: dict[str, Any], **sizes: Any) -> Part:

@@ -128,12 +128,39 @@ class Own(UniversalViT):
     """A network of a user's own, whose code no file can hold."""
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path):
-    own = BigLearnVAE(Own(grid=(4, 4), token_dim=4, dim=16, depth=1, z_dim=3), Patchify(8, 2, 1))
-    exact = BigLearnVAE(LinearGaussian(), Patchify((4, 6), 2, 1))
-    for vae, kind in ((own, "Own"), (exact, "LinearGaussian")):
-        with pytest.raises(ValueError, match=f"only UniversalViT, TwoStackViT, .* can be saved, got a {kind}"):
-            vae.save(tmp_path / "model.pt")
+class Cut(Patchify):
+    """A tokenizer of a user's own."""
+
+
+def test_parts_of_ones_own_take_their_weights(tmp_path):
+    def own(dim: int = 16) -> Own:
+        return Own(grid=(4, 4), token_dim=4, dim=dim, depth=1, z_dim=3)
+
+    def exact() -> LinearGaussian:
+        return LinearGaussian()
+
+    for make, cut in ((own, (8, 2, 1)), (exact, ((4, 6), 2, 1))):
+        vae = BigLearnVAE(trained(make()), Cut(*cut), "standard", 0.3)
+        vae.save(tmp_path / "model.pt")
+        again = blv.load(tmp_path / "model.pt", "cpu", net=make(), tokenizer=Cut(*cut))
+        assert torch.equal(again.sample(3, seed=0), vae.sample(3, seed=0))
+        assert (again.prior, again.variance, type(again.net)) == ("standard", 0.3, type(vae.net))
+        assert not any(parameter.requires_grad for parameter in again.net.parameters())
+        kind = type(vae.net).__name__
+        with pytest.raises(ValueError, match=rf"model\.pt: its net is a {kind} of one's own, .*net={kind}\(\.\.\.\)"):
+            blv.load(tmp_path / "model.pt")
+        with pytest.raises(ValueError, match="its tokenizer is a Cut of one's own"):
+            blv.load(tmp_path / "model.pt", net=make())
+    BigLearnVAE(own(), Patchify(8, 2, 1)).save(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: the file holds another architecture than Own"):
+        blv.load(tmp_path / "model.pt", net=own(8))
+    with pytest.raises(ValueError, match="its tokenizer is a Patchify, which needs no tokenizer="):
+        blv.load(tmp_path / "model.pt", net=own(), tokenizer=Patchify(8, 2, 1))
+    with pytest.raises(ValueError, match=r"net and tokenizer are for a file of BigLearnVAE\.save, .* is none"):
+        blv.load(tmp_path, net=own())
+
+
+def test_a_folder_is_no_file_to_save_into(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"such as {tmp_path / 'model.pt'}, got a folder")):
         universal().save(tmp_path)
     assert not list(tmp_path.iterdir())
