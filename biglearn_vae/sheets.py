@@ -13,6 +13,7 @@ import numpy as np
 DPI, FONT = 100, "DejaVu Sans"  # the font comes with matplotlib
 SMALL, MEDIUM, LARGE = 8, 9, 12  # font sizes in points
 GAP, MARGIN = 5, 16  # between images, around everything, in pixels
+SPARE = 4  # pixels beside a line of text, into which its letters may reach
 OUTLINE = (1.0, 0.75, 0.0)
 
 Columns = Sequence[tuple[str, np.ndarray]]  # label and images (R, H, W, 3) of each
@@ -53,8 +54,8 @@ class Block:
 class _Word(NamedTuple):
     """A line of text: the left end of its baseline, in pixels from the top left, and its size in points."""
 
-    x: float
-    y: float
+    x: int
+    y: int
     text: str
     size: int
     bold: bool = False
@@ -178,10 +179,7 @@ def _paragraph(words: str, size: int, width: float, bold: bool = False, centred:
 @lru_cache(maxsize=4096)
 def text_width(words: str, size: int, bold: bool = False) -> int:
     """Width in pixels of a line of text."""
-    from matplotlib.font_manager import FontProperties
-
-    font = FontProperties(family=FONT, size=size, weight="bold" if bold else "normal")
-    return int(np.ceil(_measure().get_text_width_height_descent(words, font, ismath=False)[0]))
+    return int(np.ceil(_renderer(1, 1).get_text_width_height_descent(words, _font(size, bold), ismath=False)[0]))
 
 
 def drawable(words: str) -> str:
@@ -192,24 +190,35 @@ def drawable(words: str) -> str:
     return "".join(letter if font.get_char_index(ord(letter)) else "?" for letter in words)
 
 
-@lru_cache(maxsize=1)
-def _measure():
+def _font(size: int, bold: bool):
+    from matplotlib.font_manager import FontProperties
+
+    return FontProperties(family=FONT, size=size, weight="bold" if bold else "normal")
+
+
+def _renderer(width: int, height: int):
     from matplotlib.backends.backend_agg import RendererAgg
 
-    return RendererAgg(1, 1, DPI)
+    return RendererAgg(width, height, DPI)
+
+
+@lru_cache(maxsize=4096)
+def _ink(words: str, size: int, bold: bool) -> np.ndarray:
+    """How black a line of text is where, uint8 (3 size, width), with its baseline 2 size from the top and its beginning
+    SPARE from the left. Most sheets have words of others, and to draw them is what takes time."""
+    renderer = _renderer(text_width(words, size, bold) + 2 * SPARE, 3 * size)
+    renderer.draw_text(renderer.new_gc(), SPARE, 2 * size, words, _font(size, bold), 0)
+    return np.asarray(renderer.buffer_rgba())[..., 3].copy()
 
 
 def _draw(piece: _Piece) -> np.ndarray:
     """On white: uint8 (height, width, 3)."""
-    from matplotlib.figure import Figure
-    from matplotlib.transforms import IdentityTransform
-
-    width, height = piece.width + MARGIN, piece.height + MARGIN
-    figure = Figure(figsize=((width + 0.5) / DPI, (height + 0.5) / DPI), dpi=DPI, facecolor="white")
+    picture = np.full((piece.height + MARGIN, piece.width + MARGIN, 3), 255, dtype=np.uint8)
     for x, y, words, size, bold in piece.words:
-        style = dict(family=FONT, size=size, weight="bold" if bold else "normal", color="black")
-        figure.text(x, height - y, words, **style, transform=IdentityTransform(), parse_math=False, usetex=False)
-    picture = rendered(figure)
+        ink, top, left = _ink(words, size, bold), max(0, y - 2 * size), max(0, x - SPARE)
+        own = picture[top : y + size, left : x - SPARE + ink.shape[1]]
+        ink = ink[top - (y - 2 * size) :, left - (x - SPARE) :][: own.shape[0], : own.shape[1], None]
+        np.minimum(own, 255 - ink, out=own)
     for left, top, pixels in piece.images:
         picture[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
     return picture
