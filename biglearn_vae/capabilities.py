@@ -167,9 +167,10 @@ class BigLearnVAE:
         except ValueError as error:  # of another version, say
             raise ValueError(f"{path}: {error}") from None
 
-    def to(self, *where: torch.device | str | torch.dtype) -> "BigLearnVAE":
-        """Move network and tokenizer to a device, and the network to another precision; returns the model itself."""
-        self.net.to(*where)
+    def to(self, *where: torch.device | str | torch.dtype, **named: Any) -> "BigLearnVAE":
+        """Move network and tokenizer to a device, and the network to another precision, given as to torch's `to`, with
+        names (`device=`, `dtype=`) or without; returns the model itself."""
+        self.net.to(*where, **named)
         self.tokenizer.to(self.device)
         return self
 

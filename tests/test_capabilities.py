@@ -1259,6 +1259,7 @@ def test_a_model_moves_as_a_whole():
     torch.testing.assert_close(vae.encode(x).mean, before.double(), rtol=1e-4, atol=1e-5)
     assert vae.inpaint(x, torch.tensor([True, False, False, True]), seed=0).dtype == torch.float64
     assert vae.to("cpu", torch.float32).encode(x).mean.equal(before)
+    assert vae.to(dtype=torch.float64).dtype == torch.float64 and vae.to(device="cpu").device.type == "cpu"
 
 
 def test_unknown_unit():
