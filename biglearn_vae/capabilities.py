@@ -112,6 +112,7 @@ class BigLearnVAE:
         chunk = checks.whole_number("chunk", chunk, 1)
         variance = checks.real_number("variance", variance, "[0, inf)")
         check_network(net)
+        check_calls(net)
         _check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
         if (tuple(net.grid), net.token_dim) != (tuple(tokenizer.grid), tokenizer.token_dim):
             raise ValueError(
@@ -699,29 +700,33 @@ def _made(name: str, state: dict[str, Any], given: nn.Module | None) -> nn.Modul
 
 
 def check_network(net: nn.Module) -> None:
-    """Raise a ValueError unless this has the attributes of a network of `models`, and its calls."""
+    """Raise a ValueError unless this has the attributes of a network of `models`."""
     expected = "a network such as UniversalViT, unwrapped (`load` makes a model of a run's folder)"
     _check_part(expected, net, ("grid", "num_tokens", "token_dim", "z_dim"))
-    if not isinstance(net, MaskedViT):
-        _check_calls(net)
 
 
 @torch.no_grad()
-def _check_calls(net: nn.Module) -> None:
-    """Raise a ValueError unless a network of one's own gives what those of `models` do, of two images of zeros."""
-    like, training = next(net.parameters(), torch.empty(0)), net.training
+def check_calls(net: nn.Module) -> None:
+    """Raise a ValueError unless a network, on the device for which it is made, gives what those of `models` do, of two
+    images of zeros; these are not asked."""
+    if isinstance(net, MaskedViT):
+        return
+    like, training = next(net.parameters(), torch.empty(0)), {part: part.training for part in net.modules()}
     x = like.new_zeros(2, net.num_tokens, net.token_dim)
     S = torch.arange(net.num_tokens, device=x.device).remainder(2).bool().expand(2, -1)
     name = type(net).__name__
     try:
         q, mean = net.eval()(x, S), net(x, S, x.new_zeros(2, net.z_dim), ~S)
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError) as error:
         raise ValueError(
             f"{name} cannot be called as UniversalViT is, net(x, S) and net(x, S, z, T) with x (B, L, D), boolean S "
             f"and T (B, L) and z (B, Z): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
     finally:
-        net.train(training)
+        for part, before in training.items():
+            part.training = before
     if not isinstance(q, DiagGaussian) or q.mean.shape != (2, net.z_dim):
         raise ValueError(f"{name}: net(x, S) must give a DiagGaussian over z, (B, {net.z_dim}), got {_described(q)}")
     if not isinstance(mean, Tensor) or mean.shape != x.shape:

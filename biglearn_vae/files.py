@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import platform
 import warnings
@@ -37,16 +36,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A file of what JSON can hold; numbers that are not finite, of which it knows none, are null."""
-    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {name: _finite(part) for name, part in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(part) for part in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    """A file of what JSON can hold, and of NaN and infinity, as Python writes and reads them."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

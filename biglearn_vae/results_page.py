@@ -81,9 +81,7 @@ def timed_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Mean, with "+" as sign also that of a positive one, and, of several, standard deviation; NaN of none, and with
-    null, which files have for what is not finite."""
-    values = [math.nan if value is None else value for value in values]
+    """Mean, with "+" as sign also that of a positive one, and, of several, standard deviation; NaN of none."""
     text = f"{statistics.fmean(values or [math.nan]):{sign}.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {_deviation(values):.{digits}f}"
 
@@ -573,7 +571,7 @@ def _by(name: str, runs: Runs) -> dict[str, Runs]:
     result: dict[str, Runs] = {}
     for run in runs:
         result.setdefault(run["environment"][name], []).append(run)
-    return dict(sorted(result.items()))
+    return dict(sorted(result.items(), key=lambda pair: str(pair[0])))  # there may be no commit
 
 
 def _seconds(run: dict[str, Any], at: dict[str, Any]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import checkpoint, config, evaluation, runs, samples
 from biglearn_vae import figures as pictures
-from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.capabilities import BigLearnVAE, check_calls
 from biglearn_vae.data import Splits, parts
 from biglearn_vae.files import read_json, write_text
 from biglearn_vae.loggers import Pictures
@@ -73,6 +73,7 @@ class VAEStage:
         self.cfg, self.device = cfg, device
         self.tokens = config.tokenizer(cfg, _own_tokenizer(cfg, run)).to(device)
         self.net = config.network(cfg, self.tokens).to(device)
+        check_calls(self.net)
         fresh = not checkpoint.is_resumable(run / "checkpoints")  # which have weights of its own
         if fresh and cfg.get("init_from") is not None:
             self._start_from(cfg.init_from)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from biglearn_vae import BigLearnVAE, DiagGaussian, PatchAE, Patchify, TwoStackViT, UniversalViT, gaussian, masks
-from biglearn_vae.capabilities import Sensitivity
+from biglearn_vae.capabilities import Sensitivity, check_calls
 from biglearn_vae.distributed import derive_seed
 
 B, Z = 5, 3
@@ -1248,6 +1248,20 @@ def test_without_a_seed_torch_manual_seed_makes_everything_repeatable(vae):
     before = torch.get_rng_state()
     vae.log_prob(x, samples=4, seed=0), vae.sample(2, seed=0, passes=2), masks.random(5, 12, 0.5, seed=0)
     assert torch.get_rng_state().equal(before)  # with a seed nothing else is touched
+
+
+def test_asking_a_network_of_ones_own_leaves_it_as_it_was(monkeypatch):
+    net = LinearGaussian().train()
+    net.frozen = nn.Dropout().eval()
+    check_calls(net)
+    assert net.training and not net.frozen.training
+
+    def forward(*_):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(net, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):  # which says nothing of its calls
+        check_calls(net)
 
 
 def test_a_model_moves_as_a_whole():

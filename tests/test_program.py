@@ -353,11 +353,11 @@ COLUMNS = "masks._target_=own_parts.Columns"
         (["model._target_=own_parts.Other"], "model: expected a network such as UniversalViT, unwrapped"),
         (
             ["model._target_=own_parts.Wrong"],
-            "model: Wrong: net(x, S) must give a DiagGaussian over z, (B, 3), got",
+            "error: Wrong: net(x, S) must give a DiagGaussian over z, (B, 3), got",
         ),
         (
             ["model._target_=own_parts.Uncallable"],
-            "model: Uncallable cannot be called as UniversalViT is, net(x, S)",
+            "error: Uncallable cannot be called as UniversalViT is, net(x, S)",
         ),
     ],
 )

@@ -132,6 +132,13 @@ def test_an_epoch_is_compared_at_the_commit_that_other_work_slowed_down_least():
     assert "on cpu, digits tiny: 1.11 times as long" in results_page.page({"p": runs}, {})
 
 
+def test_runs_of_an_installed_package_have_no_commit():
+    runs = [run_numbers(), run_numbers("vae"), run_numbers("vae", seed=1)]
+    for run in runs[:2]:
+        run["environment"] = run["environment"] | {"commit": None}
+    assert "on cpu, digits tiny: 1.00 times as long" in results_page.page({"p": runs}, {})
+
+
 def test_the_plot_of_seconds_leaves_compiling_out_as_the_table_does():
     slow, fast = run_numbers(), run_numbers(seed=1)
     slow["train"] |= {"seconds": 8.0, "compile_seconds": 0.0}
