@@ -611,9 +611,7 @@ class BigLearnVAE:
 
     def _numbers(self, x: Tensor) -> Tensor:
         """Data in the network's precision and on its device; bytes are divided by 255."""
-        x = x.to(self.device)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
-        return x.to(self.dtype)
+        return checks.in_floats(x.to(self.device)).to(self.dtype)
 
     def _mask(self, S: Tensor | None, batch: int, default: bool) -> Tensor:
         """A mask over patches or pixels, one for all or one each -> boolean (B, L); `default` everywhere without S."""

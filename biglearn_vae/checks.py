@@ -127,6 +127,11 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def in_floats(images: Tensor) -> Tensor:
+    """Images as they are, but for bytes, which are divided by 255."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
 def is_mask(value: Any) -> bool:
     """Whether it is a boolean tensor."""
     return isinstance(value, Tensor) and value.dtype == torch.bool

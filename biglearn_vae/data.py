@@ -169,8 +169,7 @@ def take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
     """
     if isinstance(images, ImageSet):  # without its labels: they are on the CPU, and a step would wait for the index
         return replace(images, labels=None).select(index).to(device)[:]
-    part = images[index].to(device)
-    part = part.float() / 255 if part.dtype == torch.uint8 else part
+    part = checks.in_floats(images[index].to(device))
     if part.ndim == 4:
         checks.check_pixels(part)
     return part

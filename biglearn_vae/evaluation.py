@@ -66,7 +66,7 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     for tokens in _tokens(vae, images):
         S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device) if joint else None
         found.append(loss(vae.net, tokens, S, None if S is None else ~S, random=random))
-    _check_parts(found[0] if found else None)
+    _check_parts(found[0])
     names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if is_gaussian(loss) else []))
     return {name: _mean(found, name) for name in names}
 
@@ -327,13 +327,8 @@ def _squared_error(completed: Tensor, images: Tensor, hidden: Tensor) -> _Error:
             f"expected completions of the size of the images, {tuple(images.shape)}, and a mask of pixels of them, as "
             f"vae.pixel_mask(~S) makes it, got {checks.described(completed)} and {checks.described(hidden)}"
         )
-    error = (_floats(completed) - _floats(images))[hidden.expand_as(images)].double().square()
+    error = (checks.in_floats(completed) - checks.in_floats(images))[hidden.expand_as(images)].double().square()
     return error.sum().item(), error.numel()
-
-
-def _floats(images: Tensor) -> Tensor:
-    """Images in [0, 1], of bytes, too."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def _decibels(parts: Sequence[_Error]) -> float:
@@ -617,7 +612,7 @@ def completion_scores(draws: Tensor, images: Tensor, hidden: Tensor) -> dict[str
         )
     if hidden.shape != (len(images), 1, *images.shape[2:]) or not hidden.any():
         raise ValueError(f"hidden must be pixels (N, 1, H, W), at least one, got {tuple(hidden.shape)}")
-    draws, images = _floats(draws), _floats(images)
+    draws, images = checks.in_floats(draws), checks.in_floats(images)
     rows, totals = max(1, 2**24 // draws[:, 0].numel()), torch.zeros(3, dtype=torch.float64)
     for part in zip(draws.split(rows, 1), images.split(rows), hidden.split(rows), strict=True):
         totals += _completion_errors(*part).cpu()
@@ -779,11 +774,10 @@ def _annealed(
         asked = torch.ones_like(t) if from_prior else t
         target = _log_joint(vae, vae.tokenizer.encode(x), s, t, asked, prior, variance)
         base, power = (prior, 4) if from_prior else (posterior, 1)
-        weights = [  # chains by themselves where all of one image are more than may pass at once
-            annealing.log_weights(target, base, min(vae.chunk, samples - begin), steps, power, own)
-            for begin in range(0, samples, vae.chunk)
-            for own in [derive_seed(seed, k, *([begin] if begin else []))]
-        ]
+        weights = []
+        for begin in range(0, samples, vae.chunk):  # where those of one image are more than may pass at once
+            count, own = min(vae.chunk, samples - begin), derive_seed(seed, k, begin) if begin else derive_seed(seed, k)
+            weights.append(annealing.log_weights(target, base, count, steps, power, own))
         estimates.append(_log_mean(torch.cat(weights)))
     return LogProb(*torch.cat(estimates, -1))
 

@@ -172,19 +172,23 @@ class BigLearnELBO:
         return ELBO(reconstruction, kl, self.weight(step), T.sum(-1), x.shape[-1])
 
     def terms(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction and KL (B,) of an `ELBO`, as functions of tensors alone; see `__call__` for these."""
+        """Reconstruction and KL (B,) of an `ELBO`, as functions of tensors alone; see `__call__` for these.
+
+        x are all tokens. A subclass that calls a network by itself gives it those of `masks.seen(x, S)`, lest it looks
+        at what it is to predict.
+        """
         q, p = self._posterior_and_prior(net, x, S, T)
-        mean = net(masks.seen(x, S), S, q.sample(noise), T)  # (B, L, D)
+        mean = _asked(net, x, S, q.sample(noise), T)  # (B, L, D)
         nothing = ~(S | T).any(-1)  # was recorded, and N(0, I) would still be asked of what the network says of it
         return _log_likelihood(x, mean, T), q.kl(p).masked_fill(nothing, 0)
 
     def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""
         if self.prior == "standard":
-            return net(masks.seen(x, S | T), S | T), None
+            return _asked(net, x, S | T), None
         if not getattr(_unwrapped(net), "fixed_shapes", True):  # they are not of one length
-            return net(masks.seen(x, S | T), S | T), net(masks.seen(x, S), S)
-        both = net(torch.cat([masks.seen(x, S | T), masks.seen(x, S)]), torch.cat([S | T, S]))
+            return _asked(net, x, S | T), _asked(net, x, S)
+        both = _asked(net, torch.cat([x, x]), torch.cat([S | T, S]))
         return both[: len(x)], both[len(x) :]
 
 
@@ -299,11 +303,7 @@ def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     recorded = masks.recorded(x)
     if given is None:
         return x, recorded
-    if not checks.is_mask(given) or given.shape != recorded.shape:
-        raise ValueError(
-            f"expected a boolean mask of what was recorded, of shape {tuple(recorded.shape)}, "
-            f"got {checks.described(given)}"
-        )
+    masks.check_recorded(given, recorded.shape)
     return x, recorded & given
 
 
@@ -426,7 +426,7 @@ class InpaintingRegression:
             raise ValueError("give S and T, or random to draw them from")
         _check_call(net, random)
         x, S, T = _task(self.masks, x, S, T, random, step)
-        mean = net(masks.seen(x, S), S, x.new_zeros(len(x), _unwrapped(net).z_dim), T)
+        mean = _asked(net, x, S, x.new_zeros(len(x), _unwrapped(net).z_dim), T)
         reconstruction = _log_likelihood(x, mean, T)
         return ELBO(reconstruction, torch.zeros_like(reconstruction), 0.0, T.sum(-1), x.shape[-1])
 
@@ -438,6 +438,11 @@ class InpaintingRegression:
             unused += net.encoder.parameters()
         for parameter in unused:
             parameter.requires_grad_(False)
+
+
+def _asked(net: nn.Module, x: Tensor, S: Tensor, *more: Tensor) -> Any:
+    """What a network says of the tokens in S, of which it is given these alone."""
+    return net(masks.seen(x, S), S, *more)
 
 
 def _unwrapped(net: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ for a trained model. B batch, L tokens.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +71,7 @@ class MaskSampler:
             )
         if recorded is None:
             recorded = torch.ones(shape, dtype=torch.bool, device=generator.device)
-        elif not checks.is_mask(recorded) or tuple(recorded.shape) != shape:
-            raise ValueError(
-                f"expected a boolean mask of what was recorded, of shape {shape}, got {checks.described(recorded)}"
-            )
+        check_recorded(recorded, shape)
         return self.assign(*self.draw(*shape, generator), recorded)
 
     def draw(self, batch_size: int, num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +91,14 @@ class MaskSampler:
         t = (t_ratio * (count - s)).ceil().clamp(min=1)
         rank = rank_among(recorded, order)
         return rank < s, (rank >= s) & (rank < s + t) & recorded
+
+
+def check_recorded(recorded: Tensor, shape: Sequence[int]) -> None:
+    """Raise a ValueError unless this is a mask (B, L) of the patches that were ever recorded."""
+    if not checks.is_mask(recorded) or tuple(recorded.shape) != tuple(shape):
+        raise ValueError(
+            f"expected a boolean mask of what was recorded, of shape {tuple(shape)}, got {checks.described(recorded)}"
+        )
 
 
 def seen(x: Tensor, S: Tensor) -> Tensor:
@@ -175,10 +180,7 @@ def random(
     place = torch.rand(shape, generator=_generator(seed)).argsort(dim=-1)
     if recorded is None:
         return place < seen
-    if not checks.is_mask(recorded) or tuple(recorded.shape) != shape:
-        raise ValueError(
-            f"expected a boolean mask of what was recorded, of shape {shape}, got {checks.described(recorded)}"
-        )
+    check_recorded(recorded, shape)
     return (rank_among(recorded, place.to(recorded.device) / num_tokens) < seen) & recorded
 
 

@@ -95,7 +95,6 @@ class VAEStage:
                 stacklevel=2,
             )
 
-    @torch.no_grad()
     def transform(self, images: Tensor) -> Tensor:
         return self.tokens.encode(images)
 
