@@ -76,8 +76,8 @@ def read(path: Path) -> Content:
         )
     taken = [name for pair in names.values() for name in pair if name]
     arrays = {name: _array(content, name, path) for name in taken}
-    pixels = {part: _pixels(arrays[name], f"{path}: {name}") for part, (name, _) in names.items()}
-    labels, label_names = _labels({name: arrays[name] for _, name in names.values() if name}, path)
+    pixels = {part: bytes_of(arrays[name], f"{path}: {name}") for part, (name, _) in names.items()}
+    labels, label_names = labels_of({name: arrays[name] for _, name in names.values() if name}, path)
     for name, label in names.values():
         if label and len(labels[label]) != len(arrays[name]):
             raise ValueError(
@@ -86,18 +86,18 @@ def read(path: Path) -> Content:
     parts = {part: Arrays(found, labels.get(names[part][1]), recorded) for part, (found, recorded) in pixels.items()}
     others = [name for name in content if name not in taken]
     notes = [f"of {path} were not taken: {', '.join(others)}"] if others else []
-    return Content(parts, label_names, "; ".join([*notes, *_doubts(parts, path)]))
+    return Content(parts, label_names, "; ".join([*notes, *doubts(parts, path)]))
 
 
-def _doubts(parts: dict[str, Arrays], path: Path) -> Iterator[str]:
+def doubts(parts: Mapping[str, Arrays], source: Path | str) -> Iterator[str]:
     """What may be meant otherwise than it is taken."""
     largest = max(int(part.pixels.max()) for part in parts.values())
     if largest < DARK:
-        yield f"{path} has no pixel above {largest} of 255, so that all is nearly black: is that meant?"
+        yield f"{source} has no pixel above {largest} of 255, so that all is nearly black: is that meant?"
     labels = [part.labels for part in parts.values() if part.labels is not None and part.labels.ndim > 1]
     if labels and all((of >= 0).all() and (of.sum(1) == 1).all() for of in labels):
         yield (
-            f"{path}: its labels are taken as attributes, of which each image has exactly one: if they are classes, "
+            f"{source}: its labels are taken as attributes, of which each image has exactly one: if they are classes, "
             "labels.argmax(1) makes them such"
         )
 
@@ -152,8 +152,12 @@ def _names(given: Sequence[str]) -> dict[str, tuple[str, str | None]]:
     return {"images": (images, first(*LABELS))} if images and not found else {}
 
 
-def _pixels(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
-    """Bytes (N, C, H, W) and what was recorded of them, (N, H, W)."""
+def bytes_of(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
+    """Bytes (N, C, H, W) and what was recorded of them, (N, H, W), None if all is; of images as `read` takes them.
+
+    Raises:
+        ValueError: naming them as `what`, if they are none of these.
+    """
     shape = array.shape
     if array.ndim == 3 and shape[-1] not in (1, 3):  # else it is one image
         array = array[:, None]
@@ -167,7 +171,7 @@ def _pixels(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
     if array.dtype == np.bool_:
         return torch.from_numpy(array * np.uint8(255)), None
     if array.dtype == np.uint8:
-        if array.max() == 1:
+        if len(array) > 1 and array.max() == 1:  # one alone may be all but black
             raise ValueError(
                 f"{what} has no byte but 0 and 1, which would be black and all but black: images.astype(bool) makes "
                 "images of 0 and 1, 255 * images bytes of them"
@@ -203,8 +207,12 @@ def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | Non
     return pixels, None if recorded.all() else torch.from_numpy(recorded)
 
 
-def _labels(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Labels by the names of their arrays, and what they are called."""
+def labels_of(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Labels by the names of their arrays, and what they are called; see `read`.
+
+    Raises:
+        ValueError: if they are no labels, or not all of one kind.
+    """
     if not arrays:
         return {}, ()
     columns = {name: array[:, 0] if array.shape[1:] == (1,) else array for name, array in arrays.items()}
@@ -212,40 +220,40 @@ def _labels(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Ten
     shapes = {array.shape[1:] for array in columns.values()}
     if len(kinds) > 1 or False in kinds or len(shapes) > 1 or not all(0 < a.ndim < 3 for a in columns.values()):
         raise ValueError(
-            f"{path}: expected labels all of one kind, classes (N,), whole numbers (labels.astype(int)) or text, or "
+            f"{source}: expected labels all of one kind, classes (N,), whole numbers (labels.astype(int)) or text, or "
             "attributes (N, A) that are 1, 0 or -1, got "
             + ", ".join(f"{name} of {array.dtype} {array.shape}" for name, array in arrays.items())
         )
-    return (_classes if shapes == {()} else _attributes)(columns, path)
+    return (_classes if shapes == {()} else _attributes)(columns, source)
 
 
-def _classes(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _classes(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Classes (N,), numbered over all arrays, and their names, unless these are their numbers."""
     texts = {name: np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a for name, a in arrays.items()}
     values, numbers = np.unique(np.concatenate(list(texts.values())), return_inverse=True)
     if values.dtype.kind == "i" and len(values) and values[0] < 0:
         raise ValueError(
-            f"{path}: classes are numbered from 0 on, got {values[0]} in {', '.join(arrays)}: give a class of its own "
-            "to images without one, or names in text to all"
+            f"{source}: classes are numbered from 0 on, got {values[0]} in {', '.join(arrays)}: give a class of its "
+            "own to images without one, or names in text to all"
         )
     several = torch.from_numpy(numbers.astype(np.int64)).split([len(array) for array in texts.values()])
     plain = values.dtype.kind in "iu" and np.array_equal(values, np.arange(len(values)))
     return dict(zip(texts, several, strict=True)), () if plain else tuple(map(str, values))
 
 
-def _attributes(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _attributes(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Attributes (N, A), called by their numbers."""
     for name, array in arrays.items():
         if array.dtype.kind not in "biu" or not np.isin(array, (-1, 0, 1)).all():
             found = ", ".join(map(str, np.unique(array)[:5]))
             raise ValueError(
-                f"{path}: {name} {array.shape} would be attributes, which are 1, 0, or -1 where it is not known, got "
+                f"{source}: {name} {array.shape} would be attributes, which are 1, 0, or -1 where it is not known, got "
                 f"{found}; classes are (N,)"
             )
     values = np.unique(np.concatenate([array.ravel() for array in arrays.values()]))
     if not values.size or list(values) == [-1, 1]:
         raise ValueError(
-            f"{path}: {', '.join(arrays)} would be attributes, which are 1, 0, or -1 where it is not known, and are "
+            f"{source}: {', '.join(arrays)} would be attributes, which are 1, 0, or -1 where it is not known, and are "
             + ("of no image or none at all" if not values.size else "1 or not known here: write 0 for no")
         )
     several = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}

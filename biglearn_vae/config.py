@@ -325,7 +325,7 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
     _check_labels(cfg, chosen)
     known = {name for name, _ in _raw_leaves(cfg)}
     parts = [part for part in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, part))]
-    targets = {f"{part}._target_" for part in parts if "_target_" in cfg[part]}
+    targets = {f"{part}._target_" for part in parts if "_target_" in set(cfg[part])}  # also one that is to be given
     own = {o.key_or_group.rpartition(".")[0] for o in overrides if o.key_or_group in targets}
     for override, name, value in _given(overrides, known | targets):
         if override.package or name in groups:
@@ -337,7 +337,7 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         inside = _within(name, known) - {name}
         any_names = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))
         if override.is_delete():
-            _check_left_out(name, known, targets, any_names)
+            _check_left_out(name, known, targets - {"data._target_"}, any_names)  # which patches are cut by, too
         elif inside and not isinstance(value, dict):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
         if name in known | targets or inside:
@@ -616,7 +616,7 @@ def patches(cfg: "DictConfig") -> Patchify:
     hints = {"image_size": int | list[int], "patch_size": int, "channels": int, "name": str, "root": str | None}
     hints |= {"crop": int | None, "cache": str | None}
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)
-    check_types(hints, values, "data")
+    check_types(hints, {name: values[name] for name in values if name in hints or "_target_" not in values}, "data")
     if cfg.data.channels not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {cfg.data.channels}")
     try:
@@ -682,8 +682,8 @@ def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
     """The data of these settings, from another root if one is given, less what `missing` says was never recorded."""
     share, unit = cfg.get("missing", 0.0), cfg.get("missing_unit", "patch")
     check_types({"missing": float, "missing_unit": str}, {"missing": share, "missing_unit": unit}, "")
-    splits = data.load(**data_settings(cfg) | ({"root": root} if root else {}))
     grid = patches(cfg).grid
+    splits = data.load(**data_settings(cfg) | ({"root": root} if root else {}))
     splits = data.with_missing(splits, share, grid, unit)
     data.check_recorded(splits, grid)
     return splits
@@ -691,7 +691,11 @@ def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
 
 def data_settings(cfg: "DictConfig") -> dict[str, Any]:
     """The arguments of `data.load` among the settings."""
-    return {name: value for name, value in dict(cfg.data).items() if name != "patch_size"}
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)
+    target = {"target": _target(values.pop("_target_"), "data")} if "_target_" in values else {}
+    return {name: value for name, value in values.items() if name != "patch_size"} | target
 
 
 def network(cfg: "DictConfig", tokens: Patchify | PatchAE) -> torch.nn.Module:
@@ -837,10 +841,11 @@ def data_words(cfg: "DictConfig") -> str:
 
     own, usual = OmegaConf.to_container(cfg.data, resolve=True), compose([f"data={cfg.data.name}"]).data
     words = [f"data={cfg.data.name}"]
-    names = (["root"] if cfg.data.name in data.NAMED_BY_ROOT else []) + ["image_size", "patch_size", "channels", "crop"]
-    for name in names:
+    root = ["root"] if cfg.data.name in data.OWN else []
+    for name in ("_target_", *root, "image_size", "patch_size", "channels", "crop"):
         if name in own and (name == "root" or own[name] != usual.get(name)):
             words.append(shell_word(f"data.{name}", own[name]))
+    words += [shell_word(f"+data.{name}", value) for name, value in own.items() if name not in set(usual)]
     return " ".join(words)
 
 
@@ -851,6 +856,8 @@ def data_root(root: str) -> Path:
 
 def data_name(cfg: "DictConfig") -> str:
     """What the data is called in the name of a run."""
+    if target := cfg.data.get("_target_"):
+        return str(target).rpartition(".")[2]
     return own_name(cfg.data.root) if cfg.data.name in data.NAMED_BY_ROOT else cfg.data.name
 
 

@@ -3,6 +3,7 @@
 N images, C channels, H x W pixels, B batch.
 """
 
+import functools
 import hashlib
 import inspect
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biglearn_vae import array_files, checks, image_files, masks
+from biglearn_vae import array_files, checks, image_files, masks, torch_datasets
 from biglearn_vae.distributed import World, derive_seed
 
 PARTS = ("train", "valid", "test")
@@ -42,6 +43,22 @@ class ImageSet:
     pixels: Tensor
     labels: Tensor | None = None
     recorded: Tensor | None = None
+
+    @classmethod
+    def of(cls, dataset: Any, image_size: "Size | None" = None, channels: int | None = None) -> "ImageSet":
+        """The images of a torch Dataset, read into memory once; of what its items may be, see `torch_datasets.read`.
+
+        Args:
+            image_size, channels: as of `load`; without them all images have to be alike.
+
+        Raises:
+            ValueError: if they are not, or it is no such data set.
+        """
+        fit = functools.partial(_fitted, image_size=_checked_size(image_size), channels=_checked_channels(channels))
+        found = torch_datasets.read({"images": dataset}, type(dataset).__name__, fit)
+        if found.note:
+            checks.warn(found.note)
+        return _image_set(found.parts["images"])
 
     def __post_init__(self):
         if not isinstance(self.pixels, Tensor) or self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
@@ -283,7 +300,7 @@ def load(
     root: str | None = None,
     image_size: Size | None = None,
     channels: int | None = None,
-    **options: int | str | None,
+    **options: Any,
 ) -> Splits:
     """A data set by name.
 
@@ -294,28 +311,39 @@ def load(
         image_size: side in pixels that images are resized to, or height and width; each source has its default. What
             is resized is the middle, as much as has these proportions.
         channels: 1 (grey) or 3; each source has its default.
-        options: of celeba and image_folder alone. `crop`, the side in pixels of the square in the middle that is taken
+        options: of celeba and image_folder `crop`, the side in pixels of the square in the middle that is taken
             before resizing, None for the largest that there is (which is also taken of an image smaller than the
             crop); each source has its default. `cache`, a folder that keeps the decoded images, to be mapped into
             memory at the next start (`image_files.read`); None, the default, decodes them into memory at each start.
+            Of torch_dataset `target`, a class or a function that makes one, and what that takes.
 
     Raises:
         ValueError: on an unknown name, wrong sizes, options that a data set does not take, or data that is not there
             and cannot be had.
     """
     checks.check_choice("the data set", name, list(SOURCES))
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
-    if image_size is not None:
-        height, width = checks.height_and_width("image_size", image_size)
-        checks.whole_number("image_size", min(height, width), 1)
-        image_size = height if height == width else (height, width)
+    sizes = dict(image_size=_checked_size(image_size), channels=_checked_channels(channels))
     _check_options(name, options)
-    sizes = {k: v for k, v in dict(image_size=image_size, channels=channels).items() if v is not None}
+    sizes = {k: v for k, v in sizes.items() if v is not None}
     place = Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser()
     splits = SOURCES[name](place, **sizes, **options)
     _check_classes(splits)
     return splits
+
+
+def _checked_channels(channels: int | None) -> int | None:
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+    return channels
+
+
+def _checked_size(image_size: Size | None) -> Size | None:
+    """One number for a square, else two."""
+    if image_size is None:
+        return None
+    height, width = checks.height_and_width("image_size", image_size)
+    checks.whole_number("image_size", min(height, width), 1)
+    return height if height == width else (height, width)
 
 
 def _check_classes(splits: Splits) -> None:
@@ -333,7 +361,9 @@ def _check_classes(splits: Splits) -> None:
         )
 
 
-def _check_options(name: str, options: dict[str, int | str | None]) -> None:
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    if name == "torch_dataset":
+        return
     taken = inspect.signature(SOURCES[name]).parameters.keys() & {"crop", "cache"}
     for option in options.keys() - taken:
         raise ValueError(f"data set {name} takes no {option}: leave data.{option} out")
@@ -408,7 +438,7 @@ def images(
     root: str | None = None,
     image_size: Size | None = None,
     channels: int | None = None,
-    **options: int | str | None,
+    **options: Any,
 ) -> Tensor:
     """All images of a split ("train", "valid" or "test") as float32 in [0, 1], (N, C, H, W). The others: see `load`.
 
@@ -696,36 +726,81 @@ def array_file(root: Path, image_size: Size = 32, channels: int = 3) -> Splits:
     for part, arrays in content.parts.items():
         height, width = arrays.pixels.shape[-2:]
         rows, columns = checks.height_and_width("image_size", image_size)
-        whole = f"data.image_size={height if height == width else f'[{height},{width}]'}"
-        if arrays.recorded is not None and (height, width) != (rows, columns):
-            raise ValueError(
-                f"{root}: images with NaN, never recorded, cannot be resized from {height} x {width} pixels: give "
-                f"{whole}, or make them {rows} x {columns} pixels"
-            )
         if height * columns != width * rows:
             checks.warn(
                 f"{root}: of images of {height} x {width} pixels the middle is taken, in the proportions of {rows} x "
-                f"{columns}; {whole} takes them whole"
+                f"{columns}; {_whole(height, width)} takes them whole"
             )
-        sets[part] = ImageSet(_sized(arrays.pixels, image_size, channels), arrays.labels, arrays.recorded)
+        sets[part] = replace(arrays, pixels=_fitted(arrays.pixels, arrays.recorded, str(root), image_size, channels))
+    return _all_parts(replace(content, parts=sets), str(root))
+
+
+def torch_dataset(
+    root: Path,
+    image_size: Size = 32,
+    channels: int = 3,
+    target: Callable[..., Any] | None = None,
+    **own: Any,
+) -> Splits:
+    """The images of torch Datasets, such as torchvision's, read into memory; see `torch_datasets.read`.
+
+    The middle, as much as has the proportions of `image_size`, is resized to it, but for images with NaN, which have to
+    be of that size. A part that there is not is a tenth of the training images, or of all, and each part is shuffled,
+    as of `array_file`.
+
+    Args:
+        target: a class or a function that makes one; which parts are asked of it and how, `torch_datasets.parts` says.
+        own: what else it takes.
+
+    Raises:
+        ValueError: if it does not take that or fails, an image cannot be read, or there are too few.
+    """
+    if not callable(target):
+        raise ValueError(f"target must be a class or a function that makes a torch Dataset, got {target!r}")
+    datasets, note = torch_datasets.parts(target, str(root), own)
+    name = getattr(target, "__name__", str(target))
+    content = torch_datasets.read(datasets, name, functools.partial(_fitted, image_size=image_size, channels=channels))
+    return _all_parts(replace(content, note="; ".join(filter(None, (note, content.note)))), name)
+
+
+def _fitted(
+    pixels: Tensor, recorded: Tensor | None, what: str, image_size: Size | None, channels: int | None
+) -> Tensor:
+    """`_sized`, where something is asked for, of images of which some may not have been recorded."""
+    height, width = pixels.shape[-2:]
+    size = (height, width) if image_size is None else checks.height_and_width("image_size", image_size)
+    if recorded is not None and (height, width) != size:
+        raise ValueError(
+            f"{what}: images with NaN, never recorded, cannot be resized from {height} x {width} pixels: give "
+            f"{_whole(height, width)}, or make them {size[0]} x {size[1]} pixels"
+        )
+    return _sized(pixels, size, channels or pixels.shape[1])
+
+
+def _whole(height: int, width: int) -> str:
+    """The setting that takes images as they are."""
+    return f"data.image_size={height if height == width else f'[{height},{width}]'}"
+
+
+def _image_set(arrays: array_files.Arrays) -> ImageSet:
+    return ImageSet(arrays.pixels, arrays.labels, arrays.recorded)
+
+
+def _all_parts(content: array_files.Content, source: str) -> Splits:
+    """The three parts, shuffled: of each that there is not a tenth of the training images, or of all."""
     if content.note:
         checks.warn(content.note)
-    return Splits(**_all_parts(sets, root), note=content.note, label_names=content.label_names)
-
-
-def _all_parts(sets: dict[str, ImageSet], root: Path) -> dict[str, ImageSet]:
-    """The three parts of a file, shuffled: of each that it lacks, a tenth of its training images, or of all."""
-    lacking = ["test", "valid"] if "images" in sets else ["valid"] if "valid" not in sets else []
-    cut = {}
+    sets = {part: _image_set(arrays) for part, arrays in content.parts.items()}
+    lacking, cut = [part for part in ("test", "valid") if part not in sets], {}
     for part, images in sets.items():
         taken = lacking if part in ("images", "train") else []
         if len(images) <= len(taken):
-            raise ValueError(f"{root} holds {len(images)} images to train with, at least {len(taken) + 1} are needed")
+            raise ValueError(f"{source} holds {len(images)} images to train with, at least {len(taken) + 1} are needed")
         sizes = [max(1, len(images) // 10)] * len(taken)
         index = shuffled(len(images), derive_seed("split", SPLIT_SEED)).split([*sizes, len(images) - sum(sizes)])
         names = [*taken, "train" if part == "images" else part]
         cut |= {name: images.select(rows) for name, rows in zip(names, index, strict=True)}
-    return {part: cut[part] for part in PARTS}
+    return Splits(**{part: cut[part] for part in PARTS}, note=content.note, label_names=content.label_names)
 
 
 _PART_OF = {word: part for part, words in array_files.PART_WORDS.items() for word in words}  # of names of folders
@@ -792,5 +867,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "celeba": celeba,
     "image_folder": image_folder,
     "array_file": array_file,
+    "torch_dataset": torch_dataset,
 }
 NAMED_BY_ROOT = ("image_folder", "array_file")  # a folder or file of the user's
+OWN = (*NAMED_BY_ROOT, "torch_dataset")  # of which `root` or more says which images they are

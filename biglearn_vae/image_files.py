@@ -240,18 +240,29 @@ def decode(path: Path, recipe: Recipe) -> Tensor | str:
 
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):
-                image = _eight_bits(image, sixteen=file.format == "PPM")  # which Pillow scales so
-            if "A" in image.mode or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("L" if recipe.channels == 1 else "RGB")
+            image = plain(file).convert("L" if recipe.channels == 1 else "RGB")
         if recipe.crop is not None and recipe.crop <= min(image.size):
             left, top = ((side - recipe.crop) // 2 for side in image.size)
             image = image.crop((left, top, left + recipe.crop, top + recipe.crop))
         return pil_to_tensor(ImageOps.fit(image, recipe.shape[:0:-1], Image.Resampling.BICUBIC))
     except Exception as error:  # on a damaged file each decoder raises what it likes
         return first_line(error)
+
+
+def plain(file: "Image.Image") -> "Image.Image":
+    """An image of any mode in 8 bits, upright, transparency laid on white.
+
+    Raises:
+        ValueError: if its range is none that is known.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image, sixteen=file.format == "PPM")  # which Pillow scales so
+    if "A" in image.mode or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
 
 
 def _eight_bits(image: "Image.Image", sixteen: bool) -> "Image.Image":

@@ -13,7 +13,7 @@ from torch import nn
 
 from biglearn_vae import checkpoint, checks, config
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import NAMED_BY_ROOT
+from biglearn_vae.data import NAMED_BY_ROOT, OWN
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.files import Busy, locked, read_json, write_json
 
@@ -29,7 +29,7 @@ MEASUREMENT = ("checkpoint", "step", "data", "settings")
 MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
 # Settings in which a run may differ from what it was started with, and still go on.
 FREE = (*config.PLACE, "trainer.steps", "trainer.report_every", "trainer.checkpoint_every", *MEASURED_WITH)
-IN_NAME = ("data", "case", "method", "seed")
+IN_NAME = ("data", "data._target_", "case", "method", "seed")
 FOLDER = ("name", "output_dir")  # settings that say where a run is
 # Scripts that leave one result in the folder of `run`, and of which settings there is one for each value.
 MEASURING = {"evaluate": ("run",), "complete": ("run",), "probe": ("run",), "figures": ("run", "figures")}
@@ -138,12 +138,10 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
             f"back to. Give name=NAME for another run{end} or delete the folder."
         )
     # Moved, or other images under the same name: what is read will tell.
-    same_place = cfg.data.name not in NAMED_BY_ROOT or config.data_root(old.data.root) == config.data_root(
-        cfg.data.root
-    )
+    places = {config.data_root(of.data.root) for of in (old, cfg) if cfg.data.name in OWN}
     best_step = checkpoint.step_of(run / "checkpoints" / checkpoint.BEST) if resumable else found.get("best_step")
     of_this = found.get("evaluation") == measured_with(cfg) and found.get("best_step") == best_step
-    if steps == trained == cfg.trainer.steps and same_place and of_this:
+    if steps == trained == cfg.trainer.steps and len(places) < 2 and of_this:
         return found
     if not resumable:
         raise ValueError(

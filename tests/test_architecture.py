@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
     {"files", "checks", "array_files", "kernels", "cuda_graph", "workers", "states", "sheets"},
     {"patches", "gaussian", "attention", "biases", "norms", "distributed", "masks", "image_files", "checkpoint"},
-    {"layers", "data", "patch_ae", "annealing", "optim"},
+    {"layers", "torch_datasets", "patch_ae", "annealing", "optim"},
+    {"data"},
     {"models", "losses"},
     {"capabilities", "loggers"},
     {"trainer", "evaluation", "figures", "gibbs", "samples"},

@@ -816,7 +816,7 @@ def test_errors_name_what_was_expected_and_what_came(tmp_path):
     for settings, message in (
         (
             dict(name="cifar"),
-            "data set must be digits, mnist, fashion_mnist, celeba, image_folder or array_file, got 'cifar'",
+            "must be digits, mnist, fashion_mnist, celeba, image_folder, array_file or torch_dataset, got 'cifar'",
         ),
         (dict(name="digits", channels=2), "1 or 3, got 2"),
         (dict(name="digits", image_size=0), "at least 1, got 0"),

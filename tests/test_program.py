@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -604,6 +605,33 @@ def test_arrays_that_lack_pixels_are_trained_on_measured_and_drawn(here, monkeyp
     np.savez(here / "arrays.npz", images=np.flip(images, 1))
     assert run_here(monkeypatch, "run=outputs/run", script="probe") == 2
     assert "was trained on other images" in capsys.readouterr().err
+
+
+def test_a_torch_dataset_of_ones_own_is_trained_on_and_measured(here, monkeypatch, capsys):
+    code = """
+        from pathlib import Path
+        import torch
+        from torch.utils.data import TensorDataset
+
+        def stripes(root: str, split: str, count: int):
+            exponents = float(Path(root).read_text()) + torch.arange(count if split == "train" else 9)
+            images = torch.linspace(0, 1, 8).repeat(8, 1) ** exponents.view(-1, 1, 1, 1)
+            return TensorDataset(images, torch.arange(len(images)) % 2)
+    """
+    (here / "my_stripes.py").write_text(textwrap.dedent(code))
+    (here / "one").write_text("0.5")
+    (here / "other").write_text("1.5")
+    monkeypatch.syspath_prepend(here)
+    words = ["data=torch_dataset", "data._target_=my_stripes.stripes", "+data.count=40", "data.root=one"]
+    words += ["data.image_size=8", "data.patch_size=2", "data.channels=1", *SMALL, "trainer.steps=4"]
+    assert run_here(monkeypatch, *words) == 0
+    (run,) = (here / "outputs").iterdir()
+    assert run.name.startswith("stripes-tiny-biglearn_u-seed0-")
+    assert run_here(monkeypatch, f"run={run}", "draws=1", "ratios=[0.5]", script="probe") == 0
+    assert json.loads((run / "probe.json").read_text())["test_images"] == 9
+    capsys.readouterr()
+    assert run_here(monkeypatch, *words, "data.root=other") == 2
+    assert "was trained on other data: start another run" in capsys.readouterr().err
 
 
 def test_what_was_measured_on_other_test_images_is_kept(here, monkeypatch, capsys):

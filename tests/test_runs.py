@@ -28,6 +28,8 @@ def test_run_names():
     assert name("name=mine", "optim.lr=1e-4") == "mine"
     assert name("data=image_folder", "data.root=/pictures/cats") == "cats-tiny-biglearn_u-seed0"
     assert name("data=array_file", "data.root=/arrays/cats.1.npz") == "cats.1-tiny-biglearn_u-seed0"
+    words = ("data=torch_dataset", "data._target_=my_data.Slices", "data.root=/scans", "+data.year=2020")
+    assert name(*words) == "Slices-tiny-biglearn_u-seed0--data.year-2020"
     assert len(name(*[f"optim.lr={k}e-{k}" for k in range(10, 60)])) < 100
     assert name("output_dir=a/b", "masks.s_ratio=[1,2]") == "digits-tiny-biglearn_u-seed0-masks.s_ratio-1-2"
     for bad in (".", "..", "../up", "a/../../b", "/absolute"):

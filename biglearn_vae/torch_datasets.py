@@ -1,0 +1,207 @@
+"""Images of torch Datasets, such as torchvision's or one's own: as bytes, with labels and with what was recorded.
+
+N images, C channels, H x W pixels, A attributes.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from biglearn_vae import array_files, checks
+from biglearn_vae.array_files import PART_WORDS, Arrays, Content
+from biglearn_vae.image_files import first_line, plain
+
+IMAGES, LABELS = ("image", "img", "images", "pixels", "x"), ("label", "labels", "y")  # in items that are mappings
+CHUNK = 256  # images that are made bytes at a time
+Fit = Callable[[Tensor, Tensor | None, str], Tensor]  # bytes (n, c, h, w), what of them was recorded, what they are
+
+
+def parts(make: Callable[..., Any], root: str, own: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What a class or a function makes: data sets by part, "train" and others, or one, as "images"; and a note.
+
+    One that takes `train` is called with True and False; one that takes `split`, with what its parts may be called; any
+    other once, and gives one data set, or a mapping of such by their parts. To what takes it `download` is True.
+
+    Args:
+        make: such as torchvision.datasets.CIFAR10.
+        root: the folder of the data, for what takes it.
+        own: what else it is given; also in place of `train`, `split` and `download`.
+
+    Raises:
+        ValueError: if it does not take them, or fails.
+    """
+    name, takes = getattr(make, "__name__", str(make)), inspect.signature(make).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if other := [key for key in own if key not in takes and not takes_any]:
+        raise ValueError(f"{name} takes {', '.join(takes) or 'nothing'}, not {', '.join(other)}")
+    usual = {"root": root, "download": True}
+    given = {key: value for key, value in usual.items() if key in takes} | own
+    if "train" in takes and "train" not in own:
+        return {part: _called(make, name, **given, train=part == "train") for part in ("train", "test")}, ""
+    if "split" in takes and "split" not in own:
+        return _by_split(make, name, given)
+    made = _called(make, name, **given)
+    if not isinstance(made, Mapping):
+        return {"images": made}, ""
+    found = {part: made[word] for part, words in PART_WORDS.items() for word in words if word in made}
+    if "train" not in found:
+        raise ValueError(f"{name} gives {', '.join(map(str, made)) or 'nothing'}: expected train, and test or valid")
+    rest = [str(word) for word in made if word not in sum(PART_WORDS.values(), ())]
+    return found, f"of {name} were not taken: {', '.join(rest)}" if rest else ""
+
+
+def _called(make: Callable[..., Any], name: str, **given: Any) -> Any:
+    try:
+        return make(**given)
+    except Exception as error:  # whatever one's own raises, and torchvision of files that are not there
+        words = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ValueError(f"{name}({words}): {first_line(error)}") from error
+
+
+def _by_split(make: Callable[..., Any], name: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The parts that there are; only that there is none of a name may go wrong, which is a ValueError or KeyError."""
+    found: dict[str, Any] = {}
+    lacking = []
+    for part, words in PART_WORDS.items():
+        for word in words:
+            try:
+                found[part] = _called(make, name, **given, split=word)
+                break
+            except ValueError as error:
+                if part == "train" or not isinstance(error.__cause__, ValueError | KeyError):
+                    raise
+                problem = error
+        else:
+            lacking.append(f"{name} has no {part} part ({first_line(problem)}): training images are taken")
+    return found, "; ".join(lacking)
+
+
+def read(datasets: Mapping[str, Any], source: str, fit: Fit) -> Content:
+    """The images and labels of data sets, by part.
+
+    An item is an image, a tuple of an image and a label, or a mapping that holds them as "image" and "label". Images
+    are PIL's, of any size and mode, or arrays or tensors (H, W), (H, W, C) or (C, H, W): bytes, booleans, or floats in
+    [0, 1] of which NaN was never recorded. Labels are those of `array_files.read`; others are left, with a note.
+
+    Args:
+        datasets: each with a length and items by number.
+        source: what they are called.
+        fit: makes images of one size of images of several.
+
+    Raises:
+        ValueError: if they are no such data sets, are empty, or an item cannot be read.
+    """
+    arrays, raw = {}, {}
+    for part, dataset in datasets.items():
+        arrays[part], raw[part] = _part(dataset, source if part == "images" else f"{source}, {part}", fit)
+    labels, names, note = _labels(raw, source, _classes(next(iter(datasets.values()))))
+    found = {part: Arrays(of.pixels, labels.get(part), of.recorded) for part, of in arrays.items()}
+    return Content(found, names, "; ".join([*([note] if note else []), *array_files.doubts(found, source)]))
+
+
+def _part(dataset: Any, what: str, fit: Fit) -> tuple[Arrays, list[Any]]:
+    """The images, and their labels as they came."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"{what}: expected a data set with a length and items by number, as torch.utils.data.Dataset, got "
+            f"{checks.described(dataset)}"
+        )
+    if not len(dataset):
+        raise ValueError(f"{what}: expected at least one image, got none")
+    pixels, recorded, labels = [], [], []
+    for images, some in _chunks(dataset, what):
+        labels += some
+        for array in images:
+            found, known = array_files.bytes_of(array, what)
+            pixels.append(fit(found, known, what))
+            recorded.append(known)
+    return Arrays(_joined(pixels, what), None, _all_recorded(pixels, recorded)), labels
+
+
+def _chunks(dataset: Any, what: str) -> Iterator[tuple[list[np.ndarray], list[Any]]]:
+    """A chunk of images at a time, as one array if they are of one size and type, else as several; and their labels."""
+    from tqdm import tqdm
+
+    images, labels = [], []
+    for i in tqdm(range(len(dataset)), desc=f"reading {what}", delay=5, leave=False, disable=None):
+        try:
+            image, label = _image_and_label(dataset[i])
+            images.append(_array(image))
+        except Exception as error:  # whatever one's own raises
+            raise ValueError(f"{what}: item {i} cannot be read: {first_line(error)}") from error
+        labels.append(label)
+        if len(images) == CHUNK or i == len(dataset) - 1:
+            alike = len({(image.shape, image.dtype) for image in images}) == 1
+            yield [np.stack(images)] if alike else [image[None] for image in images], labels
+            images, labels = [], []
+
+
+def _image_and_label(item: Any) -> tuple[Any, Any]:
+    """Of an item; None for a label that it does not have."""
+    if isinstance(item, Mapping):
+        image, label = (next((name for name in names if name in item), None) for names in (IMAGES, LABELS))
+        if image is None:
+            raise ValueError(f"it holds {', '.join(map(str, item))}: expected an image called image, and perhaps label")
+        return item[image], item.get(label)
+    if isinstance(item, tuple | list):
+        return item[0], item[1] if len(item) > 1 else None
+    return item, None
+
+
+def _array(image: Any) -> np.ndarray:
+    """An image as an array of whatever shape it has, a PIL image as bytes (H, W, C)."""
+    if hasattr(image, "convert"):
+        image = plain(image)
+        grey = image.mode in ("1", "L")
+        return np.array(image.convert("L" if grey else "RGB")).reshape(*image.size[::-1], 1 if grey else 3)
+    if not hasattr(image, "__array__"):
+        raise ValueError(f"expected a PIL image, an array or a tensor, got {checks.described(image)}")
+    return np.asarray(image)
+
+
+def _joined(parts: Sequence[Tensor], what: str) -> Tensor:
+    """Images of one size (N, C, H, W); equal channels that are views of one stay so."""
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{what} has images of several shapes, such as {shapes[0]} and {shapes[-1]}: give image_size= and channels="
+        )
+    if any(part.stride(1) for part in parts):
+        return torch.cat(list(parts))
+    return torch.cat([part[:, :1] for part in parts]).expand(-1, shapes[0][0], -1, -1)
+
+
+def _all_recorded(pixels: Sequence[Tensor], recorded: Sequence[Tensor | None]) -> Tensor | None:
+    """What was recorded (N, H, W) of the parts of images of one size; None if all was."""
+    if all(known is None for known in recorded):
+        return None
+    whole = (torch.ones(len(part), *part.shape[2:], dtype=torch.bool) for part in pixels)
+    return torch.cat([every if known is None else known for every, known in zip(whole, recorded, strict=True)])
+
+
+def _classes(dataset: Any) -> tuple[str, ...]:
+    """What torchvision's data sets, and others like them, call their classes."""
+    names = getattr(dataset, "classes", None)
+    return tuple(names) if isinstance(names, list | tuple) and all(isinstance(n, str) for n in names) else ()
+
+
+def _labels(
+    raw: Mapping[str, list[Any]], source: str, classes: tuple[str, ...]
+) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
+    """Labels by part, what they are called, and why they were not taken; none of either, if there are none."""
+    given = [label for labels in raw.values() for label in labels]
+    if all(label is None for label in given):
+        return {}, (), ""
+    try:
+        arrays = {part: np.array([np.asarray(label) for label in labels]) for part, labels in raw.items()}
+        labels, names = array_files.labels_of(arrays, source)
+    except (ValueError, TypeError) as error:  # the first two of NumPy, of labels that are no numbers or of no one shape
+        return {}, (), f"labels of {source} were not taken: {first_line(error)}"
+    numbers = np.concatenate(list(arrays.values()))
+    if numbers.ndim == 1 and numbers.dtype.kind in "iu" and numbers.max() < len(classes):
+        return {part: torch.from_numpy(array.astype(np.int64)) for part, array in arrays.items()}, classes, ""
+    return labels, names, ""

@@ -1,0 +1,236 @@
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_array_files import CLASSES, GREY, numbers, order
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from biglearn_vae import ImageSet, config, data
+
+COLOUR = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+
+
+class Items(Dataset):
+    """A data set of these items."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+class Parts(Items):
+    """Greys of two parts, as torchvision's MNIST has them."""
+
+    classes = ("zero", "one", "two", "three", "four")
+
+    def __init__(self, root: str, train: bool = True, download: bool = False):
+        assert root == "somewhere" and download
+        images = zip(GREY, CLASSES, strict=True) if train else zip(GREY[:5], CLASSES[:5], strict=True)
+        super().__init__(*((Image.fromarray(image), int(label)) for image, label in images))
+
+
+class Split(Items):
+    """Greys of named parts, of which there are these."""
+
+    def __init__(self, split: str, there: tuple[str, ...] = ("train", "val"), count: int = 40):
+        if split not in there:
+            raise ValueError(f"unknown split {split}")
+        super().__init__(*GREY[:count] if split == "train" else GREY[:7])
+
+
+def load(target, size: data.Size = 8, channels: int = 1, **own) -> data.Splits:
+    return data.load("torch_dataset", "somewhere", size, channels, target=target, **own)
+
+
+def rgb(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def test_parts_as_torchvision_has_them_are_those_of_the_same_arrays_in_a_file(tmp_path):
+    np.savez(tmp_path / "file.npz", x_train=GREY, y_train=CLASSES, x_test=GREY[:5], y_test=CLASSES[:5])
+    expected = data.load("array_file", str(tmp_path / "file.npz"), image_size=16, channels=3)
+    splits = load(Parts, 16, 3)
+    for part in data.PARTS:
+        found, wanted = getattr(splits, part), getattr(expected, part)
+        assert torch.equal(found.pixels, wanted.pixels) and torch.equal(found.labels, wanted.labels)
+    assert splits.label_names == Parts.classes and splits.note == ""
+
+
+def test_a_part_of_another_name_is_found_and_one_that_is_not_there_is_cut_from_the_training_images():
+    with pytest.warns(UserWarning, match=r"Split has no test part \(.*unknown split testing\): training images are"):
+        splits = load(Split)
+    assert numbers(splits.valid) == order(7)
+    assert numbers(splits.test) == order(40)[:4] and numbers(splits.train) == order(40)[4:]
+    with pytest.warns(UserWarning, match=r"Split has no valid part \(.*\): training"):
+        splits = load(Split, there=("train", "test"), count=20)
+    assert numbers(splits.test) == order(7) and len(splits.train) == 18 and len(splits.valid) == 2
+
+
+def test_one_data_set_is_split_by_its_order_and_a_mapping_by_its_parts():
+    def whole(count: int):
+        return TensorDataset(torch.from_numpy(GREY[:count]), torch.from_numpy(CLASSES[:count]))
+
+    def parted(**parts):
+        return parts
+
+    splits = load(whole, count=40)
+    assert [numbers(getattr(splits, part)) for part in ("test", "valid")] == [order(40)[:4], order(40)[4:8]]
+    assert splits.train.labels.tolist() == CLASSES[order(40)[8:]].tolist()
+    assert len(load(Split, split="train").train) == 32  # a part that is asked for is all there is
+
+    with pytest.warns(UserWarning, match="of parted were not taken: extra"):
+        splits = load(parted, train=whole(30), validation=whole(9), test=whole(5), extra=None)
+    assert [len(getattr(splits, part)) for part in data.PARTS] == [30, 9, 5]
+
+
+def test_images_of_every_kind_become_the_same_bytes():
+    one = COLOUR[0]
+    items = [
+        (Image.fromarray(one), 0),
+        one,
+        np.moveaxis(one, -1, 0),
+        torch.from_numpy(one).permute(2, 0, 1),
+        torch.from_numpy(one) / 255,
+        {"img": one / 255, "label": 3},
+        [Image.fromarray(one), 1, "and more"],
+    ]
+    with pytest.warns(UserWarning, match="labels of Items were not taken"):  # of which there are some alone
+        images = ImageSet.of(Items(*items))
+    assert images.pixels.shape == (7, 3, 8, 8) and images.labels is None
+    for pixels in images.pixels:
+        assert torch.equal(pixels, rgb(Image.fromarray(one)))
+
+
+def test_pictures_of_all_modes_and_sizes():
+    grey, colour = Image.fromarray(GREY[0]), Image.fromarray(COLOUR[0])
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    deep = Image.fromarray(GREY[1].astype(np.int32) * 257)  # 16 bits
+    images = ImageSet.of(Items(grey, colour, clear, deep), channels=3)
+    expected = [rgb(grey), rgb(colour), torch.full((3, 8, 8), 255), rgb(Image.fromarray(GREY[1]))]
+    assert all(torch.equal(*pair) for pair in zip(images.pixels, expected, strict=True))
+
+    with pytest.raises(ValueError, match=r"Items has images of several shapes, such as \(1, 8, 8\) and \(3, 8, 8\)"):
+        ImageSet.of(Items(grey, colour))
+    sized = ImageSet.of(Items(colour.resize((20, 16)), colour), image_size=8)
+    assert sized.pixels.shape == (2, 3, 8, 8) and torch.equal(sized.pixels[1], rgb(colour))
+
+
+def test_more_images_than_are_made_bytes_at_a_time():
+    images = torch.randint(256, (600, 1, 2, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ImageSet.of(TensorDataset(images)).pixels, images)
+    three = ImageSet.of(TensorDataset(images), channels=3).pixels
+    assert torch.equal(three, images.expand(-1, 3, -1, -1)) and three.stride(1) == 0  # views of one
+
+
+def test_nan_was_never_recorded():
+    images = np.full((3, 4, 4), 0.5)
+    images[1, 2:] = np.nan
+    found = ImageSet.of(Items(*images, np.ones((4, 4), np.uint8)))  # one of bytes among them
+    assert torch.equal(found.recorded, ~torch.from_numpy(np.isnan([*images, np.ones((4, 4))])))
+    assert found.pixels[1, 0, 2:].eq(0).all() and found.pixels[0].eq(128).all()
+    with pytest.raises(ValueError, match=r"images with NaN.*cannot be resized from 4 x 4 pixels: give"):
+        ImageSet.of(Items(*images), image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "names"),
+    [
+        ([0, 1, 2], [0, 1, 2], ()),
+        ([np.int64(1), torch.tensor(0), True], [1, 0, 1], ()),
+        ([3, 5, 3], [0, 1, 0], ("3", "5")),
+        (["cat", "dog", "cat"], [0, 1, 0], ("cat", "dog")),
+        ([torch.tensor([1, 0]), torch.tensor([1, 1]), torch.tensor([0, -1])], [[1, 0], [1, 1], [0, -1]], ("0", "1")),
+    ],
+)
+def test_labels(labels, expected, names):
+    splits = load(lambda: Items(*zip(COLOUR, 4 * labels, strict=True)), channels=3)
+    together = torch.cat([getattr(splits, part).labels for part in ("test", "valid", "train")])
+    assert together.tolist() == [(4 * expected)[k] for k in order(12)] and splits.label_names == names
+
+
+@pytest.mark.parametrize(
+    "labels", [[-1, 0, 1], [0.5, 1.0, 2.0], [[0, 1], [1], [2]], [{"box": 1}] * 3, [[7, 30, 9]] * 3]
+)
+def test_what_is_no_label_is_left_with_a_note(labels):
+    with pytest.warns(UserWarning, match="labels of Items were not taken: "):
+        images = ImageSet.of(Items(*zip(COLOUR[:3], labels, strict=True)))
+    assert images.labels is None and len(images) == 3
+
+
+class Broken(Items):
+    def __getitem__(self, i):
+        if i == 2:
+            raise OSError("no such file: 2.png\nand more")
+        return COLOUR[i]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(COLOUR)
+
+
+@pytest.mark.parametrize(
+    ("make", "own", "expected"),
+    [
+        (Split, dict(count=3, cuont=3), "Split takes split, there, count, not cuont"),
+        (Split, dict(there=("test",)), "Split(there=('test',), split='train'): unknown split train"),
+        (lambda: Broken(*COLOUR), {}, "<lambda>: item 2 cannot be read: no such file: 2.png"),
+        (lambda: Items(), {}, "<lambda>: expected at least one image, got none"),
+        (lambda: Items(*COLOUR[:2]), {}, "<lambda> holds 2 images to train with, at least 3 are needed"),
+        (lambda: Items(None, None), {}, "item 0 cannot be read: expected a PIL image, an array or a tensor, got NoneT"),
+        (lambda: Items({"picture": 1}), {}, "item 0 cannot be read: it holds picture: expected an image called image"),
+        (lambda: Items(*(COLOUR / 1.0)), {}, "<lambda> has values from 0 to 255: expected floats in [0, 1]"),
+        (lambda: Items(*(COLOUR / 128 - 1)), {}, "expected floats in [0, 1], of which NaN was never recorded. (x + 1)"),
+        (lambda: Items(*(COLOUR[:, 0, 0])), {}, "has the shape (12, 3): expected images (N, H, W)"),
+        (lambda: {"test": Items(*COLOUR)}, {}, "<lambda> gives test: expected train, and test or valid"),
+        (Stream, {}, "Stream: expected a data set with a length and items by number"),
+        ("torchvision.datasets.MNIST", {}, "target must be a class or a function that makes a torch Dataset, got 'tor"),
+    ],
+)
+def test_errors_name_what_was_expected_and_what_came(make, own, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load(make, channels=3, **own)
+
+
+def test_what_fails_for_another_reason_than_that_there_is_no_such_part_is_told():
+    def files(split: str):
+        if split == "test":
+            raise RuntimeError("Dataset not found or corrupted")
+        return Items(*COLOUR)
+
+    with pytest.raises(ValueError, match=r"files\(split='test'\): Dataset not found or corrupted"):
+        load(files, channels=3)
+
+
+def test_settings_name_the_data_set_and_what_it_takes():
+    words = ["data=torch_dataset", "data._target_=test_torch_datasets.Split", "+data.count=30", "data.root=x"]
+    cfg = config.compose([*words, "data.image_size=8", "data.patch_size=2"])
+    with pytest.warns(UserWarning, match="Split has no test part"):
+        splits = config.dataset(cfg)
+    assert len(splits.train) == 27 and splits.train.pixels.shape[1:] == (3, 8, 8)
+    expected = "data=torch_dataset data._target_=test_torch_datasets.Split data.root=x data.image_size=8"
+    assert config.data_words(cfg) == f"{expected} data.patch_size=2 +data.count=30"
+    for word, message in (
+        ("~data.patch_size", "data.patch_size cannot be left out"),
+        ("data.cuont=3", "there is no data.cuont yet: +data.cuont=3 adds it"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            config.compose([*words, word])
+    with pytest.raises(ValueError, match="there is no such setting"):
+        config.compose(["data=torch_dataset", "+data.count=30"])
+
+
+@pytest.mark.skipif(not os.environ.get("BIGLEARN_DATA"), reason="BIGLEARN_DATA names no folder of real data")
+def test_torchvisions_mnist_is_our_mnist():
+    from torchvision.datasets import MNIST
+
+    ours, theirs = data.load("mnist").test, ImageSet.of(MNIST(os.environ["BIGLEARN_DATA"], train=False), 32, 3)
+    assert torch.equal(theirs.pixels, ours.pixels) and torch.equal(theirs.labels, ours.labels)
