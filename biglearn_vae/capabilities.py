@@ -23,6 +23,7 @@ from biglearn_vae.patches import Patchify, of_batch
 
 Result = TypeVar("Result", Tensor, DiagGaussian)
 
+CPU_TOKENS = 2**12  # that pass through a network at once on CPUs: what it computes of them then stays in the cache
 SAVED = {kind.__name__: kind for kind in (UniversalViT, TwoStackViT, Patchify, PatchAE)}  # what files of models hold
 
 
@@ -94,7 +95,7 @@ class BigLearnVAE:
         tokenizer: `Patchify`, or another module with its methods and sizes.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
         variance: of the observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); 0 if each call gives one.
-        chunk: most images that pass through the network at once, which bounds the memory.
+        chunk: most images that pass through the network at once, which bounds the memory; on a CPU they are fewer.
 
     Raises:
         ValueError: on anything else than these, and if network and tokenizer are of other sizes.
@@ -192,6 +193,11 @@ class BigLearnVAE:
         return next(self.net.parameters()).dtype
 
     @property
+    def rows(self) -> int:
+        """How many images pass through the network at once: `chunk`, or on a CPU as few as stay in its cache."""
+        return min(self.chunk, max(1, CPU_TOKENS // (1 + self.num_tokens))) if self.device.type == "cpu" else self.chunk
+
+    @property
     def num_tokens(self) -> int:
         """L"""
         return self.net.num_tokens
@@ -217,9 +223,8 @@ class BigLearnVAE:
 
     def observe(self, x: Tensor, S: Tensor | None = None) -> Observed:
         """What is observed of data, S being everything by default, as all other methods take it."""
-        tokens, images, single = self._tokens(x)
-        mask = self._mask(S, len(tokens), default=True)
-        tokens, kept = self._seen(tokens, images, mask), self.pixel_mask(mask)
+        tokens, mask, images, single = self._observed(x, S)
+        kept = self.pixel_mask(mask)
         named = None if S is None or images is None else self._of_pixels(S)
         if named is not None:
             kept = kept | (named.unsqueeze(-3) & images.isfinite().all(1, keepdim=True))
@@ -231,9 +236,9 @@ class BigLearnVAE:
 
         `.mean`, `.std` and `.sample(seed=0)` of the result are tensors.
         """
-        data = self.observe(x, S)
-        q = self._encode(data.tokens, data.mask)
-        return q[0] if data.single else q
+        tokens, mask, _, single = self._observed(x, S)
+        q = self._encode(tokens, mask)
+        return q[0] if single else q
 
     @torch.no_grad()
     def decode(self, z: Tensor, x: Tensor | None = None, S: Tensor | None = None) -> Tensor:
@@ -312,12 +317,12 @@ class BigLearnVAE:
     def combine(self, *observations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Several observations (x1, S1), (x2, S2), ... as one, (x, S1 u S2 u ...), for every other method.
 
-        So `vae.encode(*vae.combine((x1, S1), (x2, S2)))` is p(z | x_{S1 u S2}). A patch that several observe is
-        taken from the first of them.
+        So `vae.encode(*vae.combine((x1, S1), (x2, S2)))` is p(z | x_{S1 u S2}). A patch that several observe is taken
+        from the first of them, and so are single pixels that a mask of pixels names, where none observes their patch.
 
         Returns:
             x: images (B, C, H, W) if all data are images, else tokens (B, L, D); zero where nothing is observed.
-            S: (B, L)
+            S: (B, L), or (B, H, W) of images of which a mask was one of pixels.
         """
         if not observations:
             raise ValueError("expected at least one pair (x, S), got none")
@@ -329,15 +334,15 @@ class BigLearnVAE:
         parts = [self.observe(x, S) for x, S in observations]
         if len({len(part.tokens) for part in parts}) > 1:
             raise ValueError(f"expected batches of one size, got {[len(part.tokens) for part in parts]}")
-        tokens, mask, images, _, single = parts[0]
+        x, S, images, kept, single = parts[0]
         for other in parts[1:]:
-            tokens = torch.where(mask.unsqueeze(-1), tokens, other.tokens)
-            images = torch.where(self.pixel_mask(mask), images, other.images)
-            mask = mask | other.mask
-        x = tokens
+            own = self.pixel_mask(S) | (kept & ~self.pixel_mask(other.mask))
+            images, kept = torch.where(own, images, other.images), kept | other.kept
+            x, S = torch.where(S.unsqueeze(-1), x, other.tokens), S | other.mask
         if all(tuple(x.shape[-3:]) == self.image_shape for x, _ in observations):
-            x = images.masked_fill(~self.pixel_mask(mask), 0)
-        return (x[0], mask[0]) if single else (x, mask)
+            x = images.masked_fill(~kept, 0)
+            S = kept[:, 0] if any(S is not None and self._of_pixels(S) is not None for _, S in observations) else S
+        return (x[0], S[0]) if single else (x, S)
 
     @torch.no_grad()
     def interpolate(self, x_a: Tensor, x_b: Tensor, steps: int = 9, S: Tensor | None = None) -> Tensor:
@@ -398,9 +403,10 @@ class BigLearnVAE:
             `.before` p(z | x_S) and `.after` p(z | x_S + change). How far they are apart is
             `.after.kl(.before)`, what it looks like `decode(.after.mean, x, S)`.
         """
-        if not self.observe(x, S).mask.any(-1).all():
+        tokens, mask, _, single = self._observed(x, S)
+        if not mask.any(-1).all():
             raise ValueError("expected at least one observed patch in each image, since that is what changes")
-        x = self._numbers(x)
+        x, before = self._numbers(x), self._encode(tokens, mask)
         expected = f"expected a change, a tensor that broadcasts to x, {tuple(x.shape)}, got"
         if not isinstance(change, Tensor):
             raise ValueError(f"{expected} {checks.described(change)}")
@@ -412,7 +418,7 @@ class BigLearnVAE:
             after = self.encode(changed, S)
         except ValueError as error:
             raise ValueError(f"x + change: {error}") from None
-        return Sensitivity(before=self.encode(x, S), after=after)
+        return Sensitivity(before=before[0] if single else before, after=after)
 
     @torch.no_grad()
     def log_prob(
@@ -490,7 +496,7 @@ class BigLearnVAE:
         checks.check_seed(seed)
         q, p = self._encode(tokens, S | T).double(), self._encode(tokens, S).double()
         errors, ratios = [], []
-        for noise in _noise(samples, q.mean, max(1, self.chunk // len(tokens)), seed):
+        for noise in _noise(samples, q.mean, max(1, self.rows // len(tokens)), seed):
             z = q.sample(noise)  # (k, B, Z)
             errors.append(self._squared_error(z.to(tokens), tokens, S, T))
             ratios.append(p.log_prob(z) - q.log_prob(z))
@@ -508,7 +514,7 @@ class BigLearnVAE:
         return self._seen(tokens, images, S | T), S, T, single
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> DiagGaussian:
-        parts = [self.net(*part) for part in zip(tokens.split(self.chunk), mask.split(self.chunk), strict=True)]
+        parts = [self.net(*part) for part in zip(tokens.split(self.rows), mask.split(self.rows), strict=True)]
         q = DiagGaussian(torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts]))
         if self.prior == "learned":
             return q
@@ -524,8 +530,8 @@ class BigLearnVAE:
         all that is not observed.
         """
         z = z.reshape(-1, self.z_dim)
-        for start in range(0, len(z), self.chunk):
-            part = z[start : start + self.chunk]
+        for start in range(0, len(z), self.rows):
+            part = z[start : start + self.rows]
             rows = torch.arange(start, start + len(part), device=z.device) % len(tokens)
             yield self.net(tokens[rows], mask[rows], part, None if T is None else T[rows]), rows
 
@@ -554,7 +560,7 @@ class BigLearnVAE:
     def _tokens_of(self, images: Tensor, data: Observed) -> Tensor:
         """Tokens of completed images (N, C, H, W); what was observed is as it came."""
         tokens = []
-        for rows in torch.arange(len(images), device=images.device).split(self.chunk):
+        for rows in torch.arange(len(images), device=images.device).split(self.rows):
             own = rows % len(data.tokens)
             completed = self.tokenizer.encode(images[rows])
             tokens.append(torch.where(data.mask[own].unsqueeze(-1), data.tokens[own], completed))
@@ -567,6 +573,12 @@ class BigLearnVAE:
             for mean, rows in self._decode(z, masks.seen(tokens, S), S, T)
         ]
         return torch.cat(errors).view(z.shape[:-1])
+
+    def _observed(self, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """As in `Observed`: tokens, mask, the images if it was images, and whether there was no batch axis."""
+        tokens, images, single = self._tokens(x)
+        mask = self._mask(S, len(tokens), default=True)
+        return self._seen(tokens, images, mask), mask, images, single
 
     def _nothing(self) -> Observed:
         """One image of which nothing is observed."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from biglearn_vae import annealing, checks, masks
 from biglearn_vae.capabilities import BigLearnVAE, checked_variance
-from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
+from biglearn_vae.data import CHUNK, Images, ImageSet, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO, is_gaussian
@@ -63,7 +63,8 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     loss, found = copy.copy(loss), []
     if isinstance(loss.masks, MaskSampler):
         loss.masks = loss.masks.altered(ratios_per="sample")
-    for tokens in _tokens(vae, images):
+    # What q(S, T) draws hangs on how many images it is for; z does not.
+    for tokens in _tokens(vae, images, vae.rows if joint else CHUNK):
         S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device) if joint else None
         found.append(loss(vae.net, tokens, S, None if S is None else ~S, random=random))
     _check_parts(found[0])
@@ -80,9 +81,10 @@ def _check_parts(parts: Any) -> None:
         )
 
 
-def _tokens(vae: BigLearnVAE, images: Images) -> Iterator[Tensor]:
-    """Those of a part of the images at a time, in the network's precision."""
-    return (vae.tokenizer.encode(part.to(vae.dtype)) for part in parts(images, vae.device))
+def _tokens(vae: BigLearnVAE, images: Images, most: int = CHUNK) -> Iterator[Tensor]:
+    """Those of a part of the images at a time, of so many at most, in the network's precision."""
+    rows = min(most, rows_of(math.prod(vae.image_shape)))
+    return (vae.tokenizer.encode(part.to(vae.dtype)) for part in parts(images, vae.device, rows))
 
 
 def _mean(parts: Sequence[ELBO], name: str) -> float:
@@ -747,7 +749,7 @@ def _mask(vae: BigLearnVAE, images: Tensor, S: Tensor) -> Tensor:
     if not isinstance(images, Tensor) or images.ndim != 4:
         given = tuple(images.shape) if isinstance(images, Tensor) else checks.described(images)
         raise ValueError(f"expected a batch of images (N, C, H, W), got {given}")
-    return vae.combine((images, S))[1]
+    return vae.observe(images, S).mask
 
 
 @torch.no_grad()

@@ -344,20 +344,16 @@ class _Change(NamedTuple):
 
 def _changed(vae: BigLearnVAE, x: Tensor, S: Tensor, value: float, count: int) -> _Change:
     """Set those observed patches of each image to `value` that alone move its code furthest, at most `count`."""
-    each = torch.eye(vae.num_tokens, dtype=torch.bool, device=x.device).repeat(len(x), 1)  # (n L, L)
-    many, observed = x.repeat_interleave(vae.num_tokens, 0), S.repeat_interleave(vae.num_tokens, 0)
-    codes = vae.encoding_sensitivity(many, observed, _change(vae, many, each, value))
+    each = torch.eye(vae.num_tokens, dtype=torch.bool, device=x.device).repeat(len(x), 1).unsqueeze(-1)  # (n L, L, 1)
+    tokens, flat = (vae.tokenizer.encode(images) for images in (x, torch.full_like(x[:1], value)))
+    many, observed = (part.repeat_interleave(vae.num_tokens, 0) for part in (tokens, S))
+    codes = vae.encoding_sensitivity(many, observed, torch.where(each, flat - many, 0))
     kl = codes.after.kl(codes.before).view_as(S).masked_fill(~S, -1)
     patches = torch.zeros_like(S).scatter(1, kl.topk(min(count, vae.num_tokens)).indices, True) & (kl > 0)
-    change = _change(vae, x, patches, value)
+    change = torch.where(vae.pixel_mask(patches), value - x, 0)
     codes = vae.encoding_sensitivity(x, S, change)
     decoded = (vae.decode(q.mean, x, S) for q in (codes.before, codes.after))
     return _Change(x + change, patches, codes.after.kl(codes.before), *decoded)
-
-
-def _change(vae: BigLearnVAE, x: Tensor, patches: Tensor, value: float) -> Tensor:
-    """What must be added to x to make these patches (n, L) equal to a value."""
-    return torch.where(vae.pixel_mask(patches), value - x, 0)
 
 
 def capabilities(

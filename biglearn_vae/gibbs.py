@@ -200,16 +200,13 @@ class _Chains:
 
     def posterior(self, x: Tensor) -> DiagGaussian:
         """q(z | x) of tokens (K, N, L, D): (K, N, Z)."""
-        parts = [self.vae.net(part, ~self._nothing(part)) for part in x.flatten(0, 1).split(self.vae.chunk)]
-        mean, logvar = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "logvar"))
-        return DiagGaussian(mean.view(*x.shape[:2], -1), logvar.view(*x.shape[:2], -1))
+        rows = x.flatten(0, 1)
+        q = self.vae._encode(rows, ~self.nothing.expand(len(rows), -1))
+        return DiagGaussian(q.mean.view(*x.shape[:2], -1), q.logvar.view(*x.shape[:2], -1))
 
     def mean(self, z: Tensor) -> Tensor:
         """The mean of p(x | z), tokens (K, N, L, D), for z (K, N, Z)."""
-        parts = [
-            self.vae.net(self.blank.expand(len(part), -1, -1), self._nothing(part), part)
-            for part in z.flatten(0, 1).split(self.vae.chunk)
-        ]
+        parts = [mean for mean, _ in self.vae._decode(z, self.blank.unsqueeze(0), self.nothing.unsqueeze(0))]
         return torch.cat(parts).view(*z.shape[:2], *self.blank.shape)
 
     def log_weight(self, z: Tensor, mean: Tensor, x: Tensor, q: DiagGaussian) -> Tensor:
@@ -238,9 +235,6 @@ class _Chains:
             tokens = self.vae.observe(rows).tokens
         tokens = tokens.view(*leading, *self.known.shape[1:])
         return torch.where(self.mask.unsqueeze(-1), self.known, tokens)
-
-    def _nothing(self, rows: Tensor) -> Tensor:
-        return self.nothing.expand(len(rows), -1)
 
     def _normal(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, dtype=self.known.dtype, device=self.known.device, generator=self.generator)
@@ -275,6 +269,6 @@ def _record(
 
 def _images(vae: BigLearnVAE, mean: Tensor, observed: Observed) -> Tensor:
     """Means (K, N, L, D) as images (K, N, C, H, W) in [0, 1], with what is observed in its place."""
-    decoded = [vae.tokenizer.decode(part) for part in mean.flatten(0, 1).split(vae.chunk)]
+    decoded = [vae.tokenizer.decode(part) for part in mean.flatten(0, 1).split(vae.rows)]
     completed = torch.cat(decoded).view(*mean.shape[:2], *vae.image_shape).clamp(0, 1)
     return torch.where(observed.kept, observed.images, completed)

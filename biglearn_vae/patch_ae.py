@@ -16,6 +16,7 @@ from biglearn_vae import checks, states
 from biglearn_vae.patches import Patchify
 
 PATCHES_AT_ONCE = 2**13  # that pass through the layers, which bounds the memory
+ON_CPU = 2**9  # the same on CPUs, in whose cache what is computed then stays
 
 
 class Residual(nn.Sequential):
@@ -104,12 +105,12 @@ class PatchAE(nn.Module):
                 f"expected tokens of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(tokens.shape)}"
             )
         codes = (tokens.to(self.code_std) * self.code_std + self.code_mean).view(-1, *self.map_shape)
-        patches = torch.cat([self.decoder(part) for part in codes.split(PATCHES_AT_ONCE)])
+        patches = torch.cat([self.decoder(part) for part in _split(codes)])
         return self.patches.join(patches.unflatten(0, (len(tokens), self.num_tokens))).clamp(0, 1).to(tokens)
 
     def _codes(self, patches: Tensor) -> Tensor:
         """Patches (N, C, P, P) -> codes (N, D), not standardised."""
-        return torch.cat([self.encoder(part).flatten(1) for part in patches.split(PATCHES_AT_ONCE)])
+        return torch.cat([self.encoder(part).flatten(1) for part in _split(patches)])
 
     @torch.no_grad()
     def fit_statistics(self, images: Iterable[Tensor]) -> None:
@@ -148,6 +149,11 @@ class PatchAE(nn.Module):
             ValueError: if it is not such a description.
         """
         return states.rebuilt(cls, state, **({} if image_size is None else {"image_size": image_size}))
+
+
+def _split(patches: Tensor) -> tuple[Tensor, ...]:
+    """As many patches, or codes, at a time as pass through the layers at once."""
+    return patches.split(ON_CPU if patches.device.type == "cpu" else PATCHES_AT_ONCE)
 
 
 def _init(module: nn.Module) -> None:

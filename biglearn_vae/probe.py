@@ -29,7 +29,6 @@ from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.trainer import Trainer
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # S-ratios, shares of the patches observed
-CPU_CHUNK = 64  # images at a time on CPUs, where small parts stay in the cache: 1.3 to 2 times as fast
 # Logistic regression with the penalty |w|^2 / (2 C) is a prior N(0, C) on each weight, which gives a logit of F
 # standardised features the variance C F. So C = LOGIT_VARIANCE / F is the same prior for codes and for pixels, however
 # many there are. On validation images 32 was within 2 points of the best C for the pixels of digits and of MNIST and
@@ -78,8 +77,7 @@ def _observed(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: i
     if not len(images):
         raise ValueError("expected at least one image, got none")
     mask = masks.random(len(images), vae.num_tokens, ratio, seed, _recorded(vae, images))  # whatever the parts are
-    size = _part_size(vae)
-    for x, S in zip(parts(images, vae.device, size), mask.split(size), strict=True):
+    for x, S in zip(parts(images, vae.device, vae.rows), mask.split(vae.rows), strict=True):
         yield x, S.to(vae.device)
 
 
@@ -95,11 +93,6 @@ def _tokens(vae: BigLearnVAE, x: Tensor) -> Tensor:
     return x if x.ndim == 3 else vae.tokenizer.encode(x)
 
 
-def _part_size(vae: BigLearnVAE) -> int:
-    """Images at a time."""
-    return CPU_CHUNK if vae.device.type == "cpu" else CHUNK
-
-
 def tokens_of(vae: BigLearnVAE, images: Tensor | ImageSet, most: int = MOST_KEPT) -> Tensor | ImageSet:
     """The tokens (N, L, D) of images on the CPU, made once for all masks; the images if they are over `most` floats.
 
@@ -107,7 +100,7 @@ def tokens_of(vae: BigLearnVAE, images: Tensor | ImageSet, most: int = MOST_KEPT
     """
     if len(images) * vae.num_tokens * vae.net.token_dim > most:
         return images
-    return torch.cat([vae.tokenizer.encode(x).cpu() for x in parts(images, vae.device, _part_size(vae))])
+    return torch.cat([vae.tokenizer.encode(x).cpu() for x in parts(images, vae.device, vae.rows)])
 
 
 def mask_seeds(seed: int, ratio: float, draw: int) -> tuple[int, int]:

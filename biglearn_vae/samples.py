@@ -3,7 +3,6 @@
 N images, M samples.
 """
 
-import math
 import time
 from collections.abc import Sequence
 
@@ -103,6 +102,6 @@ def table(found: dict[str, dict[str, float]], real: dict[str, float] | None = No
     heads = {"precision": 3, "recall": 3, "joint_nats": 2, "variance": 5, "seconds": 2}
     lines = ["samples, by number of passes", f"  {'passes':<10}" + "".join(f"{head:>13}" for head in heads)]
     for count, scores in found.items():
-        cells = (f"{scores.get(name, math.nan):>13.{digits}f}" for name, digits in heads.items())
-        lines.append(f"  {count:<10}" + "".join(cells))
+        cells = (f"{scores[name]:>13.{digits}f}" if name in scores else " " * 13 for name, digits in heads.items())
+        lines.append((f"  {count:<10}" + "".join(cells)).rstrip())
     return [*lines, ""]

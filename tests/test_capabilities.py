@@ -534,6 +534,21 @@ def test_single_pixels_that_are_observed_stay(vae, passes):
         assert found.where(~kept, 0).equal(patches.where(~kept, 0))
 
 
+def test_single_pixels_of_combined_observations_stay(vae):
+    one, two, S = pictures(vae), pictures(vae).flip(0), some(vae)
+    pixels = pixels_of(vae, S)
+    pixels[:, 0] = True  # and a row of pixels of which only some patches are whole
+    x, both = vae.combine((one, pixels), (two, S.roll(1, -1)))
+    second = vae.pixel_mask(S.roll(1, -1)) & ~vae.pixel_mask(S)
+    expected = one.where(pixels.unsqueeze(1), 0).where(~second, two)
+    assert both.equal(pixels | second[:, 0]) and x.equal(expected)
+    kept = both.unsqueeze(1)
+    assert vae.inpaint(x, both, seed=3).where(kept, 0).equal(expected.where(kept, 0))
+    alone, mask = vae.combine((one[0], pixels[0]))
+    assert mask.equal(pixels[0]) and vae.inpaint(alone, mask, seed=1).equal(vae.inpaint(one[0], pixels[0], seed=1))
+    assert vae.combine((one, S), (two, S))[1].equal(S)  # masks of patches stay such
+
+
 def test_patch_masks_that_look_like_pixel_masks():
     # 16 x 16 pixels in 16 patches, and a batch of 16: masks (B, L) have the shape of one of pixels (H, W).
     tokenizer = Patchify(16, 4, 1)

@@ -81,7 +81,7 @@ def test_features_are_the_means_of_p_z_given_x_s_image_by_image(vae, monkeypatch
     x, S = pictures(vae), masks.random(N, vae.num_tokens, ratio, seed=5)
     expected = torch.stack([vae.encode(x[n], S[n]).mean for n in range(N)])
     assert_close(probe.features(vae, x, ratio, seed=5), expected, rtol=1e-10, atol=1e-12)
-    monkeypatch.setattr(probe, "CPU_CHUNK", 3)
+    monkeypatch.setattr(vae, "chunk", 3)
     assert_close(probe.features(vae, x, ratio, seed=5), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -91,7 +91,7 @@ def test_pixels_are_those_of_observed_patches_and_zeros(vae, monkeypatch):
     tokens[~S] = 0
     expected = vae.tokenizer.decode(tokens).flatten(1)
     assert torch.equal(probe.pixels(vae, x, 0.5, seed=5), expected)
-    monkeypatch.setattr(probe, "CPU_CHUNK", 3)
+    monkeypatch.setattr(vae, "chunk", 3)
     assert torch.equal(probe.pixels(vae, x, 0.5, seed=5), expected)
 
 
@@ -129,11 +129,11 @@ def test_what_was_never_recorded_is_not_observed(vae):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_tokens_of_one_image_are_not_taken_for_an_image(count, monkeypatch):
-    monkeypatch.setattr(probe, "CPU_CHUNK", 2)  # the last part has one
+def test_the_tokens_of_one_image_are_not_taken_for_an_image(count):
     torch.manual_seed(0)
     net = UniversalViT(grid=(2, 2), token_dim=4, dim=8, depth=1, z_dim=3, heads=2)
-    vae = BigLearnVAE(net, Patchify(4, 2, 1))  # an image is (1, 4, 4), and so are its tokens
+    # An image is (1, 4, 4), and so are its tokens; the last part has one.
+    vae = BigLearnVAE(net, Patchify(4, 2, 1), chunk=2)
     x = torch.rand(count, 1, 4, 4)
     S = masks.random(count, 4, 0.5, seed=3)
     expected = torch.stack([vae.encode(image, seen).mean for image, seen in zip(x, S, strict=True)])
@@ -142,7 +142,7 @@ def test_the_tokens_of_one_image_are_not_taken_for_an_image(count, monkeypatch):
 
 
 def test_features_of_tokens_are_those_of_their_images(vae, monkeypatch):
-    monkeypatch.setattr(probe, "CPU_CHUNK", 3)
+    monkeypatch.setattr(vae, "chunk", 3)
     recorded = masks.random(N, vae.num_tokens, 0.5, seed=9)
     x = pictures(vae).masked_fill(~masks.to_pixels(recorded, vae.grid, (4, 6)).unsqueeze(1), math.nan)
     tokens = probe.tokens_of(vae, x)
@@ -164,7 +164,7 @@ class InParts(ImageSet):
 def test_a_set_is_read_in_parts(vae, monkeypatch, extract):
     images = labelled(vae, 10)
     expected = extract(vae, images[:], 0.5, seed=0)
-    monkeypatch.setattr(probe, "CPU_CHUNK", 4)
+    monkeypatch.setattr(vae, "chunk", 4)
     assert_close(extract(vae, InParts(images.pixels), 0.5, seed=0), expected)
 
 

@@ -81,3 +81,10 @@ def test_the_best_variance_is_that_of_the_largest_bound(passes, K):
         return vae.log_prob(images, samples=K, variance=variance, seed=2, passes=passes).mean().item()
 
     assert bound(best) > max(bound(factor * best) for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2))
+
+
+def test_a_table_leaves_what_was_not_measured_empty():
+    found = {"1": dict(precision=0.5, recall=0.25, joint_nats=12.345, variance=0.01, seconds=1.5)}
+    lines = samples.table(found, dict(precision=1.0, recall=0.75))
+    assert lines[2].split() == ["1", "0.500", "0.250", "12.35", "0.01000", "1.50"]
+    assert lines[3].split() == ["real", "1.000", "0.750"] and lines[4] == ""
