@@ -3,13 +3,13 @@
 import errno
 import hashlib
 import io
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from biglearn_vae import checks
 from biglearn_vae.files import replacing
 
 LATEST, PREVIOUS, BEST = "latest.pt", "previous.pt", "best.pt"
@@ -126,7 +126,7 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             problems.append(str(error))
             continue
         if problems:
-            warnings.warn(f"{problems[0]}; going on from {name}, step {state['step']}", stacklevel=2)
+            checks.warn(f"{problems[0]}; going on from {name}, step {state['step']}")
         return state
     if problems:
         kept = f"; {folder / BEST} is the best model so far" if (folder / BEST).exists() else ""

@@ -733,7 +733,7 @@ def _warn_of_shares(shares: Sequence[completion.Task], num_tokens: int, most: in
             counts.setdefault(min(round(share * num_tokens), most), []).append(f"{share:g}")
     for count, alike in counts.items():
         if len(alike) > 1 or (count == 0 and alike != ["0"]):
-            warnings.warn(f"{count} of {num_tokens} patches are observed at {' and '.join(alike)}", stacklevel=2)
+            checks.warn(f"{count} of {num_tokens} patches are observed at {' and '.join(alike)}")
 
 
 def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:

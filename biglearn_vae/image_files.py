@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -180,7 +179,7 @@ def read(files: Files, recipe: Recipe, cache: str | Path | None = None, kind: st
     if note:
         if cache is not None:
             note += f" (so it was when {folder} was made; delete it to have them read again)"
-        warnings.warn(note, stacklevel=2)
+        checks.warn(note)
     return Decoded(pixels, [name for name in files.sizes if name not in broken], note)
 
 
@@ -424,7 +423,7 @@ def _build(folder: Path, files: Files, recipe: Recipe, wanted: _State, outdated:
         counts = f"{outdated.files:,} files then, {wanted.files:,} now"
         other = "other names, sizes or order" if outdated.digest != wanted.digest else "files were changed since"
         what = counts if outdated.files != wanted.files else other
-        warnings.warn(f"{folder} was made of other images ({what}) and is made again", stacklevel=2)
+        checks.warn(f"{folder} was made of other images ({what}) and is made again")
     state = _progress(folder, wanted, recipe)
     missing = (len(files) - state.done) * recipe.bytes
     free = shutil.disk_usage(folder).free

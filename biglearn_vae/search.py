@@ -1,7 +1,6 @@
 """What a sweeper of Hydra that searches, such as Optuna's, is told of each training, and what it may search for."""
 
 import logging
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,11 @@ if TYPE_CHECKING:
 # Of the numbers of validation images those that are the better the larger they are; of others it depends.
 LARGER_IS_BETTER = ("elbo", "reconstruction", "psnr")
 # Settings that a number is measured with, so that it does not tell apart the runs that differ in them.
-MEASURED_WITH = {
+DEPENDS_ON = {
     "valid/elbo": ("loss.beta", "loss.prior", "loss._target_", "masks", "method"),
     "valid/joint_elbo": ("loss.beta", "loss.prior", "loss._target_"),
 }
-ALL_MEASURED_WITH = ("data", "tokens", "missing", "missing_unit", "evaluation")
+ALL_DEPENDS_ON = ("data", "tokens", "missing", "missing_unit", "evaluation")
 
 
 def metrics(cfg: "DictConfig") -> list[str]:
@@ -75,7 +74,7 @@ def check(words: Sequence[str], config_name: str) -> bool:
         several = hasattr(sweeper.direction, "__len__") and not isinstance(sweeper.direction, str)
         _check_directions(names, sweeper.direction if several else [sweeper.direction])
     for name in names:
-        if own := [part for part in _measured_with(name) if any(f"{key}.".startswith(f"{part}.") for key in swept)]:
+        if own := [part for part in _depends_on(name) if any(f"{key}.".startswith(f"{part}.") for key in swept)]:
             _warn(name, own, stages.of(cfg).metrics)
     return True
 
@@ -106,16 +105,15 @@ def _swept(words: Sequence[str]) -> list[str]:
     return [*config.swept(words)]
 
 
-def _measured_with(name: str) -> tuple[str, ...]:
-    return (*MEASURED_WITH.get(name, ()), *ALL_MEASURED_WITH)
+def _depends_on(name: str) -> tuple[str, ...]:
+    return (*DEPENDS_ON.get(name, ()), *ALL_DEPENDS_ON)
 
 
 def _warn(name: str, settings: Sequence[str], others: Sequence[str]) -> None:
     """Say that a number does not compare runs that differ in these settings, and which does."""
-    better = [other for other in reversed(others) if not set(settings) & set(_measured_with(other))]
+    better = [other for other in reversed(others) if not set(settings) & set(_depends_on(other))]
     hint = f": optimized_metric={better[0]} does" if better else ""
-    warnings.warn(
+    checks.warn(
         f"{name} is measured with each run's own {', '.join(settings)}, over which this searches, so it does not tell "
-        f"which is better{hint}",
-        stacklevel=2,
+        f"which is better{hint}"
     )

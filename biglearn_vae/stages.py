@@ -2,7 +2,6 @@
 
 import inspect
 import shlex
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from biglearn_vae import checkpoint, config, evaluation, runs, samples
+from biglearn_vae import checkpoint, checks, config, evaluation, runs, samples
 from biglearn_vae import figures as pictures
 from biglearn_vae.capabilities import BigLearnVAE, check_calls
 from biglearn_vae.data import Splits, parts
@@ -89,10 +88,9 @@ class VAEStage:
         if heads != own:  # of which the weights tell nothing
             raise ValueError(f"{source} has {heads} attention heads, these settings have {own}: model.heads={heads}")
         if not _same_codes(other.tokenizer, self.tokens):
-            warnings.warn(
+            checks.warn(
                 f"{source} was trained on tokens of another kind or another PatchAE than that of tokens=: its weights "
-                "are of little use for these",
-                stacklevel=2,
+                "are of little use for these"
             )
 
     def transform(self, images: Tensor) -> Tensor:

@@ -255,7 +255,9 @@ class Trainer:
 
     Raises:
         ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split so, or the precision is
-            unknown; see also `choose_compile` and `choose_cuda_graph`.
+            unknown; for a network of which no parameter is trained, a loss that has some of its own, an `optim` that is
+            no Optim, batches without a `batch_size`, metadata that no checkpoint can hold, and a folder that cannot be
+            one; see also `choose_compile` and `choose_cuda_graph`.
     """
 
     def __init__(
@@ -406,7 +408,7 @@ class Trainer:
             step = checkpoint.load(path)["step"]
         except ValueError as error:
             if path.exists():
-                warnings.warn(f"{error}; it is made anew", stacklevel=4)
+                checks.warn(f"{error}; it is made anew")
             return -math.inf, True
         # One of a later step is of a course that was cut off: the next one takes its place, on this course the same.
         return (state["best"] if step <= state["step"] else -math.inf), False
