@@ -7,6 +7,7 @@ different classes if there are labels (N,). What was never recorded (NaN) is obs
 """
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from biglearn_vae.sheets import DPI, Block, Columns, drawable, rendered, sheet
 
 HIDDEN = (0.80, 0.33, 0.27)  # the colour of what the model does not see
 MISSING = (0.25, 0.50, 0.80)  # and of what was never recorded
+PALE = 0.7  # how much lighter every other stripe of these is in images that have colours themselves
+COLOURED = 0.1  # by how much channels of a grey image may differ
 LESS, SAME, MORE = (0.60, 0.10, 0.60), (0.95, 0.95, 0.95), (0.10, 0.55, 0.15)  # of differences
 MOST_NAMED = 20  # classes whose numbers the map of codes shows
 
@@ -63,7 +66,8 @@ TEXTS = {  # name: title, caption
         "One model, five tasks",
         "All by the same network; only what is given and what is asked for differs. Hidden patches are red. "
         "a: z ~ p(z), then p(x | z). b: z ~ p(z | observed), then p(x | z). c: z ~ p(z | image), then p(x | z). "
-        "d: z ~ p(z | observed), then p(hidden | z, observed). e: the same, given some of the patches with strokes.",
+        "d: z ~ p(z | observed), then p(hidden | z, observed). e: the same, given some of the patches that differ most "
+        "from the background, such as strokes. In b and d 0.3 of the patches are observed.",
     ),
     "passes": (
         "One pass or several",
@@ -189,7 +193,7 @@ def interpolation(
     whole = vae.inpaint(x, recorded, seed=seed)  # x itself, unless a part of it was never recorded
     a, b = whole[0::2], whole[1::2]
     S = masks.random(len(a), vae.num_tokens, ratio, seed).to(x.device) & recorded[0::2]
-    names = ["code of A", *(f"{k / (steps - 1):.2g}" for k in range(1, steps - 1)), "code of B"]
+    names = ["code of A", *(f"{k / (steps - 1):.3g}" for k in range(1, steps - 1)), "code of B"]
     blocks = []
     for heading, start, mask in (
         ("decoded from the code alone", rgb(x[0::2]), None),
@@ -222,11 +226,13 @@ def combination(
     top, bottom = (masks.half(vae.grid, part).to(x.device) for part in ("top", "bottom"))
     names = ("part 1", "part 2", "both parts")
     one = _combined(vae, (a, upto[0] & of_a), (a, upto[1] & ~upto[0] & of_a), names, seed)
-    names = ("top A", "bottom B", "both")
+    names = ("top of A", "bottom of B", "both")
     two = _combined(vae, (a, upto[2] & top & of_a), (b, upto[2] & bottom & of_b), names, seed)
     blocks = [
         Block.of([*one, ("image", rgb(a))], "two parts of one image"),
-        Block.of([("A", rgb(a)), ("B", rgb(b)), *two], "parts of two images"),
+        Block.of(
+            [("A", rgb(a)), ("B", rgb(b)), *two], "0.7 of the top half of an image, of the bottom half of another"
+        ),
     ]
     return sheet(*text("combination", x), blocks)
 
@@ -269,13 +275,14 @@ def decoding_sensitivity(
     results = [vae.decoding_sensitivity(x, mask, chosen, moves[chosen]) for mask in S]
     before = torch.stack([result.before for result in results], dim=1).flatten(0, 1)  # (n ratios, C, H, W)
     after = torch.stack([result.after for result in results], dim=2).flatten(1, 2)  # (dims, n ratios, C, H, W)
-    columns = [("observed", _by_image([see(vae, x, mask) for mask in S])), ("before", rgb(before))]
+    observed = ("observed", _by_image([see(vae, x, mask) for mask in S]))
+    columns = [("image", _by_image([rgb(x)] * len(S))), observed, ("before", rgb(before))]
     change, limit = signed(after - before)
     for k, dim in enumerate(chosen):
         columns += [(f"z{dim} {moves[dim]:+.2g}", rgb(after[k])), ("difference", change[k])]
     heading = f"the {len(chosen)} of {vae.z_dim} dimensions with the largest effect, moved by the number given; "
     heading += f"differences are in full colour at {limit:.2g} of the range of pixels"
-    block = Block.of(columns, heading, [f"observed {ratio:g}" for ratio in ratios] * len(x), group=len(ratios))
+    block = Block.of(columns, heading, [f"{ratio:g} observed" for ratio in ratios] * len(x), group=len(ratios))
     return sheet(*text("decoding_sensitivity", x), [block])
 
 
@@ -325,7 +332,7 @@ def encoding_sensitivity(
             ("difference", signed(part.after - part.before, limit)[0]),
         ]
         patches = "a patch" if count == 1 else f"up to {count} patches"
-        heading = f"{patches} made {name}; differences in full colour at {limit:.2g}"
+        heading = f"{patches} made {name}; differences are in full colour at {limit:.2g} of the range of pixels"
         block = Block.of(columns, heading, [f"KL {kl:.3g} nats" for kl in part.kl.tolist()])
         block.outlined[:, 2] = vae.pixel_mask(part.patches)[:, 0].cpu().numpy()
         blocks.append(block)
@@ -375,7 +382,9 @@ def capabilities(
         Block.of([image, observed, ("decoded", rgb(vae.reconstruct(x, S, seed=seed)))], "b. inference"),
         Block.of([image, ("decoded", rgb(vae.reconstruct(x, recorded, seed=seed)))], "c. reconstruction"),
         Block.of([image, observed, ("completed", rgb(vae.inpaint(x, S, seed=seed)))], "d. in-painting"),
-        Block.of([("strokes", see(vae, x, ink)), *((f"draw {k}", rgb(part)) for k, part in draws)], "e. generation"),
+        Block.of(
+            [image, ("strokes", see(vae, x, ink)), *((f"draw {k}", rgb(part)) for k, part in draws)], "e. generation"
+        ),
     ]
     return sheet(*text("capabilities", x), blocks, cell=56)
 
@@ -398,11 +407,13 @@ def passes(
     counts = [count for count in counts if count <= vae.num_tokens]
     x, recorded = take(vae, images, labels, rows)
     S = masks.random(len(x), vae.num_tokens, 0.2, seed).to(x.device) & recorded
-    drawn = [(f"{count}", rgb(vae.sample(len(x), seed=seed, passes=count))) for count in counts]
-    completed = [(f"{count}", rgb(vae.inpaint(x, S, seed=seed, passes=count))) for count in counts]
+    names = [f"{count} pass{'es' if count > 1 else ''}" for count in counts]
+    drawn = [rgb(vae.sample(len(x), seed=seed, passes=count)) for count in counts]
+    completed = [rgb(vae.inpaint(x, S, seed=seed, passes=count)) for count in counts]
+    of_part = [("observed", see(vae, x, S)), *zip(names, completed, strict=True), ("image", rgb(x))]
     blocks = [
-        Block.of(drawn, "samples, by number of passes"),
-        Block.of([("observed", see(vae, x, S)), *completed, ("image", rgb(x))], "a random fifth observed"),
+        Block.of(list(zip(names, drawn, strict=True)), "samples"),
+        Block.of(of_part, "completions, a random fifth observed"),
     ]
     return sheet(*text("passes", x), blocks, cell=56)
 
@@ -453,7 +464,8 @@ def _colours(classes: np.ndarray | None, names: Sequence[str]) -> str:
     if len(numbers) > MOST_NAMED:
         return "colours are classes"
     listed = ", ".join(f"{number} {drawable(names[int(number)])}" for number in numbers if 0 <= number < len(names))
-    return "colours are classes, numbers stand at the middle of each in the first panel" + (listed and f": {listed}")
+    middle = "numbers stand, in all panels, where the middle of each is in the first panel"
+    return f"colours are classes, {middle}" + (listed and f": {listed}")
 
 
 def _plane(points: np.ndarray, seed: int) -> np.ndarray:
@@ -485,22 +497,29 @@ def _panels(places: np.ndarray, classes: np.ndarray | None, size: int = 300) -> 
     classes = places[0, :, 0].argsort().argsort() if classes is None else classes
     names, index = np.unique(classes, return_inverse=True)
     named = named and len(names) <= MOST_NAMED
-    palette = colormaps["tab10" if len(names) <= 10 else "turbo"]
-    colours = palette(np.arange(len(names)) if len(names) <= 10 else np.linspace(0, 1, len(names)))
+    few = named and len(names) <= 10  # whose colours have no order
+    palette = colormaps["tab10" if few else "turbo"]
+    colours = palette(np.arange(len(names)) if few else np.linspace(0.05, 0.95, len(names)))
+    middles = [_middle(places[0][index == k]) for k in range(len(names))] if named else []
     low, high = places.min((0, 1)), places.max((0, 1))
     room = 0.05 * (high - low) + 1e-6
     pictures = []
-    for points in places:
+    for panel, points in enumerate(places):
         figure = Figure(figsize=(size / DPI, size / DPI), dpi=DPI, facecolor="white")
         axes = figure.add_axes((0.005, 0.005, 0.99, 0.99), xticks=[], yticks=[], facecolor="white")
         axes.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
-        axes.scatter(*points.T, s=10, color=colours[index], linewidths=0)
-        for k, name in enumerate(names if named else []):
-            style = dict(size=13, weight="bold", ha="center", va="center", color=colours[k])
+        axes.scatter(*points.T, s=10 if len(points) > 50 else 40, color=colours[index], linewidths=0)
+        for name, middle, colour in zip(names, middles, colours, strict=False):  # there may be none
+            style = dict(size=8 if panel else 13, weight="bold", ha="center", va="center", color=colour)
             effects = [withStroke(linewidth=3, foreground="white")]
-            axes.text(*np.median(places[0][index == k], axis=0), str(name), **style, path_effects=effects)
+            axes.text(*middle, str(name), **style, path_effects=effects)
         pictures.append(rendered(figure) / 255)
     return np.stack(pictures)
+
+
+def _middle(points: np.ndarray) -> np.ndarray:
+    """The one of points (n, 2) that is nearest to their median, which itself may lie where there is none."""
+    return points[np.abs(points - np.median(points, axis=0)).sum(1).argmin()]
 
 
 def reconstruction(tokenizer: nn.Module, images: Tensor, title: str = "") -> np.ndarray:
@@ -587,15 +606,29 @@ def take(
 
 def rgb(images: Tensor) -> np.ndarray:
     """(N, C, H, W) -> float (N, H, W, 3) in [0, 1]; what was never recorded (NaN) in a colour of its own."""
-    colour = torch.tensor(MISSING, device=images.device).view(1, 3, 1, 1)
-    images = torch.where(images.isnan(), colour, images.clamp(0, 1))
-    return images.permute(0, 2, 3, 1).cpu().numpy()
+    return hide(images, torch.ones_like(images[:, :1], dtype=torch.bool))
 
 
 def hide(images: Tensor, observed: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) with what is not observed, a mask (N, 1, H, W), in the colour of hidden parts."""
-    colour = torch.tensor(HIDDEN, device=images.device).view(1, 3, 1, 1)
-    return rgb(torch.where(observed | images.isnan(), images, colour))
+    """Images (N, C, H, W) with what is not observed, a mask (N, 1, H, W), in the colour of hidden parts, which in
+    images that have colours is striped."""
+    missing, striped = images.isnan(), _is_coloured(images)
+    images = torch.where(observed | missing, images.clamp(0, 1), tone(HIDDEN, images, striped))
+    return torch.where(missing, tone(MISSING, images, striped), images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _is_coloured(images: Tensor) -> bool:
+    """Whether some pixel of images (N, C, H, W) is not grey."""
+    low, high = images.nan_to_num(0).clamp(0, 1).aminmax(dim=1)
+    return bool((high - low > COLOURED).any())
+
+
+def tone(colour: tuple[float, float, float], images: Tensor, striped: bool) -> Tensor:
+    """A colour as an image (1, 3, H, W) of the size of others, plain or with every other diagonal stripe paler."""
+    plain = torch.tensor(colour, device=images.device).view(1, 3, 1, 1)
+    rows, columns = (torch.arange(size, device=images.device) for size in images.shape[-2:])
+    stripe = (rows.unsqueeze(-1) + columns) // max(1, len(rows) // 16) % 2 == 1
+    return torch.where(stripe & striped, PALE + (1 - PALE) * plain, plain)
 
 
 def see(vae: BigLearnVAE, x: Tensor, S: Tensor) -> np.ndarray:
@@ -613,6 +646,7 @@ def signed(change: Tensor, limit: float | None = None) -> tuple[np.ndarray, floa
 
 
 def text(name: str, x: Tensor) -> tuple[str, str]:
-    """Title and caption of a figure of images x."""
+    """Title and caption of a figure of images x; a line does not break inside a formula."""
     title, caption = TEXTS[name]
+    caption = re.sub(r"(z ~ )?p\([^()]*\)", lambda formula: formula[0].replace(" ", "\N{NO-BREAK SPACE}"), caption)
     return title, caption + " Blue: never recorded." * bool(x.isnan().any())

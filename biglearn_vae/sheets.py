@@ -13,6 +13,7 @@ import numpy as np
 DPI, FONT = 100, "DejaVu Sans"  # the font comes with matplotlib
 SMALL, MEDIUM, LARGE = 8, 9, 12  # font sizes in points
 GAP, MARGIN = 5, 16  # between images, around everything, in pixels
+WIDEST = 2000  # a sheet of large images, in pixels
 SPARE = 4  # pixels beside a line of text, into which its letters may reach
 OUTLINE = (1.0, 0.75, 0.0)
 
@@ -80,9 +81,12 @@ def sheet(title: str, caption: str, blocks: Sequence[Block], cell: int = 64, wid
     """Blocks under a title and a caption as one picture, uint8 (height, width, 3).
 
     Images are enlarged by a whole factor to about `cell` pixels, and not at all if they are larger. Blocks stand side
-    by side as far as `width` allows.
+    by side as far as `width` allows, which is more for large images.
     """
-    body = _flow([_lay_out(block, cell) for block in blocks], width)
+    pieces = [_lay_out(block, cell) for block in blocks]
+    if len(pieces) > 1:  # of large images, too, two find room side by side
+        width = max(width, min(WIDEST, 2 * max(piece.width for piece in pieces) + 2 * MARGIN))
+    body = _flow(pieces, width)
     inner = max(body.width, 480)
     head = [_paragraph(title, LARGE, inner, bold=True), _paragraph(caption, MEDIUM, inner)]
     return _draw(_stacked([*head, body], (GAP, 2 * GAP, 0)).moved(MARGIN, MARGIN))
@@ -163,7 +167,7 @@ def _enlarged(block: Block, cell: int) -> np.ndarray:
 def _paragraph(words: str, size: int, width: float, bold: bool = False, centred: bool = False) -> _Piece:
     """Words wrapped to a width in pixels, as far as the longest of them allows."""
     lines: list[str] = []
-    for word in words.split():
+    for word in filter(None, words.split(" ")):  # a no-break space is no place for a break
         if lines and text_width(f"{lines[-1]} {word}", size, bold) <= width:
             lines[-1] += f" {word}"
         else:

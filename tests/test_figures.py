@@ -38,7 +38,9 @@ def pictures(vae: BigLearnVAE, count: int = N, missing: float = 0.0) -> Tensor:
 
 
 def is_colour(cells: np.ndarray, colour: tuple) -> np.ndarray:
-    return (cells == np.float32(colour)).all(-1)
+    """Where it is the colour, or that of its pale stripes."""
+    plain = np.float32(colour)
+    return (cells == plain).all(-1) | np.isclose(cells, figures.PALE + (1 - figures.PALE) * plain, atol=1e-6).all(-1)
 
 
 class Drawn:
@@ -88,6 +90,17 @@ def test_hide_colours_exactly_what_is_hidden_and_what_is_missing(channels, missi
     assert np.array_equal(is_colour(result, figures.HIDDEN), ~seen & ~lost)
     assert np.array_equal(result[seen], figures.rgb(x)[seen])
     assert np.array_equal(figures.hide(x, torch.ones_like(observed)), figures.rgb(x))
+
+
+def test_what_is_hidden_is_striped_in_images_that_have_colours_alone():
+    grey, observed = torch.rand(2, 1, 32, 32).expand(-1, 3, -1, -1), torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    assert (figures.hide(grey, observed) == np.float32(figures.HIDDEN)).all()
+    red = torch.tensor(figures.HIDDEN).view(1, 3, 1, 1).expand(2, 3, 32, 32)
+    result = figures.hide(red, observed)
+    plain = (result == np.float32(figures.HIDDEN)).all(-1)
+    assert plain.mean() == 0.5 and is_colour(result, figures.HIDDEN).all()
+    assert plain[0, 0, :4].tolist() == [True, True, False, False]
+    assert np.array_equal(plain[:, 1:, :-1], plain[:, :-1, 1:])  # diagonal
 
 
 def test_signed_differences():
@@ -275,7 +288,7 @@ def test_combination_takes_the_union(draw):
     a, b = figures.rgb(x[0::2]), figures.rgb(x[1::2])
     for block, names, sources in (
         (0, ("part 1", "part 2", "both parts"), (a, a)),
-        (1, ("top A", "bottom B", "both"), (a, b)),
+        (1, ("top of A", "bottom of B", "both"), (a, b)),
     ):
         seen = [~is_colour(drawn.column(name, block), figures.HIDDEN) for name in names]
         assert seen[0].any() and seen[1].any() and not (seen[0] & seen[1]).any()
@@ -312,9 +325,9 @@ def test_decoding_sensitivity(draw):
         result = vae.decoding_sensitivity(x[:2], mask, dims, 1.5)
         np.testing.assert_allclose(drawn.column("before")[k::2], figures.rgb(result.before), atol=1e-5)
         for d in range(2):
-            np.testing.assert_allclose(block.cells[k::2, 2 + 2 * d], figures.rgb(result.after[d]), atol=1e-5)
+            np.testing.assert_allclose(block.cells[k::2, 3 + 2 * d], figures.rgb(result.after[d]), atol=1e-5)
             kept = ~is_colour(drawn.column("observed")[k::2], figures.HIDDEN)
-            assert is_colour(block.cells[k::2, 3 + 2 * d], figures.SAME)[kept].all()
+            assert is_colour(block.cells[k::2, 4 + 2 * d], figures.SAME)[kept].all()
 
 
 def test_by_default_dimensions_move_by_the_spread_of_their_means(draw):
@@ -419,6 +432,11 @@ def test_without_classes_a_point_keeps_the_colour_of_its_place():
     np.testing.assert_allclose(first.min(0).min(0), second.min(0).min(0))
     moved = second[:, inked[0] : inked[0] + 4]
     np.testing.assert_allclose(moved.min((0, 1)), right.min((0, 1)), atol=0.25)
+
+
+def test_a_number_stands_at_a_point_of_its_class():
+    halves = np.array([[0.0, 0.0], [0.1, 0.2], [9.0, 9.0], [9.2, 9.1], [0.2, 0.1]])  # between which no point is
+    assert figures._middle(halves).tolist() == [0.1, 0.2] and figures._middle(halves[:1]).tolist() == [0.0, 0.0]
 
 
 def test_the_map_names_its_classes(draw, monkeypatch):
