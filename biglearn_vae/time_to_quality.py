@@ -106,12 +106,17 @@ def table(courses: Courses) -> str:
         cells = f"{end.step:>8}{end.seconds:>10.1f}{end.joint_elbo:>12.4f}{end.reconstruction:>16.4f}{end.kl:>8.2f}"
         lines.append(f"{name:<10}{cells}")
     for name in [name for name in courses if name != first]:
-        level = min(max(point.joint_elbo for point in courses[stage]) for stage in (first, name))
+        level = _common_level(courses[first], courses[name])
         ours, other = (seconds_to(courses[stage], level) for stage in (name, first))
         if ours and other:  # both learned something
             times = f"{first} after {other:.4g} s, {name} after {ours:.4g} s, {other / ours:.2f} times as soon"
             lines.append(f"\nJointELBO {level:.4f}: {times}")
     return "\n".join(lines)
+
+
+def _common_level(*courses: Sequence[Point]) -> float:
+    """The best JointELBO that all of them reached."""
+    return min(max(point.joint_elbo for point in course) for course in courses)
 
 
 def as_dict(courses: Courses) -> dict[str, list[dict[str, float]]]:
@@ -120,19 +125,34 @@ def as_dict(courses: Courses) -> dict[str, list[dict[str, float]]]:
 
 
 def plot(path: Path, courses: Courses, title: str) -> None:
-    """Draw the JointELBO against seconds and against steps into a PNG file. The start, far below, is left out."""
+    """Draw the JointELBO against seconds and against steps into a PNG file, and at which second each reached what all
+    did. The start, far below, is left out, and the scales of seconds and of the JointELBO are logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("seconds", "step"), strict=True):
+    panels, level = figure.subplots(1, 2, sharey=True), _common_level(*courses.values())
+    for axes, name in zip(panels, ("seconds", "step"), strict=True):
         for stage, course in courses.items():
-            label = "plain version" if stage == "plain" else f"this library's, up to {stage}"
-            points = [(getattr(point, name), point.joint_elbo) for point in course[1:]]
-            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+            label = "plain version" if stage == "plain" else f"this library's{f', {stage}' * (len(courses) > 2)}"
+            points = [(getattr(point, name), -point.joint_elbo) for point in course[1:]]
+            (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+            if name == "seconds" and (reached := seconds_to(course, level)):
+                axes.plot(reached, -level, "*", markersize=11, color=line.get_color())
+                axes.annotate(f"{reached:.3g} s", (reached, -level), (4, 8), textcoords="offset points")
         axes.set_xlabel({"seconds": "seconds of training", "step": "steps"}[name])
-        axes.set_xlim(left=0)
+        axes.axhline(-level, color="0.6", linewidth=0.8)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("test JointELBO")
+    panels[0].set(xscale="log", ylabel="- test JointELBO, lower is better")
+    scaled = [panels[0].xaxis]
+    if all(point.joint_elbo < 0 for course in courses.values() for point in course[1:]):
+        panels[0].set_yscale("log")
+        scaled.append(panels[0].yaxis)
+    for axis in scaled:
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    panels[0].margins(x=0.16)  # for the words beside the last points
+    panels[1].legend(fontsize=8)
     figure.savefig(path, metadata={"Software": None})
