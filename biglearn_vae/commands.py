@@ -751,7 +751,8 @@ def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
         raise ValueError(f"figures must be some of {', '.join(pictures.FIGURES)}, got {', '.join(names) or 'none'}")
     started = time.perf_counter()
     trained = _trained(cfg)
-    page = draw(trained.vae, trained.splits, trained.run, names, seed=cfg.seed, **values)
+    source = f"{trained.checkpoint} of step {trained.step}"
+    page = draw(trained.vae, trained.splits, trained.run, names, source, seed=cfg.seed, **values)
     print(f"{page}: {', '.join(names)} ({time.perf_counter() - started:.0f} s)")
     return page
 

@@ -8,7 +8,7 @@ different classes if there are labels (N,). What was never recorded (NaN) is obs
 
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -547,15 +547,20 @@ FIGURES: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def page(name: str, drawn: Sequence[str]) -> str:
-    """The HTML page of a run that shows these figures, PNG files beside it."""
+def page(name: str, drawn: Mapping[str, str], note: str = "") -> str:
+    """The HTML page of a run that shows figures, PNG files beside it.
+
+    Args:
+        drawn: by the names of the figures, what each is of.
+        note: of them all.
+    """
     figures = "\n".join(
         f'<figure id="{key}"><img src="{key}.png" alt="{html.escape(". ".join(TEXTS[key]))}">'
-        f'<figcaption><a href="{key}.png">{key}.png</a></figcaption></figure>'
-        for key in drawn
+        f'<figcaption><a href="{key}.png">{key}.png</a> {html.escape(about)}</figcaption></figure>'
+        for key, about in drawn.items()
     )
     links = " &middot; ".join(f'<a href="#{key}">{html.escape(TEXTS[key][0])}</a>' for key in drawn)
-    return PAGE.format(name=html.escape(name), links=links, figures=figures)
+    return PAGE.format(name=html.escape(name), links=links, note=html.escape(note), figures=figures)
 
 
 PAGE = """<!doctype html>
@@ -574,6 +579,7 @@ figcaption {{ font-size: small }}
 <body>
 <h1>{name}</h1>
 <p>{links}</p>
+<p>{note}</p>
 {figures}
 </body>
 </html>

@@ -86,12 +86,23 @@ class Pictures(Logger):
         self.save(self._folder / f"{name}-{step:07d}.png", pixels)
 
     @staticmethod
-    def save(path: Path, pixels: np.ndarray) -> None:
-        """One picture as a PNG file."""
+    def save(path: Path, pixels: np.ndarray, about: str = "") -> None:
+        """One picture as a PNG file, which also says what it is of."""
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+
+        words = PngInfo()
+        words.add_itxt("Description", about)
+        with replacing(path) as partial:
+            Image.fromarray(pixels).save(partial, format="PNG", pnginfo=words if about else None)
+
+    @staticmethod
+    def about(path: Path) -> str:
+        """What a PNG file says that it is of; nothing if it does not."""
         from PIL import Image
 
-        with replacing(path) as partial:
-            Image.fromarray(pixels).save(partial, format="PNG")
+        with Image.open(path) as image:
+            return image.info.get("Description", "")
 
 
 class Progress(Logger):

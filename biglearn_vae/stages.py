@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 FIGURES_PAGE = Path("figures") / "index.html"
+WHOLE_IMAGES = "This model was trained on whole images alone (method=vae): what it makes of parts it has not learned."
 FIRST_FIGURES = ("inference", "inpainting")  # drawn at the end of each run
 
 
@@ -101,12 +102,12 @@ class VAEStage:
         return validate(vae, images, self.loss, self.cfg.evaluation.valid_draws)
 
     def finish(self, run: Path, splits: Splits) -> tuple[dict[str, Any], dict[str, Any]]:
-        vae, state, _ = runs.load_with_state(run, str(self.device), "best")
+        vae, state, path = runs.load_with_state(run, str(self.device), "best")
         measured = measure(vae, self.loss, splits, self.cfg.evaluation)
         if read_json(run / runs.FILES["train"]).get("best_step") != state["step"]:  # others are of an older network
-            for path in (run / FIGURES_PAGE).parent.glob("*.png"):
-                path.unlink()
-        draw(vae, splits, run, FIRST_FIGURES)
+            for older in (run / FIGURES_PAGE).parent.glob("*.png"):
+                older.unlink()
+        draw(vae, splits, run, FIRST_FIGURES, f"{path.name} of step {state['step']}")
         return state, measured
 
     @staticmethod
@@ -160,8 +161,9 @@ class PatchAEStage:
         scores = evaluation.reconstruction(net, splits.test.select(slice(settings.images)))
         page = run / FIGURES_PAGE
         page.parent.mkdir(parents=True, exist_ok=True)
-        Pictures.save(page.with_name("reconstruction.png"), pictures.reconstruction(net, splits.test[:6]))
-        write_text(page, pictures.page(run.name, ["reconstruction"]))
+        about = f"{path.name} of step {state['step']}, test images"
+        Pictures.save(page.with_name("reconstruction.png"), pictures.reconstruction(net, splits.test[:6]), about)
+        write_text(page, pictures.page(run.name, {"reconstruction": about}))
         return state, {f"test_{name}": value for name, value in scores.items()}
 
     @staticmethod
@@ -226,6 +228,7 @@ def draw(
     splits: Splits,
     run: Path,
     names: Sequence[str],
+    source: str,
     images: int | None = None,
     delta: float | None = None,
     seed: int = 0,
@@ -234,6 +237,7 @@ def draw(
 
     Args:
         names: of `figures.FIGURES`.
+        source: which weights these are, for the page.
         images: at most so many in each; the map of codes takes its own number.
         delta: of the decoding sensitivity.
     """
@@ -249,9 +253,12 @@ def draw(
     for name in names:
         drawn = pictures.FIGURES[name]
         own = {option: given[option] for option in given.keys() & inspect.signature(drawn).parameters.keys()}
-        Pictures.save(page.with_name(f"{name}.png"), drawn(vae, shown, labels=labels, seed=seed, **own))
-    there = [name for name in pictures.FIGURES if page.with_name(f"{name}.png").exists()]
-    write_text(page, pictures.page(run.name, there))
+        picture = drawn(vae, shown, labels=labels, seed=seed, **own)
+        Pictures.save(page.with_name(f"{name}.png"), picture, f"{source}, test images, seed {seed}")
+    files = {name: page.with_name(f"{name}.png") for name in pictures.FIGURES}
+    there = {name: Pictures.about(path) for name, path in files.items() if path.exists()}
+    note = WHOLE_IMAGES if config.saved(run).method.name == "vae" else ""
+    write_text(page, pictures.page(run.name, there, note))
     return page
 
 

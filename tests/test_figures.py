@@ -461,7 +461,8 @@ def test_codes_that_all_coincide_can_be_drawn():
 
 
 def test_the_page_of_a_run():
-    text = figures.page("a<b", ["inference", "capabilities"])
+    text = figures.page("a<b", {"inference": "best.pt", "capabilities": "x < y"}, "of all")
+    assert "capabilities.png</a> x &lt; y</figcaption>" in text and "<p>of all</p>" in text
     assert "<title>a&lt;b</title>" in text and "a<b" not in text
     assert re.findall(r'<img src="([^"]*)" alt="([^"]*)"', text) == [
         (f"{name}.png", ". ".join(figures.TEXTS[name])) for name in ("inference", "capabilities")
@@ -491,6 +492,7 @@ def test_train_then_draw(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in folder.iterdir()) == names  # and nothing half written
     page = (folder / "index.html").read_text()
     assert re.findall(r'<img src="([^"]*)"', page) == names[1:] and "<h1>run</h1>" in page
+    assert page.count("best.pt of step 6, test images, seed 0</figcaption>") == 3 and "method=vae" not in page
     assert all((folder / link).is_file() for link in re.findall(r'(?:src|href)="([^"#]+)"', page))
     assert (folder / "inpainting.png").read_bytes() != first  # two rows now
 
