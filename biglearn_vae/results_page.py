@@ -478,7 +478,8 @@ def _samples(runs: Runs) -> str:
         "recall the share of test images that lie nearer to a sample than its third nearest sample does; as many\n"
         "samples as images, distances between pixels. As many training images in place of samples have what perfect\n"
         "ones would; more precision is no merit, smoother images have it. log p(x) is a bound in nats an image, in as\n"
-        "many passes, with the variance under which it is largest on training images.\n"
+        "many passes, with the variance under which it is largest on training images; that of the bounds elsewhere is\n"
+        "the mean squared error of reconstructions, so they differ from it in one pass.\n"
     )
     head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "variance", "seconds", "on"]
     return f"### Samples in several passes\n\n{text}\n" + timed_table(head, rows) if rows else ""
@@ -532,12 +533,12 @@ def _bounds(runs: Runs) -> str:
         counts = [str(max(one.get(name) or 0 for one in found)) for name in ("images", "samples", "annealing_steps")]
         rows.append([data, case, method, *counts, spread([bounds["variance"] for bounds in fitted], 5), *nats])
     text = (
-        "In nats an image, under N(mu, variance I) with the variance fitted on training images; importance-weighted\n"
-        "bounds (annealed, where there are steps of it), samples drawn from p(z | all that is given or asked\n"
-        "for): of whole images, of a random half of the patches, and of the other half given that one, which the\n"
-        "network of `vae` was never trained for. How far a bound is below the likelihood differs between methods,\n"
-        "without annealing by more than the bounds do: then they rank nothing (`results/choices.md` of the library,\n"
-        '"Fifty epochs" and "One pass or several").\n'
+        "In nats an image, under N(mu, variance I) with the variance fitted on training images, as the mean squared\n"
+        "error of their reconstructions; importance-weighted bounds (annealed, where there are steps of it), samples\n"
+        "drawn from p(z | all that is given or asked for): of whole images, of a random half of the patches, and of\n"
+        "the other half given that one, which the network of `vae` was never trained for. How far a bound is below\n"
+        "the likelihood differs between methods, without annealing by more than the bounds do: then they rank\n"
+        'nothing (`results/choices.md` of the library, "Fifty epochs" and "One pass or several").\n'
     )
     head = ["data", "case", "method", "images", "samples", "annealing steps", "variance", *BOUNDS.values()]
     return f"### Bounds on log-likelihoods\n\n{text}\n" + table(head, rows) if rows else ""
