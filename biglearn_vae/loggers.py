@@ -6,6 +6,7 @@ A logger has `scalars(step, values)`, `picture(step, name, pixels)` and `close()
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -98,11 +99,12 @@ class Pictures(Logger):
 
     @staticmethod
     def about(path: Path) -> str:
-        """What a PNG file says that it is of; nothing if it does not."""
+        """What a PNG file says that it is of; nothing if it does not, or is damaged."""
         from PIL import Image
 
-        with Image.open(path) as image:
+        with suppress(OSError, SyntaxError, ValueError), Image.open(path) as image:
             return image.info.get("Description", "")
+        return ""
 
 
 class Progress(Logger):

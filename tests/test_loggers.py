@@ -198,3 +198,12 @@ def test_progress_leaves_out_what_is_for_the_files():
     logger = Progress(10, stream=stream)
     logger.scalars(2, {"train/loss": 1.0, "train/grad_norm": 77.0, "lr": 55.0, "seconds": 66.0})
     assert stream.getvalue() == "step 2/10  loss 1.000\n"
+
+
+def test_a_picture_says_what_it_is_of(tmp_path):
+    path = tmp_path / "one.png"
+    for about in ("best.pt of step 9, « test » images", ""):
+        Pictures.save(path, np.zeros((2, 3, 3), dtype=np.uint8), about)
+        assert Pictures.about(path) == about
+    path.write_bytes(path.read_bytes()[:20])
+    assert Pictures.about(path) == "" and Pictures.about(tmp_path / "none.png") == ""
