@@ -357,7 +357,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     search.metrics(cfg)
     checks.whole_number("trainer.steps", cfg.trainer.steps, 1)
     hints = {"device": str, "name": str | int | None, "output_dir": str, "init_from": str | None}
-    config.check_types(hints, {name: cfg.get(name) for name in hints}, "")
+    config.checked(cfg, hints)
     run = Path(cfg.output_dir).expanduser() / runs.name_of(cfg, overrides)
     say = print if _is_main() else lambda *_: None
     world = start(cfg.device)
@@ -622,12 +622,7 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
 
 def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure the in-painting of a trained run in full, print it and write completion.json into its folder."""
-    from omegaconf import OmegaConf
-
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
-    hints = typing.get_type_hints(completion.Plan)
-    config.check_types(hints | {"images": int}, {name: values[name] for name in (*hints, "images")}, "")
-    plan = completion.Plan(**{name: values[name] for name in hints})
+    plan = completion.Plan(**config.checked(cfg, typing.get_type_hints(completion.Plan)))
     checks.check_choice("split", cfg.split, PARTS[1:])
     checks.whole_number("images", cfg.images, 1)
     trained = _trained(cfg)
@@ -704,7 +699,7 @@ def _trained(cfg: "DictConfig") -> _Trained:
     """
     config.check_seed(cfg.seed)
     words = dict.fromkeys(("run", "checkpoint", "device"), str) | {"data_root": str | None}
-    config.check_types(words, {name: cfg[name] for name in words}, "")
+    config.checked(cfg, words)
     runs.check_which(cfg.checkpoint)
     run = Path(cfg.run).expanduser()
     vae, state, path = runs.load_with_state(run, cfg.device, cfg.checkpoint)
@@ -738,11 +733,8 @@ def _warn_of_shares(shares: Sequence[completion.Task], num_tokens: int, most: in
 
 def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
     """Draw figures of a trained run, of its test images, into its folder; returns the page that shows them."""
-    from omegaconf import OmegaConf
-
     hints = {"figures": list[str] | str | None, "images": int | None, "delta": float | None}
-    values = {name: OmegaConf.to_container(cfg, resolve=True)[name] for name in hints}
-    config.check_types(hints, values, "")
+    values = config.checked(cfg, hints)
     if values["images"] is not None:
         checks.whole_number("images", values["images"], 1)
     names = values.pop("figures")
@@ -761,12 +753,10 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     """Measure the training step of these settings in stages, or how soon they reach a quality; returns what is kept."""
     from omegaconf import OmegaConf
 
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
-    hints = typing.get_type_hints(timing.Plan)
-    asked = {name: values[name] for name in hints}
-    config.check_types(hints | {"device": str}, asked | {"device": cfg.device}, "")
+    plan = timing.Plan(**config.checked(cfg, typing.get_type_hints(timing.Plan)))
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    config.checked(cfg, {"device": str})
     config.check_seed(cfg.seed)
-    plan = timing.Plan(**asked)
     if under_torchrun():
         raise ValueError("the benchmark measures a single process: start it without torchrun")
     tokens, machine = _tokenizer_to_measure(cfg, plan), environment(cfg.device)
@@ -774,7 +764,7 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)
     print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
     for measured in _courses(cfg, plan, work, tokens) if plan.evaluations else _stages(plan, work):
-        everything = measured | {"data": work.note, "settings": values, "environment": machine}
+        everything = measured | {"data": work.note, "settings": settings, "environment": machine}
         if plan.file:
             write_json(plan.file, everything)
     return everything
@@ -894,13 +884,9 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def _probe_settings(cfg: "DictConfig") -> dict[str, Any]:
     """The settings of `probe` that say what is measured, checked."""
-    from omegaconf import OmegaConf
-
     hints = {"split": str, "seed": int, "ratios": list[float], "draws": int, "pixels": bool | None}
     hints |= {"train_images": int | None, "test_images": int | None, "ceiling_steps": int, "neighbours": int | None}
-    container: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
-    values = {name: container[name] for name in hints}
-    config.check_types(hints, values, "")
+    values = config.checked(cfg, hints)
     config.check_evaluation(cfg, everything=True)
     checks.check_choice("split", cfg.split, PARTS[1:])
     for name, least in (("train_images", 1), ("test_images", 1), ("ceiling_steps", 0), ("neighbours", 0)):
@@ -915,16 +901,13 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     Raises:
         ValueError: in the end, if scripts failed.
     """
-    from omegaconf import OmegaConf
-
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     hints = {"target": str, "workers": int, "budget": float | None, "output_dir": str, "results_dir": str}
     hints |= {"device": str, "data_root": str | None, "only": str | None}
-    config.check_types(hints, {name: values[name] for name in hints}, "")
+    config.checked(cfg, hints)
     if under_torchrun():
         raise ValueError("reproduce starts processes of its own: start it without torchrun")
     campaign = experiments.Campaign(
-        preset=_preset(values["preset"]),
+        preset=_preset(config.checked(cfg, {"preset": dict})["preset"]),
         target=cfg.target,
         output=Path(cfg.output_dir).expanduser(),
         results=Path(cfg.results_dir).expanduser(),

@@ -547,6 +547,16 @@ def require_all(cfg: "DictConfig", config_name: str, chosen: Mapping[str, str]) 
         raise ValueError("; ".join(f"{key}=... must be given: {explained.get(key)}" for key in missing))
 
 
+def checked(cfg: "DictConfig", hints: dict[str, Any]) -> dict[str, Any]:
+    """These settings as plain values by their names; see `check_types`, which also refuses one that is not there."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(cfg, resolve=True)
+    found = {name: values.get(name) for name in hints}
+    check_types(hints, found, "")
+    return found
+
+
 def check_types(hints: dict[str, Any], values: dict[str, Any], where: str) -> None:
     """Raise a ValueError for the first value whose name is unknown or whose type is not the hinted one."""
     for name, value in values.items():
