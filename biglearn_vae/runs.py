@@ -298,4 +298,10 @@ def checkpoint_of(run: str | Path, which: str = "best") -> tuple[dict[str, Any],
     path = folder / {"best": checkpoint.BEST, "latest": checkpoint.LATEST}[which]
     if which == "latest":  # or another, if it was killed between two renames
         path = next((folder / name for name in checkpoint.RESUMABLE if (folder / name).exists()), path)
-    return checkpoint.load(path), path
+    state = checkpoint.load(path)
+    lacking = [key for key in ("step", "net", "metadata") if not isinstance(state, dict) or key not in state]
+    if lacking:
+        raise ValueError(
+            f"{path} is not a checkpoint of a run, it lacks {', '.join(lacking)}: the other one, best or latest, may be"
+        )
+    return state, path

@@ -234,6 +234,16 @@ def test_a_lost_config_is_taken_from_the_checkpoint(here, trained, monkeypatch, 
     assert run_here(monkeypatch, *SMALL, "name=run", "trainer.steps=30") == 0
 
 
+def test_a_file_that_is_no_checkpoint_is_told(here, trained):
+    path = here / "outputs" / "run" / "checkpoints" / checkpoint.BEST
+    state = checkpoint.load(path)
+    for lacking, kept in (("net", ("step", "metadata")), ("step, net, metadata", ())):
+        checkpoint.save(path, {key: state[key] for key in kept})
+        with pytest.raises(ValueError, match=f"not a checkpoint of a run, it lacks {lacking}: the other one"):
+            runs.load("outputs/run")
+    assert runs.load("outputs/run", which="latest").z_dim == state["metadata"]["config"]["model"]["z_dim"]
+
+
 def test_a_lost_best_checkpoint_is_made_again(here, trained, monkeypatch):
     shutil.copytree(trained, here / "outputs/whole")
     run = here / "outputs" / "run"
