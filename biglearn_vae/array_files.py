@@ -84,6 +84,8 @@ def read(path: Path) -> Content:
                 f"{path}: {label} holds {len(labels[label]):,} labels, {name} {len(arrays[name]):,} images"
             )
     parts = {part: Arrays(found, labels.get(names[part][1]), recorded) for part, (found, recorded) in pixels.items()}
+    for part, (name, _) in names.items():
+        check_part(parts[part], f"{path}: {name}", bytes_alone=arrays[name].dtype == np.uint8)
     others = [name for name in content if name not in taken]
     notes = [f"of {path} were not taken: {', '.join(others)}"] if others else []
     return Content(parts, label_names, "; ".join([*notes, *doubts(parts, path)]))
@@ -171,11 +173,6 @@ def bytes_of(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
     if array.dtype == np.bool_:
         return torch.from_numpy(array * np.uint8(255)), None
     if array.dtype == np.uint8:
-        if len(array) > 1 and array.max() == 1:  # one alone may be all but black
-            raise ValueError(
-                f"{what} has no byte but 0 and 1, which would be black and all but black: images.astype(bool) makes "
-                "images of 0 and 1, 255 * images bytes of them"
-            )
         return torch.from_numpy(np.ascontiguousarray(array)), None
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
@@ -185,11 +182,20 @@ def bytes_of(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
     return _bytes_of_floats(array, what)
 
 
+def check_part(arrays: Arrays, what: str, bytes_alone: bool) -> None:
+    """Raise a ValueError for images of which nothing was recorded, and for bytes that are 0 and 1 alone."""
+    if arrays.recorded is not None and not arrays.recorded.any():
+        raise ValueError(f"{what} holds nothing but NaN: no pixel was recorded")
+    if bytes_alone and arrays.pixels.max() == 1:
+        raise ValueError(
+            f"{what} has no byte but 0 and 1, which would be black and all but black: images.astype(bool) makes "
+            "images of 0 and 1, 255 * images bytes of them"
+        )
+
+
 def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
     """Floats in [0, 1] rounded to bytes, and which pixels are numbers in all channels; None if all are."""
     known = ~np.isnan(array)
-    if not known.any():
-        raise ValueError(f"{what} holds nothing but NaN: no pixel was recorded")
     low, high = array.min(where=known, initial=np.inf), array.max(where=known, initial=-np.inf)
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         signed = low >= -1 - TOLERANCE and high <= 1 + TOLERANCE

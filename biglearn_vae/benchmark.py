@@ -205,7 +205,7 @@ def load_images(settings: dict[str, Any], batch_size: int, stand_ins: bool = Tru
             sources = data.load(**settings | {"image_size": SOURCES[name], "channels": 1}).train.pixels
         else:
             sources = images.pixels
-        return images, sources, f"{len(images):,} images of {name}"
+        return images, sources, f"{len(images):,} images of {getattr(settings.get('target'), '__name__', name)}"
     except ValueError:
         if name not in STAND_INS or not stand_ins:
             raise

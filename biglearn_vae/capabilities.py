@@ -322,7 +322,8 @@ class BigLearnVAE:
 
         Returns:
             x: images (B, C, H, W) if all data are images, else tokens (B, L, D); zero where nothing is observed.
-            S: (B, L), or (B, H, W) of images of which a mask was one of pixels.
+            S: (B, L), or of pixels (B, H, W) if all data are images and a mask was such: the patches that it holds are
+                `observe(x, S).mask`.
         """
         if not observations:
             raise ValueError("expected at least one pair (x, S), got none")
@@ -335,13 +336,16 @@ class BigLearnVAE:
         if len({len(part.tokens) for part in parts}) > 1:
             raise ValueError(f"expected batches of one size, got {[len(part.tokens) for part in parts]}")
         x, S, images, kept, single = parts[0]
-        for other in parts[1:]:
-            own = self.pixel_mask(S) | (kept & ~self.pixel_mask(other.mask))
-            images, kept = torch.where(own, images, other.images), kept | other.kept
-            x, S = torch.where(S.unsqueeze(-1), x, other.tokens), S | other.mask
         if all(tuple(x.shape[-3:]) == self.image_shape for x, _ in observations):
+            for other in parts[1:]:
+                own = self.pixel_mask(S) | (kept & ~self.pixel_mask(other.mask))
+                images, kept = torch.where(own, images, other.images), kept | other.kept
+                S = masks.from_pixels(kept[:, 0], self.grid)
             x = images.masked_fill(~kept, 0)
             S = kept[:, 0] if any(S is not None and self._of_pixels(S) is not None for _, S in observations) else S
+        else:
+            for other in parts[1:]:
+                x, S = torch.where(S.unsqueeze(-1), x, other.tokens), S | other.mask
         return (x[0], S[0]) if single else (x, S)
 
     @torch.no_grad()

@@ -624,9 +624,10 @@ def patches(cfg: "DictConfig") -> Patchify:
     from omegaconf import OmegaConf
 
     hints = {"image_size": int | list[int], "patch_size": int, "channels": int, "name": str, "root": str | None}
-    hints |= {"crop": int | None, "cache": str | None}
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)
-    check_types(hints, {name: values[name] for name in values if name in hints or "_target_" not in values}, "data")
+    if "_target_" not in values:  # whose own settings are its matter
+        check_types(hints | {"crop": int | None, "cache": str | None}, values, "data")
+    check_types(hints, {name: values[name] for name in values if name in hints}, "data")
     if cfg.data.channels not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {cfg.data.channels}")
     try:
@@ -853,7 +854,7 @@ def data_words(cfg: "DictConfig") -> str:
     words = [f"data={cfg.data.name}"]
     root = ["root"] if cfg.data.name in data.OWN else []
     for name in ("_target_", *root, "image_size", "patch_size", "channels", "crop"):
-        if name in own and (name == "root" or own[name] != usual.get(name)):
+        if name in own and name in set(usual) and own[name] != usual.get(name):
             words.append(shell_word(f"data.{name}", own[name]))
     words += [shell_word(f"+data.{name}", value) for name, value in own.items() if name not in set(usual)]
     return " ".join(words)

@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,12 @@ class ImageSet:
             ValueError: if they are not, or it is no such data set.
         """
         fit = functools.partial(_fitted, image_size=_checked_size(image_size), channels=_checked_channels(channels))
-        found = torch_datasets.read({"images": dataset}, type(dataset).__name__, fit)
+        if isinstance(dataset, Mapping):
+            raise ValueError(
+                f"expected one data set, got a mapping of {', '.join(map(str, dataset))}: give one of these"
+            )
+        with torch_datasets.repeatable(SPLIT_SEED):
+            found = torch_datasets.read({"images": dataset}, type(dataset).__name__, fit)
         if found.note:
             checks.warn(found.note)
         return _image_set(found.parts["images"])
@@ -757,9 +762,12 @@ def torch_dataset(
     """
     if not callable(target):
         raise ValueError(f"target must be a class or a function that makes a torch Dataset, got {target!r}")
-    datasets, note = torch_datasets.parts(target, str(root), own)
+    settings = dict(root=str(root), image_size=image_size, channels=channels)
     name = getattr(target, "__name__", str(target))
-    content = torch_datasets.read(datasets, name, functools.partial(_fitted, image_size=image_size, channels=channels))
+    with torch_datasets.repeatable(SPLIT_SEED):
+        datasets, note = torch_datasets.parts(target, settings, own)
+        fit = functools.partial(_fitted, image_size=image_size, channels=channels)
+        content = torch_datasets.read(datasets, name, fit)
     return _all_parts(replace(content, note="; ".join(filter(None, (note, content.note)))), name)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from biglearn_vae import annealing, checks, masks
 from biglearn_vae.capabilities import BigLearnVAE, checked_variance
-from biglearn_vae.data import CHUNK, Images, ImageSet, parts, rows_of, take
+from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO, is_gaussian
@@ -63,13 +63,25 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     loss, found = copy.copy(loss), []
     if isinstance(loss.masks, MaskSampler):
         loss.masks = loss.masks.altered(ratios_per="sample")
-    # What q(S, T) draws hangs on how many images it is for; z does not.
-    for tokens in _tokens(vae, images, vae.rows if joint else CHUNK):
-        S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device) if joint else None
-        found.append(loss(vae.net, tokens, S, None if S is None else ~S, random=random))
+    for tokens in _tokens(vae, images):
+        if not joint:
+            found.append(loss(vae.net, tokens, random=random))
+        elif isinstance(loss, BigLearnELBO) and type(loss).__call__ is BigLearnELBO.__call__:
+            found += _joint_parts(vae, loss, tokens, random)
+        else:
+            S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device)
+            found.append(loss(vae.net, tokens, S, ~S, random=random))
     _check_parts(found[0])
     names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if is_gaussian(loss) else []))
     return {name: _mean(found, name) for name in names}
+
+
+def _joint_parts(vae: BigLearnVAE, loss: BigLearnELBO, tokens: Tensor, random: StepRandom) -> Iterator[ELBO]:
+    """As many images at a time as pass through the network at once, with what is drawn for all of them."""
+    noise = random.normal((len(tokens), vae.z_dim), tokens.dtype)
+    for x, own in zip(tokens.split(vae.rows), noise.split(vae.rows), strict=True):
+        S = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        yield loss(vae.net, x, S, ~S, own)
 
 
 def _check_parts(parts: Any) -> None:
@@ -81,10 +93,9 @@ def _check_parts(parts: Any) -> None:
         )
 
 
-def _tokens(vae: BigLearnVAE, images: Images, most: int = CHUNK) -> Iterator[Tensor]:
-    """Those of a part of the images at a time, of so many at most, in the network's precision."""
-    rows = min(most, rows_of(math.prod(vae.image_shape)))
-    return (vae.tokenizer.encode(part.to(vae.dtype)) for part in parts(images, vae.device, rows))
+def _tokens(vae: BigLearnVAE, images: Images) -> Iterator[Tensor]:
+    """Those of a part of the images at a time, in the network's precision."""
+    return (vae.tokenizer.encode(part.to(vae.dtype)) for part in parts(images, vae.device))
 
 
 def _mean(parts: Sequence[ELBO], name: str) -> float:

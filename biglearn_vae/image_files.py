@@ -259,6 +259,8 @@ def plain(file: "Image.Image") -> "Image.Image":
     image = ImageOps.exif_transpose(file)
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image, sixteen=file.format == "PPM")  # which Pillow scales so
+    if image.mode in ("La", "RGBa"):  # multiplied by it
+        image = image.convert(image.mode.upper())
     if "A" in image.mode or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image

@@ -195,7 +195,7 @@ def _grid(runs: Runs) -> str:
     text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n"
     if len({run.get("config", {}).get("train", {}).get("loss.beta") for run in runs}) > 1:
         text += "Each JointELBO is with the beta of its run: between other betas reconstruction and KL compare.\n"
-    elif other := {beta for run in runs if (beta := run.get("config", {}).get("train", {}).get("loss.beta")) != BETA}:
+    elif other := {run.get("config", {}).get("train", {}).get("loss.beta") for run in runs} - {BETA, None}:
         text += f"JointELBO is with a beta of {', '.join(map(str, other))}, where others have {BETA}.\n"
     return f"{text}\n" + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
 
@@ -776,9 +776,10 @@ def _plot_joint(axes, runs: Runs, every: Runs = ()) -> None:
     cases, methods = sorted({run["case"] for run in runs}), methods_of(runs)
     for number, method in enumerate(methods):
         points = [
-            (place + 0.18 * (number - (len(methods) - 1) / 2) + 0.03 * seed, run["train"]["test_joint_elbo"])
+            (place + 0.18 * (number - (len(methods) - 1) / 2 + k / max(6, len(of))), run["train"]["test_joint_elbo"])
             for place, case in enumerate(cases)
-            for seed, run in enumerate(select(runs, case=case, method=method))  # beside each other
+            for of in [select(runs, case=case, method=method)]
+            for k, run in enumerate(of)  # seeds beside each other
         ]
         if points:
             axes.plot(*zip(*points, strict=True), "o", color=_colour(method), label=method, alpha=0.6)

@@ -87,7 +87,10 @@ def _refuse_shared_runs(swept: "dict[str, Override]", name: "list[Override]", da
     for key, override in swept.items():
         folders = [config.own_name(str(value)) for value in config.values_of(override)] if key == "data.root" else []
         named_after = data in NAMED_BY_ROOT and len(set(folders)) == len(folders) > 0
-        if key not in FOLDER and _is_free(key) and not named_after:
+        if key == "data._target_":
+            names = [str(value).rpartition(".")[2] for value in config.values_of(override)]
+            named_after = len(set(names)) == len(names)
+        if key not in FOLDER and (_is_free(key) or key == "data._target_") and not named_after:
             raise ValueError(
                 f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
             )
@@ -138,7 +141,8 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
             f"back to. Give name=NAME for another run{end} or delete the folder."
         )
     # Moved, or other images under the same name: what is read will tell.
-    places = {config.data_root(of.data.root) for of in (old, cfg) if cfg.data.name in OWN}
+    roots = [of.data.get("root") for of in (old, cfg) if cfg.data.name in OWN]
+    places = {root and config.data_root(root) for root in roots}
     best_step = checkpoint.step_of(run / "checkpoints" / checkpoint.BEST) if resumable else found.get("best_step")
     of_this = found.get("evaluation") == measured_with(cfg) and found.get("best_step") == best_step
     if steps == trained == cfg.trainer.steps and len(places) < 2 and of_this:

@@ -133,16 +133,18 @@ def plot(path: Path, courses: Courses, title: str) -> None:
     figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=10)
     panels, level = figure.subplots(1, 2, sharey=True), _common_level(*courses.values())
+    learned = level > max(course[0].joint_elbo for course in courses.values())  # each something
     for axes, name in zip(panels, ("seconds", "step"), strict=True):
         for stage, course in courses.items():
             label = "plain version" if stage == "plain" else f"this library's{f', {stage}' * (len(courses) > 2)}"
             points = [(getattr(point, name), -point.joint_elbo) for point in course[1:]]
             (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
-            if name == "seconds" and (reached := seconds_to(course, level)):
+            if learned and name == "seconds" and (reached := seconds_to(course, level)):
                 axes.plot(reached, -level, "*", markersize=11, color=line.get_color())
                 axes.annotate(f"{reached:.3g} s", (reached, -level), (4, 8), textcoords="offset points")
         axes.set_xlabel({"seconds": "seconds of training", "step": "steps"}[name])
-        axes.axhline(-level, color="0.6", linewidth=0.8)
+        if learned:
+            axes.axhline(-level, color="0.6", linewidth=0.8)
         axes.grid(alpha=0.3)
     panels[0].set(xscale="log", ylabel="- test JointELBO, lower is better")
     scaled = [panels[0].xaxis]

@@ -4,12 +4,15 @@ N images, C channels, H x W pixels, A attributes.
 """
 
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 from biglearn_vae import array_files, checks
 from biglearn_vae.array_files import PART_WORDS, Arrays, Content
@@ -20,7 +23,7 @@ CHUNK = 256  # images that are made bytes at a time
 Fit = Callable[[Tensor, Tensor | None, str], Tensor]  # bytes (n, c, h, w), what of them was recorded, what they are
 
 
-def parts(make: Callable[..., Any], root: str, own: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def parts(make: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """What a class or a function makes: data sets by part, "train" and others, or one, as "images"; and a note.
 
     One that takes `train` is called with True and False; one that takes `split`, with what its parts may be called; any
@@ -28,23 +31,27 @@ def parts(make: Callable[..., Any], root: str, own: Mapping[str, Any]) -> tuple[
 
     Args:
         make: such as torchvision.datasets.CIFAR10.
-        root: the folder of the data, for what takes it.
+        settings: of the data; what takes `root` is given that, and of the others it is given what it cannot do without.
         own: what else it is given; also in place of `train`, `split` and `download`.
 
     Raises:
         ValueError: if it does not take them, or fails.
     """
-    name, takes = getattr(make, "__name__", str(make)), inspect.signature(make).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    name, (takes, takes_any) = getattr(make, "__name__", str(make)), _takes(make)
     if other := [key for key in own if key not in takes and not takes_any]:
         raise ValueError(f"{name} takes {', '.join(takes) or 'nothing'}, not {', '.join(other)}")
-    usual = {"root": root, "download": True}
-    given = {key: value for key, value in usual.items() if key in takes} | own
+    needed = {key for key, parameter in takes.items() if key == "root" or parameter.default is parameter.empty}
+    given = {key: value for key, value in settings.items() if key in needed}
+    given |= ({"download": True} if "download" in takes else {}) | own
     if "train" in takes and "train" not in own:
         return {part: _called(make, name, **given, train=part == "train") for part in ("train", "test")}, ""
     if "split" in takes and "split" not in own:
         return _by_split(make, name, given)
     made = _called(make, name, **given)
+    if isinstance(made, list | tuple) and made and isinstance(made[0], Dataset):
+        raise ValueError(
+            f"{name} gives {len(made)} data sets: expected one, or a mapping of such by parts, train and test"
+        )
     if not isinstance(made, Mapping):
         return {"images": made}, ""
     found = {part: made[word] for part, words in PART_WORDS.items() for word in words if word in made}
@@ -52,6 +59,41 @@ def parts(make: Callable[..., Any], root: str, own: Mapping[str, Any]) -> tuple[
         raise ValueError(f"{name} gives {', '.join(map(str, made)) or 'nothing'}: expected train, and test or valid")
     rest = [str(word) for word in made if word not in sum(PART_WORDS.values(), ())]
     return found, f"of {name} were not taken: {', '.join(rest)}" if rest else ""
+
+
+def _takes(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """What a class or a function takes by name, and whether it takes any; of a class that hands on what it does not
+    know, with what the classes take that it is made of."""
+    try:
+        takes = dict(inspect.signature(make).parameters)
+    except ValueError as error:
+        raise ValueError(f"expected a class or a function that makes a torch Dataset, got {make}: {error}") from None
+    bases = make.__mro__[1:-1] if isinstance(make, type) else ()
+    for kind in (kind for kind in bases if "__init__" in vars(kind)):
+        if not _takes_any(takes):
+            break
+        own = {key: of for key, of in takes.items() if of.kind is not of.VAR_KEYWORD}
+        takes = {key: of for key, of in inspect.signature(kind.__init__).parameters.items() if key != "self"} | own
+    return takes, _takes_any(takes)
+
+
+def _takes_any(takes: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+
+
+@contextmanager
+def repeatable(seed: int) -> Iterator[None]:
+    """Let what draws at random, as a split or a crop may, draw the same whenever and in whichever process it is."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds GPUs too
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def _called(make: Callable[..., Any], name: str, **given: Any) -> Any:
@@ -112,14 +154,17 @@ def _part(dataset: Any, what: str, fit: Fit) -> tuple[Arrays, list[Any]]:
         )
     if not len(dataset):
         raise ValueError(f"{what}: expected at least one image, got none")
-    pixels, recorded, labels = [], [], []
+    pixels, recorded, labels, kinds = [], [], [], set()
     for images, some in _chunks(dataset, what):
         labels += some
         for array in images:
             found, known = array_files.bytes_of(array, what)
             pixels.append(fit(found, known, what))
             recorded.append(known)
-    return Arrays(_joined(pixels, what), None, _all_recorded(pixels, recorded)), labels
+            kinds.add(array.dtype)
+    whole = Arrays(_joined(pixels, what), None, _all_recorded(pixels, recorded))
+    array_files.check_part(whole, what, bytes_alone=kinds == {np.dtype(np.uint8)})
+    return whole, labels
 
 
 def _chunks(dataset: Any, what: str) -> Iterator[tuple[list[np.ndarray], list[Any]]]:
@@ -184,8 +229,12 @@ def _all_recorded(pixels: Sequence[Tensor], recorded: Sequence[Tensor | None]) -
 
 
 def _classes(dataset: Any) -> tuple[str, ...]:
-    """What torchvision's data sets, and others like them, call their classes."""
-    names = getattr(dataset, "classes", None)
+    """What torchvision's and Hugging Face's data sets, and others like them, call their classes, also of a Subset."""
+    features, names = getattr(dataset, "features", None), getattr(dataset, "classes", None)
+    if isinstance(features, Mapping):
+        names = next((getattr(features[name], "names", None) for name in LABELS if name in features), names)
+    if names is None and isinstance(dataset, Subset):
+        return _classes(dataset.dataset)
     return tuple(names) if isinstance(names, list | tuple) and all(isinstance(n, str) for n in names) else ()
 
 

@@ -547,6 +547,11 @@ def test_single_pixels_of_combined_observations_stay(vae):
     alone, mask = vae.combine((one[0], pixels[0]))
     assert mask.equal(pixels[0]) and vae.inpaint(alone, mask, seed=1).equal(vae.inpaint(one[0], pixels[0], seed=1))
     assert vae.combine((one, S), (two, S))[1].equal(S)  # masks of patches stay such
+    halves = torch.zeros(B, *vae.image_shape[1:], dtype=torch.bool)
+    halves[..., ::2] = True
+    three = (one, halves), (one, ~halves), (two, S)  # two that make whole patches, of which a third then takes none
+    assert all(map(torch.equal, vae.combine(*three), vae.combine(vae.combine(*three[:2]), three[2])))
+    assert vae.combine(*three)[0].equal(one)
 
 
 def test_patch_masks_that_look_like_pixel_masks():

@@ -349,6 +349,19 @@ def test_nearest_images_are_nearest_in_pixels_whatever_the_tokens_are(vae):
 # --- sets of images, and parts of them ---
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_how_many_pass_at_once_does_not_change_the_elbo(joint):
+    torch.manual_seed(0)
+    net = UniversalViT(grid=(2, 3), token_dim=4, dim=8, depth=1, z_dim=5, heads=2).double()  # 5: no multiple of 16
+    x, loss = torch.rand(41, 1, 4, 6, dtype=torch.float64), BigLearnELBO(0.1)
+    found = [
+        evaluation.elbo(BigLearnVAE(net, Patchify((4, 6), 2, 1), chunk=chunk), x, loss, joint=joint)
+        for chunk in (1024, 40, 7, 1)
+    ]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-12)
+
+
 @pytest.fixture(params=["complete", "incomplete"])
 def sets(vae, request) -> tuple[ImageSet, ImageSet]:
     """A few images and some to train."""

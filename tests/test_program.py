@@ -613,8 +613,9 @@ def test_a_torch_dataset_of_ones_own_is_trained_on_and_measured(here, monkeypatc
         import torch
         from torch.utils.data import TensorDataset
 
-        def stripes(root: str, split: str, count: int):
-            exponents = float(Path(root).read_text()) + torch.arange(count if split == "train" else 9)
+        def stripes(split: str, count: int, crop: list, root: str):
+            first = float(Path(root).read_text()) if Path(root).is_file() else 0.5
+            exponents = first + torch.arange(count if split == "train" else 9)
             images = torch.linspace(0, 1, 8).repeat(8, 1) ** exponents.view(-1, 1, 1, 1)
             return TensorDataset(images, torch.arange(len(images)) % 2)
     """
@@ -622,15 +623,17 @@ def test_a_torch_dataset_of_ones_own_is_trained_on_and_measured(here, monkeypatc
     (here / "one").write_text("0.5")
     (here / "other").write_text("1.5")
     monkeypatch.syspath_prepend(here)
-    words = ["data=torch_dataset", "data._target_=my_stripes.stripes", "+data.count=40", "data.root=one"]
+    words = ["data=torch_dataset", "data._target_=my_stripes.stripes", "+data.count=40", "+data.crop=[1,2]"]
     words += ["data.image_size=8", "data.patch_size=2", "data.channels=1", *SMALL, "trainer.steps=4"]
-    assert run_here(monkeypatch, *words) == 0
+    words = [*words, "data.root=null", "name=run"]
+    assert run_here(monkeypatch, *words) == run_here(monkeypatch, *words) == 0
+    assert "is finished" in capsys.readouterr().out
     (run,) = (here / "outputs").iterdir()
-    assert run.name.startswith("stripes-tiny-biglearn_u-seed0-")
     assert run_here(monkeypatch, f"run={run}", "draws=1", "ratios=[0.5]", script="probe") == 0
     assert json.loads((run / "probe.json").read_text())["test_images"] == 9
     capsys.readouterr()
-    assert run_here(monkeypatch, *words, "data.root=other") == 2
+    assert run_here(monkeypatch, *words[:-2], "data.root=one", "name=run") == 0  # the same images
+    assert run_here(monkeypatch, *words[:-2], "data.root=other", "name=run") == 2
     assert "was trained on other data: start another run" in capsys.readouterr().err
 
 

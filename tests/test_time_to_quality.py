@@ -80,6 +80,12 @@ def test_the_table_compares_at_what_both_reached():
     assert text.splitlines()[1].split() == ["plain", "1", "8.0", "-5.0000", "-10.0000", "7.00"]
 
 
+def test_what_learns_nothing_gets_a_plot_without_a_common_level(tmp_path):
+    for other in (course((0, -9), (3, -40), (6, -20)), course((0, -9), (4, -3), (8, 2))):
+        time_to_quality.plot(tmp_path / "x.png", {"plain": course((0, -9), (1, -7), (4, -4)), "fused": other}, "title")
+        assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_the_command_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
     words = [*SMALL, "trainer.steps=4", "trainer.precision=float32", "evaluations=2", "test_images=8"]
     assert run_here(monkeypatch, *words, f"json={tmp_path / 'x.json'}", script="benchmark") == 0

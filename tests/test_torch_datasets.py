@@ -1,12 +1,14 @@
 import os
+import random
 import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_array_files import CLASSES, GREY, numbers, order
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from biglearn_vae import ImageSet, config, data
 
@@ -91,6 +93,78 @@ def test_one_data_set_is_split_by_its_order_and_a_mapping_by_its_parts():
     assert [len(getattr(splits, part)) for part in data.PARTS] == [30, 9, 5]
 
 
+class Letters(Parts):
+    """As torchvision's EMNIST: what it takes is in the class that it is made of."""
+
+    def __init__(self, root: str, split: str, **kwargs):
+        assert split == "letters"
+        super().__init__(root, **kwargs)
+
+
+def test_what_a_class_hands_on_is_known_too():
+    assert numbers(load(Letters, split="letters").test) == order(5)
+    with pytest.raises(ValueError, match="Letters takes root, train, download, split, not count"):
+        load(Letters, split="letters", count=3)
+    with pytest.raises(ValueError, match=r"anything\(count=3\): nothing here"):
+        load(anything, count=3)
+
+
+def anything(**given):
+    raise OSError("nothing here")
+
+
+def test_what_cannot_be_done_without_is_given():
+    def sized(image_size, channels, colours=3):
+        assert (image_size, channels, colours) == (8, 1, 3)
+        return Items(*GREY)
+
+    assert len(load(sized).train) == 32
+
+
+def test_what_draws_at_random_draws_the_same_each_time():
+    def cut():
+        order = [*torch.randperm(40).tolist(), *np.random.permutation(40), *random.sample(range(40), 40)]
+        return Items(*(GREY[k] for k in order))
+
+    torch.manual_seed(3)
+    expected = torch.rand(2), random.random(), np.random.rand()
+    torch.manual_seed(3)
+    states = random.getstate(), np.random.get_state()
+    first, again = load(cut), load(cut)
+    assert torch.equal(first.train.pixels, again.train.pixels) and torch.equal(torch.rand(2), expected[0])
+    assert random.getstate() == states[0] and all(map(np.array_equal, np.random.get_state(), states[1]))
+
+
+def test_names_of_classes_are_found_where_they_are():
+    class Feature:
+        names = ("a", "b")
+
+    class Table(Items):
+        features: ClassVar = {"image": None, "label": Feature()}
+
+    items = [(image, k % 2) for k, image in enumerate(GREY)]
+    for dataset in (
+        Table(*items),
+        Subset(Table(*items), range(40)),
+        Subset(Subset(Table(*items), range(40)), range(40)),
+    ):
+        splits = load(lambda dataset=dataset: dataset)
+        assert splits.label_names == ("a", "b") and splits.train.labels.tolist() == [k % 2 for k in order(40)[8:]]
+
+
+def test_some_images_alone_may_be_nearly_black_or_never_recorded():
+    images = np.zeros((600, 2, 2))
+    images[:256], images[256:512] = 0.5, np.nan
+    found = ImageSet.of(Items(*images))
+    assert found.recorded[:256].all() and not found.recorded[256:512].any() and found.recorded[512:].all()
+    images[256:512] = 1 / 255
+    assert ImageSet.of(Items(*(images * 255).astype(np.uint8))).pixels[300].eq(1).all()
+    with pytest.raises(ValueError, match="Items has no byte but 0 and 1"):
+        ImageSet.of(Items(*np.ones((3, 2, 2), np.uint8), np.zeros((2, 4), np.uint8)), image_size=2)
+    with pytest.raises(ValueError, match="Items holds nothing but NaN"):
+        ImageSet.of(Items(*np.full((3, 2, 2), np.nan)))
+
+
 def test_images_of_every_kind_become_the_same_bytes():
     one = COLOUR[0]
     items = [
@@ -112,9 +186,10 @@ def test_images_of_every_kind_become_the_same_bytes():
 def test_pictures_of_all_modes_and_sizes():
     grey, colour = Image.fromarray(GREY[0]), Image.fromarray(COLOUR[0])
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear_too = [Image.new("LA", (8, 8), (0, 0)).convert("La"), clear.convert("RGBa")]
     deep = Image.fromarray(GREY[1].astype(np.int32) * 257)  # 16 bits
-    images = ImageSet.of(Items(grey, colour, clear, deep), channels=3)
-    expected = [rgb(grey), rgb(colour), torch.full((3, 8, 8), 255), rgb(Image.fromarray(GREY[1]))]
+    images = ImageSet.of(Items(grey, colour, clear, *clear_too, deep), channels=3)
+    expected = [rgb(grey), rgb(colour), *[torch.full((3, 8, 8), 255)] * 3, rgb(Image.fromarray(GREY[1]))]
     assert all(torch.equal(*pair) for pair in zip(images.pixels, expected, strict=True))
 
     with pytest.raises(ValueError, match=r"Items has images of several shapes, such as \(1, 8, 8\) and \(3, 8, 8\)"):
@@ -191,6 +266,8 @@ class Stream(IterableDataset):
         (lambda: Items(*(COLOUR / 128 - 1)), {}, "expected floats in [0, 1], of which NaN was never recorded. (x + 1)"),
         (lambda: Items(*(COLOUR[:, 0, 0])), {}, "has the shape (12, 3): expected images (N, H, W)"),
         (lambda: {"test": Items(*COLOUR)}, {}, "<lambda> gives test: expected train, and test or valid"),
+        (lambda: [Items(*COLOUR)] * 2, {}, "<lambda> gives 2 data sets: expected one, or a mapping of such by parts"),
+        (dict, {}, "expected a class or a function that makes a torch Dataset, got <class 'dict'>: no signature"),
         (Stream, {}, "Stream: expected a data set with a length and items by number"),
         ("torchvision.datasets.MNIST", {}, "target must be a class or a function that makes a torch Dataset, got 'tor"),
     ],
@@ -198,6 +275,11 @@ class Stream(IterableDataset):
 def test_errors_name_what_was_expected_and_what_came(make, own, expected):
     with pytest.raises(ValueError, match=re.escape(expected)):
         load(make, channels=3, **own)
+
+
+def test_one_data_set_is_no_mapping():
+    with pytest.raises(ValueError, match="expected one data set, got a mapping of train, test: give one of these"):
+        ImageSet.of({"train": Items(*COLOUR), "test": Items(*COLOUR)})
 
 
 def test_what_fails_for_another_reason_than_that_there_is_no_such_part_is_told():
