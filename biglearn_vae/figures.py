@@ -334,7 +334,9 @@ def encoding_sensitivity(
         patches = "a patch" if count == 1 else f"up to {count} patches"
         heading = f"{patches} made {name}; differences are in full colour at {limit:.2g} of the range of pixels"
         block = Block.of(columns, heading, [f"KL {kl:.3g} nats" for kl in part.kl.tolist()])
-        block.outlined[:, 2] = vae.pixel_mask(part.patches)[:, 0].cpu().numpy()
+        each = masks.to_pixels(torch.eye(vae.num_tokens, dtype=torch.bool), vae.grid, vae.image_shape[1:])  # (L, H, W)
+        numbers = 1 + each.int().argmax(0)
+        block.outlined[:, 2] = (vae.pixel_mask(part.patches)[:, 0].cpu() * numbers).numpy()
         blocks.append(block)
     return sheet(*text("encoding_sensitivity", x), blocks)
 

@@ -3,6 +3,7 @@
 R rows and Q columns of a block, H x W pixels of each image in it.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,7 +33,7 @@ class Block:
         group: after so many rows there is more space.
 
     Attributes:
-        outlined: boolean (R, Q, H, W), areas that get an outline.
+        outlined: (R, Q, H, W), areas that get an outline each, by their numbers from 1 on; 0 elsewhere.
     """
 
     cells: np.ndarray
@@ -43,7 +44,7 @@ class Block:
     outlined: np.ndarray = field(init=False)
 
     def __post_init__(self):
-        self.outlined = np.zeros(self.cells.shape[:-1], dtype=bool)
+        self.outlined = np.zeros(self.cells.shape[:-1], dtype=int)
 
     @classmethod
     def of(cls, columns: Columns, heading: str = "", rows: Sequence[str] = (), group: int = 0):
@@ -157,10 +158,11 @@ def _enlarged(block: Block, cell: int) -> np.ndarray:
     scale = max(1, round(cell / max(block.cells.shape[2:4])))
     pixels = (block.cells * 255).round().astype(np.uint8).repeat(scale, axis=2).repeat(scale, axis=3)
     area = block.outlined.repeat(scale, axis=2).repeat(scale, axis=3)
-    inner = np.pad(area, ((0, 0), (0, 0), (2, 2), (2, 2)))
-    for axis in (2, 3):  # what is 2 pixels away from the end of the area on all sides
-        inner = np.minimum(inner, np.minimum(np.roll(inner, 2, axis), np.roll(inner, -2, axis)))
-    pixels[area & ~inner[:, :, 2:-2, 2:-2]] = np.round(255 * np.array(OUTLINE))
+    wide = np.pad(area, ((0, 0), (0, 0), (2, 2), (2, 2)))
+    inner = np.ones_like(area, dtype=bool)
+    for axis, shift in itertools.product((2, 3), (2, -2)):  # what is 2 pixels away from the end of its area
+        inner &= (np.roll(wide, shift, axis) == wide)[:, :, 2:-2, 2:-2]
+    pixels[(area > 0) & ~inner] = np.round(255 * np.array(OUTLINE))
     return pixels
 
 

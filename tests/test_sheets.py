@@ -59,6 +59,13 @@ def test_words_are_drawn_as_wide_as_they_are_measured():
     assert np.ptp(columns) + 1 == pytest.approx(sheets.text_width("a_b $x^2$ \\alpha ~ p(z | x)", 9), abs=4)
 
 
+def test_areas_beside_each_other_have_an_outline_each():
+    block = sheets.Block(np.full((1, 1, 8, 8, 3), 0.5))
+    block.outlined[0, 0, :4, :4], block.outlined[0, 0, :4, 4:] = 1, 2
+    marked = (sheets._enlarged(block, 64)[0, 0] == np.round(255 * np.array(sheets.OUTLINE))).all(-1)
+    assert marked[16].nonzero()[0].tolist() == [0, 1, 30, 31, 32, 33, 62, 63]
+
+
 def test_an_outline_covers_the_edge_of_an_area_alone():
     block = sheets.Block(np.full((1, 2, 8, 8, 3), 0.5))
     block.outlined[0, 1, 2:4, 2:6] = True
