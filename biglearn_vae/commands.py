@@ -753,9 +753,8 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     """Measure the training step of these settings in stages, or how soon they reach a quality; returns what is kept."""
     from omegaconf import OmegaConf
 
-    plan = timing.Plan(**config.checked(cfg, typing.get_type_hints(timing.Plan)))
-    settings = OmegaConf.to_container(cfg, resolve=True)
     config.checked(cfg, {"device": str})
+    plan = timing.Plan(**config.checked(cfg, typing.get_type_hints(timing.Plan)))
     config.check_seed(cfg.seed)
     if under_torchrun():
         raise ValueError("the benchmark measures a single process: start it without torchrun")
@@ -763,6 +762,7 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     work = _work(cfg, plan, tokens)
     print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)
     print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
+    settings = OmegaConf.to_container(cfg, resolve=True)
     for measured in _courses(cfg, plan, work, tokens) if plan.evaluations else _stages(plan, work):
         everything = measured | {"data": work.note, "settings": settings, "environment": machine}
         if plan.file:
@@ -902,12 +902,12 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
         ValueError: in the end, if scripts failed.
     """
     hints = {"target": str, "workers": int, "budget": float | None, "output_dir": str, "results_dir": str}
-    hints |= {"device": str, "data_root": str | None, "only": str | None}
-    config.checked(cfg, hints)
+    hints |= {"device": str, "data_root": str | None, "only": str | None, "preset": dict}
+    values = config.checked(cfg, hints)
     if under_torchrun():
         raise ValueError("reproduce starts processes of its own: start it without torchrun")
     campaign = experiments.Campaign(
-        preset=_preset(config.checked(cfg, {"preset": dict})["preset"]),
+        preset=_preset(values["preset"]),
         target=cfg.target,
         output=Path(cfg.output_dir).expanduser(),
         results=Path(cfg.results_dir).expanduser(),

@@ -625,9 +625,9 @@ def patches(cfg: "DictConfig") -> Patchify:
 
     hints = {"image_size": int | list[int], "patch_size": int, "channels": int, "name": str, "root": str | None}
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)
-    if "_target_" not in values:  # whose own settings are its matter
-        check_types(hints | {"crop": int | None, "cache": str | None}, values, "data")
-    check_types(hints, {name: values[name] for name in values if name in hints}, "data")
+    if "_target_" in values:  # whose own settings are its matter
+        values = {name: value for name, value in values.items() if name in hints}
+    check_types(hints | {"crop": int | None, "cache": str | None}, values, "data")
     if cfg.data.channels not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {cfg.data.channels}")
     try:
@@ -851,12 +851,11 @@ def data_words(cfg: "DictConfig") -> str:
     from omegaconf import OmegaConf
 
     own, usual = OmegaConf.to_container(cfg.data, resolve=True), compose([f"data={cfg.data.name}"]).data
-    words = [f"data={cfg.data.name}"]
-    root = ["root"] if cfg.data.name in data.OWN else []
+    root, there, words = ["root"] if cfg.data.name in data.OWN else [], set(usual), [f"data={cfg.data.name}"]
     for name in ("_target_", *root, "image_size", "patch_size", "channels", "crop"):
-        if name in own and name in set(usual) and own[name] != usual.get(name):
+        if name in own.keys() & there and own[name] != usual.get(name):
             words.append(shell_word(f"data.{name}", own[name]))
-    words += [shell_word(f"+data.{name}", value) for name, value in own.items() if name not in set(usual)]
+    words += [shell_word(f"+data.{name}", value) for name, value in own.items() if name not in there]
     return " ".join(words)
 
 
@@ -868,8 +867,13 @@ def data_root(root: str) -> Path:
 def data_name(cfg: "DictConfig") -> str:
     """What the data is called in the name of a run."""
     if target := cfg.data.get("_target_"):
-        return str(target).rpartition(".")[2]
+        return target_name(target)
     return own_name(cfg.data.root) if cfg.data.name in data.NAMED_BY_ROOT else cfg.data.name
+
+
+def target_name(target: str) -> str:
+    """What a run is called by what makes its data: the last part of its dotted name."""
+    return target.rpartition(".")[2]
 
 
 def own_name(root: str) -> str:

@@ -367,7 +367,7 @@ def _check_classes(splits: Splits) -> None:
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
-    if name == "torch_dataset":
+    if name == "torch_dataset":  # of which only its target knows what it takes
         return
     taken = inspect.signature(SOURCES[name]).parameters.keys() & {"crop", "cache"}
     for option in options.keys() - taken:

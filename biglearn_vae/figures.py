@@ -321,6 +321,8 @@ def encoding_sensitivity(
     count = max(1, round(share * vae.num_tokens))
     parts = {name: _changed(vae, x, S, value, count) for name, value in (("black", 0.0), ("white", 1.0))}
     _, limit = signed(torch.stack([part.after - part.before for part in parts.values()]))
+    each = masks.to_pixels(torch.eye(vae.num_tokens, dtype=torch.bool), vae.grid, vae.image_shape[1:])  # (L, H, W)
+    numbers = 1 + each.int().argmax(0)  # (H, W), of the patches
     blocks = []
     for name, part in parts.items():
         columns = [
@@ -334,8 +336,6 @@ def encoding_sensitivity(
         patches = "a patch" if count == 1 else f"up to {count} patches"
         heading = f"{patches} made {name}; differences are in full colour at {limit:.2g} of the range of pixels"
         block = Block.of(columns, heading, [f"KL {kl:.3g} nats" for kl in part.kl.tolist()])
-        each = masks.to_pixels(torch.eye(vae.num_tokens, dtype=torch.bool), vae.grid, vae.image_shape[1:])  # (L, H, W)
-        numbers = 1 + each.int().argmax(0)
         block.outlined[:, 2] = (vae.pixel_mask(part.patches)[:, 0].cpu() * numbers).numpy()
         blocks.append(block)
     return sheet(*text("encoding_sensitivity", x), blocks)
@@ -621,8 +621,8 @@ def hide(images: Tensor, observed: Tensor) -> np.ndarray:
     """Images (N, C, H, W) with what is not observed, a mask (N, 1, H, W), in the colour of hidden parts, which in
     images that have colours is striped."""
     missing, striped = images.isnan(), _is_coloured(images)
-    images = torch.where(observed | missing, images.clamp(0, 1), tone(HIDDEN, images, striped))
-    return torch.where(missing, tone(MISSING, images, striped), images).permute(0, 2, 3, 1).cpu().numpy()
+    images = torch.where(observed | missing, images.clamp(0, 1), _tone(HIDDEN, images, striped))
+    return torch.where(missing, _tone(MISSING, images, striped), images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _is_coloured(images: Tensor) -> bool:
@@ -631,7 +631,7 @@ def _is_coloured(images: Tensor) -> bool:
     return bool((high - low > COLOURED).any())
 
 
-def tone(colour: tuple[float, float, float], images: Tensor, striped: bool) -> Tensor:
+def _tone(colour: tuple[float, float, float], images: Tensor, striped: bool) -> Tensor:
     """A colour as an image (1, 3, H, W) of the size of others, plain or with every other diagonal stripe paler."""
     plain = torch.tensor(colour, device=images.device).view(1, 3, 1, 1)
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[-2:])

@@ -193,10 +193,11 @@ def _grid(runs: Runs) -> str:
     split = _evaluation(runs[0])["split"]
     name = "validation" if split == "valid" else split
     text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n"
-    if len({run.get("config", {}).get("train", {}).get("loss.beta") for run in runs}) > 1:
+    betas = {run.get("config", {}).get("train", {}).get("loss.beta") for run in runs}
+    if len(betas) > 1:
         text += "Each JointELBO is with the beta of its run: between other betas reconstruction and KL compare.\n"
-    elif other := {run.get("config", {}).get("train", {}).get("loss.beta") for run in runs} - {BETA, None}:
-        text += f"JointELBO is with a beta of {', '.join(map(str, other))}, where others have {BETA}.\n"
+    elif not betas <= {BETA, None}:
+        text += f"JointELBO is with a beta of {betas.pop()}, where others have {BETA}.\n"
     return f"{text}\n" + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
 
 

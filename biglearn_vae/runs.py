@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,12 +85,11 @@ def refuse_shared_folders(words: Sequence[str], script: str) -> None:
 def _refuse_shared_runs(swept: "dict[str, Override]", name: "list[Override]", data: str | None) -> None:
     """The same of a sweep of trainings over these settings, of which at most one gives the name of the runs."""
     for key, override in swept.items():
-        folders = [config.own_name(str(value)) for value in config.values_of(override)] if key == "data.root" else []
-        named_after = data in NAMED_BY_ROOT and len(set(folders)) == len(folders) > 0
-        if key == "data._target_":
-            names = [str(value).rpartition(".")[2] for value in config.values_of(override)]
-            named_after = len(set(names)) == len(names)
-        if key not in FOLDER and (_is_free(key) or key == "data._target_") and not named_after:
+        shared = _is_free(key)
+        if naming := _naming(key, data):
+            names = [naming(str(value)) for value in config.values_of(override)]
+            shared = not names or len(set(names)) < len(names)
+        if key not in FOLDER and shared:
             raise ValueError(
                 f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
             )
@@ -101,6 +100,13 @@ def _refuse_shared_runs(swept: "dict[str, Override]", name: "list[Override]", da
                 f"{name[0].input_line} would be the folder of several runs of a sweep over {key}: leave name= out, and "
                 f"each is named after its settings, or let it hold '{part}'"
             )
+
+
+def _naming(key: str, data: str | None) -> Callable[[str], str] | None:
+    """What makes the names of runs of these data of the values of a setting, if they are named after them."""
+    if key == "data._target_":
+        return config.target_name
+    return config.own_name if key == "data.root" and data in NAMED_BY_ROOT else None
 
 
 def differences(old: "DictConfig", new: "DictConfig") -> list[str]:

@@ -142,7 +142,7 @@ def read(datasets: Mapping[str, Any], source: str, fit: Fit) -> Content:
         arrays[part], raw[part] = _part(dataset, source if part == "images" else f"{source}, {part}", fit)
     labels, names, note = _labels(raw, source, _classes(next(iter(datasets.values()))))
     found = {part: Arrays(of.pixels, labels.get(part), of.recorded) for part, of in arrays.items()}
-    return Content(found, names, "; ".join([*([note] if note else []), *array_files.doubts(found, source)]))
+    return Content(found, names, "; ".join(filter(None, (note, *array_files.doubts(found, source)))))
 
 
 def _part(dataset: Any, what: str, fit: Fit) -> tuple[Arrays, list[Any]]:
