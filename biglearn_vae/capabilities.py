@@ -6,7 +6,7 @@ B images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimens
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -92,7 +92,7 @@ class BigLearnVAE:
 
     Args:
         net: a network of `models`, unwrapped. It is put into evaluation mode.
-        tokenizer: `Patchify`, or another module with its methods and sizes.
+        tokenizer: `Patchify`, or another module with its methods and sizes; it is put into evaluation mode, too.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
         variance: of the observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); 0 if each call gives one.
         chunk: most images that pass through the network at once, which bounds the memory; on a CPU they are fewer.
@@ -121,7 +121,7 @@ class BigLearnVAE:
                 f"got {tokenizer.grid} of {tokenizer.token_dim}"
             )
         self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
-        self.tokenizer = tokenizer.to(self.device)
+        self.tokenizer = tokenizer.to(self.device).eval()
 
     def save(self, path: str | Path) -> None:
         """Write the model into one file, from which `biglearn_vae.load` makes it again, wherever it is.
@@ -185,12 +185,12 @@ class BigLearnVAE:
 
     @property
     def device(self) -> torch.device:
-        return next(self.net.parameters()).device
+        return _like(self.net).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The network's precision."""
-        return next(self.net.parameters()).dtype
+        return _like(self.net).dtype
 
     @property
     def rows(self) -> int:
@@ -221,6 +221,7 @@ class BigLearnVAE:
         """Patch masks (B, L) or (L,) -> the same of pixels, (B, 1, H, W) or (1, H, W), on the model's device."""
         return masks.to_pixels(S, self.grid, self.image_shape[1:]).unsqueeze(-3).to(self.device)
 
+    @torch.no_grad()
     def observe(self, x: Tensor, S: Tensor | None = None) -> Observed:
         """What is observed of data, S being everything by default, as all other methods take it."""
         tokens, mask, images, single = self._observed(x, S)
@@ -314,6 +315,7 @@ class BigLearnVAE:
         draws = _draws(draws, seed)
         return self._drawn(self.observe(x, S), draws, seed, passes)
 
+    @torch.no_grad()
     def combine(self, *observations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Several observations (x1, S1), (x2, S2), ... as one, (x, S1 u S2 u ...), for every other method.
 
@@ -323,7 +325,7 @@ class BigLearnVAE:
         Returns:
             x: images (B, C, H, W) if all data are images, else tokens (B, L, D); zero where nothing is observed.
             S: (B, L), or of pixels (B, H, W) if all data are images and a mask was such: the patches that it holds are
-                `observe(x, S).mask`.
+                `observe(x, S).mask`. Of single data (L,), or of pixels (1, H, W).
         """
         if not observations:
             raise ValueError("expected at least one pair (x, S), got none")
@@ -346,7 +348,7 @@ class BigLearnVAE:
         else:
             for other in parts[1:]:
                 x, S = torch.where(S.unsqueeze(-1), x, other.tokens), S | other.mask
-        return (x[0], S[0]) if single else (x, S)
+        return (x[0], S if S.ndim == 3 else S[0]) if single else (x, S)
 
     @torch.no_grad()
     def interpolate(self, x_a: Tensor, x_b: Tensor, steps: int = 9, S: Tensor | None = None) -> Tensor:
@@ -507,7 +509,7 @@ class BigLearnVAE:
         return _Importance(torch.cat(errors), torch.cat(ratios), T.sum(-1).double() * self.net.token_dim)
 
     def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """Tokens, S, T and whether there was no batch axis, for `log_prob`."""
+        """Tokens, S, T and whether there was no batch axis, of a question for log p(x_T | x_S)."""
         tokens, images, single = self._tokens(x)
         S = self._mask(given, len(tokens), default=False)
         T = ~S if T is None else self._mask(T, len(tokens), default=True)
@@ -515,7 +517,7 @@ class BigLearnVAE:
             raise ValueError(f"T and given must be disjoint, {int((S & T).sum())} patches are in both")
         if not T.any(-1).all():
             raise ValueError("T must hold at least one patch of each image; a patch counts if all of its pixels do")
-        return self._seen(tokens, images, S | T), S, T, single
+        return self._seen(tokens, images, S | T, "T or given says so", "T"), S, T, single
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> DiagGaussian:
         parts = [self.net(*part) for part in zip(tokens.split(self.rows), mask.split(self.rows), strict=True)]
@@ -586,23 +588,25 @@ class BigLearnVAE:
 
     def _nothing(self) -> Observed:
         """One image of which nothing is observed."""
-        zeros = next(self.net.parameters()).new_zeros
+        zeros = _like(self.net).new_zeros
         tokens, images = zeros(1, self.num_tokens, self.net.token_dim), zeros(1, *self.image_shape)
         mask = self._mask(None, 1, default=False)
         return Observed(tokens, mask, images, self.pixel_mask(mask), True)
 
-    def _seen(self, tokens: Tensor, images: Tensor | None, mask: Tensor) -> Tensor:
+    def _seen(
+        self, tokens: Tensor, images: Tensor | None, mask: Tensor, where: str = "S says observed", name: str = "S"
+    ) -> Tensor:
         """Tokens (B, L, D) with zeros where they are not observed; where they are they must be finite, and the pixels
-        of the images that they are of, if any, within the limit."""
+        of the images that they are of, if any, within the limit. Messages say where, and the mask's name."""
         tokens = masks.seen(tokens, mask)
         bad = ~tokens.isfinite().all(-1)  # (B, L)
         if bad.any():
             raise ValueError(
-                f"expected finite values where S says observed, got NaN or infinity in {int(bad.sum())} "
-                "observed patches: leave them out of S, such as by S = x.isfinite().all(-3), pixels (B, H, W)"
+                f"expected finite values where {where}, got NaN or infinity in {int(bad.sum())} observed "
+                f"patches: leave them out of {name}, such as by {name} = x.isfinite().all(-3), pixels (B, H, W)"
             )
         if images is not None:
-            checks.check_pixels(images.masked_fill(~self.pixel_mask(mask), torch.nan), " where S says observed")
+            checks.check_pixels(images.masked_fill(~self.pixel_mask(mask), torch.nan), f" where {where}")
         return tokens
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None, bool]:
@@ -694,6 +698,7 @@ def best_variance(vae: BigLearnVAE, x: Tensor, passes: int = 1, samples: int = 6
 
 def _state(part: nn.Module) -> dict[str, Any]:
     """A network or a tokenizer as it is written into files; of one's own, "weights" in place of a whole "state"."""
+    part = getattr(part, "_orig_mod", part)  # of torch.compile
     kind = type(part).__name__
     if SAVED.get(kind) is type(part):
         return {"kind": kind, "state": states.of(part)}
@@ -725,7 +730,7 @@ def check_calls(net: nn.Module) -> None:
     images of zeros; these are not asked."""
     if isinstance(net, MaskedViT):
         return
-    like, training = next(net.parameters(), torch.empty(0)), {part: part.training for part in net.modules()}
+    like, training = _like(net), {part: part.training for part in net.modules()}
     x = like.new_zeros(2, net.num_tokens, net.token_dim)
     S = torch.arange(net.num_tokens, device=x.device).remainder(2).bool().expand(2, -1)
     name = type(net).__name__
@@ -746,6 +751,12 @@ def check_calls(net: nn.Module) -> None:
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         shape = (net.num_tokens, net.token_dim)
         raise ValueError(f"{name}: net(x, S, z, T) must give (B, {shape[0]}, {shape[1]}), got {_described(mean)}")
+
+
+def _like(net: nn.Module) -> Tensor:
+    """A tensor of the device and the precision that a network computes with; it may have buffers alone, or nothing."""
+    numbers = (part for part in chain(net.parameters(), net.buffers()) if part.is_floating_point())
+    return next(numbers, torch.empty(0))
 
 
 def _described(given: Any) -> str:

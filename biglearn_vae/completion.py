@@ -62,7 +62,7 @@ class Plan:
             checks.whole_number(name, getattr(self, name), count)
         for count in self.iterations:
             checks.whole_number("each of iterations", count, 1)
-        if self.passes is not None and not checks.whole_numbers(self.passes, 2):
+        if self.passes not in (None, []) and not checks.whole_numbers(self.passes, 2):
             raise ValueError(f"passes must be whole numbers from 2 on, as one is measured anyway, got {self.passes}")
 
     def chains_of(self, vae: BigLearnVAE) -> Sequence[Task]:

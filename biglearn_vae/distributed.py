@@ -4,6 +4,7 @@ A single process is `World()`, and needs of all this its device and its random n
 """
 
 import hashlib
+import operator
 import os
 import warnings
 from collections.abc import Callable
@@ -193,9 +194,17 @@ def _mapped(change: Callable, state, like):
     return change(state, like)
 
 
-def derive_seed(*parts: int | str) -> int:
-    """One well-mixed seed from several numbers and words: unlike their sum, it does not repeat between runs."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
+def derive_seed(*parts: float | str) -> int:
+    """One well-mixed seed from several numbers and words: unlike their sum, it does not repeat between runs.
+
+    Numbers may be of any type, such as NumPy's: they count as those of Python.
+    """
+    plain = tuple(part if isinstance(part, str) else _plain(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=7).digest())
+
+
+def _plain(number: float) -> float:
+    return float(number) if isinstance(number, float) else operator.index(number)
 
 
 @dataclass(frozen=True)

@@ -59,29 +59,27 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
             f"the loss has the {loss.prior} prior, the model the {vae.prior} one, as it was trained: give the loss "
             f'prior="{vae.prior}"'
         )
-    random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
-    loss, found = copy.copy(loss), []
-    if isinstance(loss.masks, MaskSampler):
+    random = StepRandom(torch.Generator(vae.device).manual_seed(checks.seed_or_drawn(seed)))
+    loss = copy.copy(loss)
+    if isinstance(getattr(loss, "masks", None), MaskSampler):
         loss.masks = loss.masks.altered(ratios_per="sample")
-    for tokens in _tokens(vae, images):
-        if not joint:
-            found.append(loss(vae.net, tokens, random=random))
-        elif isinstance(loss, BigLearnELBO) and type(loss).__call__ is BigLearnELBO.__call__:
-            found += _joint_parts(vae, loss, tokens, random)
-        else:
-            S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=vae.device)
-            found.append(loss(vae.net, tokens, S, ~S, random=random))
+    found = [part for tokens in _tokens(vae, images) for part in _elbos(vae, loss, tokens, joint, random)]
     _check_parts(found[0])
     names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if is_gaussian(loss) else []))
     return {name: _mean(found, name) for name in names}
 
 
-def _joint_parts(vae: BigLearnVAE, loss: BigLearnELBO, tokens: Tensor, random: StepRandom) -> Iterator[ELBO]:
+def _elbos(vae: BigLearnVAE, loss: BigLearnELBO, tokens: Tensor, joint: bool, random: StepRandom) -> Iterator[ELBO]:
     """As many images at a time as pass through the network at once, with what is drawn for all of them."""
+    S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    task = (S, ~S) if joint else ()
+    if not isinstance(loss, BigLearnELBO) or type(loss).__call__ is not BigLearnELBO.__call__:
+        yield loss(vae.net, tokens, *task, random=random)  # which draws as it likes
+        return
+    task = task or loss.draw(tokens, random)
     noise = random.normal((len(tokens), vae.z_dim), tokens.dtype)
-    for x, own in zip(tokens.split(vae.rows), noise.split(vae.rows), strict=True):
-        S = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        yield loss(vae.net, x, S, ~S, own)
+    for own in zip(*(part.split(vae.rows) for part in (tokens, *task, noise)), strict=True):
+        yield loss(vae.net, *own)
 
 
 def _check_parts(parts: Any) -> None:
@@ -133,6 +131,7 @@ def nearest_psnr(
         train: M training images.
         vae: for the size of its images and the grid of its patches alone.
     """
+    neighbours = checks.whole_number("neighbours", neighbours, 1)
     patches = _patches_of(vae, vae.image_shape[0])
     known = _Patches(train, patches, vae.device)
     # Twice the same parts, since the masks come before the neighbours: a part of the images is cheap to read.
@@ -220,31 +219,35 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
     numbers. Training images are read once, a part at a time, and once more if some were not recorded in full.
     """
     neighbours = checks.whole_number("neighbours", neighbours, 1)
-    length, dim = x[:1].shape[1:]
+    like = x[:1]
+    length, dim = like.shape[1:]
     many = rows_of(length * dim, chunks=8)  # training images
     few = min(many, rows_of(max(length, S.shape[1]) * min(many, len(train))))  # others: L or R x few x many distances
     empty = torch.empty(*S.shape[:2], 0, device=S.device)
     found = [(part, part.long()) for part in empty.split(few)]
     total, count, moments = *torch.zeros(2, length, dim, dtype=torch.float64, device=S.device), None
+    centre = None
     for start in range(0, len(train), many):
         y, has = train[start : start + many], None
+        if centre is None:  # about which distances are computed: squares of less round less
+            centre = y.nanmean(0).nan_to_num(0).to(like.dtype)
         column = y.sum(0)  # a NaN anywhere shows here
         if column.isnan().any():
-            moments = moments or _moments(train, many)
+            moments = moments or _moments(train, many, centre)
             has = ~y.isnan()
-            y = y.nan_to_num(0)
-            column = y.sum(0)
+            column = y.nansum(0)
         total, count = total + column.double(), count + (len(y) if has is None else has.sum(0))
+        y = y - centre if has is None else (y - centre).nan_to_num(0)
         for k, seen in enumerate(S.split(few)):
-            distance = _distances(x[k * few : (k + 1) * few], seen, y, has, moments)
+            distance = _distances(x[k * few : (k + 1) * few] - centre, seen, y, has, moments)
             found[k] = _best(*found[k], distance, start, neighbours)
     everyone = torch.where(count > 0, total / count, total.sum() / count.sum())
     return torch.cat([positions for _, positions in found]), everyone.to(y.dtype)
 
 
-def _moments(train: _Tokens, rows: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (L, D) of what was recorded of each number, 0 of one of which nothing was."""
-    parts = (train[start : start + rows].double() for start in range(0, len(train), rows))
+def _moments(train: _Tokens, rows: int, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (L, D) of what was recorded of each number less `centre`, 0 of one of which nothing was."""
+    parts = (train[start : start + rows].double() - centre for start in range(0, len(train), rows))
     count, total, squares = sum(torch.stack([(~y.isnan()).sum(0), y.nansum(0), y.square().nansum(0)]) for y in parts)
     mean = total / count.clamp(min=1)
     return mean, (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
@@ -304,12 +307,18 @@ def hidden_masks(count: int, grid: tuple[int, int], tasks: Sequence[Task], seed:
 def check_tasks(tasks: Sequence[Task]) -> None:
     """Raise a ValueError unless these are shares of patches in [0, 1) or names of `SHAPES`, at least one."""
     several = isinstance(tasks, list | tuple)
-    known = (task in SHAPES if isinstance(task, str) else 0 <= task < 1 for task in (tasks if several else ()))
-    if not several or not tasks or not all(known):
+    if not several or not tasks or not all(map(_is_task, tasks)):
         raise ValueError(
             f"expected shares in [0, 1), as something must be hidden, or some of {', '.join(SHAPES)}, in a list of at "
             f"least one, got {tasks}"
         )
+
+
+def _is_task(task: Any) -> bool:
+    try:
+        return task in SHAPES if isinstance(task, str) else bool(0 <= task < 1)
+    except (TypeError, ValueError, RuntimeError):  # None, arrays, tensors of several numbers
+        return False
 
 
 def tasks_in_parts(
@@ -327,7 +336,12 @@ def tasks_in_parts(
 
 
 def psnr(completed: Tensor, images: Tensor, hidden: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all hidden pixels, a mask (N, 1, H, W), for a peak of 1."""
+    """Peak signal-to-noise ratio in dB over all hidden pixels, a mask (N, 1, H, W), or (1, H, W) for all, for a peak of
+    1.
+
+    Raises:
+        ValueError: on completions of another shape than the images, and on another mask.
+    """
     return _decibels([_squared_error(completed, images, hidden)])
 
 
@@ -335,13 +349,22 @@ _Error = tuple[float, int]  # the sum of squared errors, and of how many numbers
 
 
 def _squared_error(completed: Tensor, images: Tensor, hidden: Tensor) -> _Error:
-    if completed.shape != images.shape or hidden.shape[-2:] != images.shape[-2:]:
-        raise ValueError(
-            f"expected completions of the size of the images, {tuple(images.shape)}, and a mask of pixels of them, as "
-            f"vae.pixel_mask(~S) makes it, got {checks.described(completed)} and {checks.described(hidden)}"
-        )
+    if completed.shape != images.shape:
+        raise ValueError(f"expected completions of images {tuple(images.shape)}, got {tuple(completed.shape)}")
+    hidden = _of_pixels(hidden, images)
     error = (checks.in_floats(completed) - checks.in_floats(images))[hidden.expand_as(images)].double().square()
     return error.sum().item(), error.numel()
+
+
+def _of_pixels(hidden: Tensor, images: Tensor) -> Tensor:
+    """A mask of pixels of these images, one for each (N, 1, H, W) or one for all, as (N, 1, H, W)."""
+    count, size = len(images), images.shape[2:]
+    if not checks.is_mask(hidden) or hidden.shape not in [(*of, *size) for of in ((count, 1), (1, 1), (1,), ())]:
+        raise ValueError(
+            f"hidden must be a boolean mask of pixels {(count, 1, *size)}, or one for all {(1, *size)}, as "
+            f"vae.pixel_mask(~S) makes them, got {checks.described(hidden)}"
+        )
+    return hidden.expand(count, 1, *size)
 
 
 def _decibels(parts: Sequence[_Error]) -> float:
@@ -364,10 +387,10 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
     total, count = 0.0, 0
     for k, tokens in enumerate(_tokens(vae, images)):
         recorded = masks.recorded(tokens)
-        q = vae.net(masks.seen(tokens, recorded), recorded)
-        z = q.sample(seed=derive_seed("variance", seed, k))
-        error = (vae.net(torch.zeros_like(tokens), torch.zeros_like(recorded), z, recorded) - tokens)[recorded]
-        total, count = total + error.double().square().sum().item(), count + error.numel()
+        tokens = masks.seen(tokens, recorded)
+        z = vae._encode(tokens, recorded).sample(seed=derive_seed("variance", seed, k))
+        total += vae._squared_error(z.unsqueeze(0), tokens, torch.zeros_like(recorded), recorded).sum().item()
+        count += int(recorded.sum()) * vae.net.token_dim
     if not count:
         raise ValueError("expected images of which something was recorded, all numbers are NaN")
     return total / count
@@ -493,7 +516,7 @@ def consistency(
 
 def _disjoint_pairs(count: int, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """Masks A and B (N, L), neither empty: |A| uniform in 1 .. L - 1, |B| uniform in 1 .. L - |A|."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.seed_or_drawn(seed))
     rank = torch.rand(count, num_tokens, generator=generator).argsort(-1)
     uniform = torch.rand(count, 2, 1, generator=generator)
     a = 1 + (uniform[:, 0] * (num_tokens - 1)).floor()
@@ -623,8 +646,9 @@ def completion_scores(draws: Tensor, images: Tensor, hidden: Tensor) -> dict[str
         raise ValueError(
             f"expected at least 2 draws (K, N, C, H, W) of images {tuple(images.shape)}, got {tuple(draws.shape)}"
         )
-    if hidden.shape != (len(images), 1, *images.shape[2:]) or not hidden.any():
-        raise ValueError(f"hidden must be pixels (N, 1, H, W), at least one, got {tuple(hidden.shape)}")
+    hidden = _of_pixels(hidden, images)
+    if not hidden.any():
+        raise ValueError("expected at least one hidden pixel, got none")
     draws, images = checks.in_floats(draws), checks.in_floats(images)
     rows, totals = max(1, 2**24 // draws[:, 0].numel()), torch.zeros(3, dtype=torch.float64)
     for part in zip(draws.split(rows, 1), images.split(rows), hidden.split(rows), strict=True):
@@ -654,6 +678,10 @@ class LogProb:
     nats: Tensor
     error: Tensor
 
+    def __getitem__(self, index: Any) -> "LogProb":
+        """Those of some images, as of tensors."""
+        return LogProb(self.nats[index], self.error[index])
+
 
 @dataclass(frozen=True, eq=False)
 class JointConditional:
@@ -675,7 +703,7 @@ class JointConditional:
 
 def annealed_log_prob(
     vae: BigLearnVAE,
-    images: Tensor,
+    x: Tensor,
     T: Tensor | None = None,
     given: Tensor | None = None,
     samples: int = 16,
@@ -691,26 +719,27 @@ def annealed_log_prob(
     stay nats below it.
 
     Args:
-        images: (N, C, H, W) in [0, 1]; what is in neither T nor S may be anything.
-        T, given: see `BigLearnVAE.log_prob`.
+        x, T, given: see `BigLearnVAE.log_prob`.
         samples: K, chains of each image.
         variance: of the observations, by default that of `vae`.
         steps: of the annealing, each 3.75 decodings with gradients for every sample, and more for each of fewer than 16
             (none with steps=1).
 
+    Returns:
+        Of a batch numbers (N,), of a single image (). The lengths of annealing's steps are found for several images
+        together, so a number hangs a little on which others come with it.
+
     Raises:
         ValueError: if the variance is not positive, or T and given are not such masks.
     """
-    S = _mask(vae, images, torch.zeros(vae.num_tokens, dtype=torch.bool) if given is None else given)
-    T = ~S if T is None else _mask(vae, images, T)
-    if (S & T).any() or not T.any(-1).all():
-        raise ValueError("T and given must be disjoint, and T hold at least one patch of each image")
-    return _annealed(vae, images, S, T, False, samples, variance, derive_seed("annealed", seed), steps)
+    tokens, S, T, single = vae._tasks(x, T, given)
+    found = _annealed(vae, tokens, S, T, False, samples, variance, derive_seed("annealed", seed), steps)
+    return found[0] if single else found
 
 
 def conditional_log_prob_joint(
     vae: BigLearnVAE,
-    images: Tensor,
+    x: Tensor,
     S: Tensor,
     samples: int = 16,
     variance: float | None = None,
@@ -732,7 +761,7 @@ def conditional_log_prob_joint(
     a run with twice the steps.
 
     Args:
-        images: (N, C, H, W) in [0, 1], whole.
+        x: images or tokens, a batch or one, whole.
         S: what is observed, a mask as for every method of `vae`.
         samples, variance, seed, steps: see `annealed_log_prob`, which this takes twice.
         joint: log p(x) of these images, if it is known: `annealed_log_prob(vae, images)`, or `joint` of the result for
@@ -742,31 +771,24 @@ def conditional_log_prob_joint(
         ValueError: if the variance is not positive, an image is not whole or nothing of it is hidden, or `joint` is of
             another number of images.
     """
-    S = _mask(vae, images, S)
-    nothing, everything = torch.zeros_like(S), _mask(vae, images, torch.ones_like(S))
+    tokens, nothing, everything, single = vae._tasks(x, None, None)
+    S = vae._mask(S, len(tokens), default=True)
     if S.all(-1).any():
         raise ValueError("expected at least one hidden patch in each image, S holds all")
-    if joint is not None and len(joint.nats) != len(images):
-        raise ValueError(f"joint must be of these {len(images)} images, got {len(joint.nats)} numbers")
+    if joint is not None and joint.nats.numel() != len(tokens):
+        raise ValueError(f"joint must be of these {len(tokens)} images, got {joint.nats.numel()} numbers")
+    options = (samples, variance)
     if joint is None:
-        joint = _annealed(vae, images, nothing, everything, False, samples, variance, derive_seed("joint", seed), steps)
-    return JointConditional(
-        joint, _annealed(vae, images, nothing, S, True, samples, variance, derive_seed("marginal", seed), steps)
-    )
-
-
-def _mask(vae: BigLearnVAE, images: Tensor, S: Tensor) -> Tensor:
-    """A mask of images (N, C, H, W) as (N, L) on the model's device; they must be finite there."""
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        given = tuple(images.shape) if isinstance(images, Tensor) else checks.described(images)
-        raise ValueError(f"expected a batch of images (N, C, H, W), got {given}")
-    return vae.observe(images, S).mask
+        joint = _annealed(vae, tokens, nothing, everything, False, *options, derive_seed("joint", seed), steps)
+        joint = joint[0] if single else joint
+    marginal = _annealed(vae, tokens, nothing, S, True, *options, derive_seed("marginal", seed), steps)
+    return JointConditional(joint, marginal[0] if single else marginal)
 
 
 @torch.no_grad()
 def _annealed(
     vae: BigLearnVAE,
-    images: Tensor,
+    tokens: Tensor,
     S: Tensor,
     T: Tensor,
     from_prior: bool,
@@ -780,12 +802,11 @@ def _annealed(
         raise ValueError("annealing follows gradients: take torch.no_grad() in place of torch.inference_mode()")
     variance, samples = checked_variance(vae, variance), checks.whole_number("samples", samples, 1)
     rows, estimates = max(1, vae.chunk // max(annealing.PILOT, samples)), []
-    for k, (x, s, t) in enumerate(zip(images.split(rows), S.split(rows), T.split(rows), strict=True)):
-        x = vae.combine((x, s | t))[0]  # where all else is zero
-        prior, posterior = vae.encode(x, s), vae.encode(x, s | t)
+    for k, (x, s, t) in enumerate(zip(*(part.split(rows) for part in (tokens, S, T)), strict=True)):
+        prior, posterior = (vae._encode(masks.seen(x, seen), seen) for seen in (s, s | t))
         # A marginal of a joint model is that of the means it gives to whole images: with hidden="drop", others differ.
         asked = torch.ones_like(t) if from_prior else t
-        target = _log_joint(vae, vae.tokenizer.encode(x), s, t, asked, prior, variance)
+        target = _log_joint(vae, x, s, t, asked, prior, variance)
         base, power = (prior, 4) if from_prior else (posterior, 1)
         weights = []
         for begin in range(0, samples, vae.chunk):  # where those of one image are more than may pass at once

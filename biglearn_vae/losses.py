@@ -171,6 +171,10 @@ class BigLearnELBO:
         reconstruction, kl = (self._compiled or self.terms)(net, x, S, T, noise)
         return ELBO(reconstruction, kl, self.weight(step), T.sum(-1), x.shape[-1])
 
+    def draw(self, x: Tensor | tuple[Tensor, Tensor], random: StepRandom) -> tuple[Tensor, Tensor]:
+        """S and T (B, L) of q(S, T), of what was recorded of x, as a call without them draws them before the noise."""
+        return _task(self.masks, x, None, None, random, None)[1:]
+
     def terms(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction and KL (B,) of an `ELBO`, as functions of tensors alone; see `__call__` for these.
 
@@ -288,8 +292,9 @@ def settings_of(part: Any) -> dict[str, Any]:
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, T: Tensor) -> Tensor:
-    """log N(x_T; mean, I) without its constant, (B,)."""
-    return -0.5 * (x - mean).masked_fill(~T.unsqueeze(-1), 0).square().sum((-2, -1))
+    """log N(x_T; mean, I) without its constant, (B,), in float32 at least: a sum of thousands has more digits."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return -0.5 * (x.to(dtype) - mean.to(dtype)).masked_fill(~T.unsqueeze(-1), 0).square().sum((-2, -1))
 
 
 def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -447,4 +452,4 @@ def _asked(net: nn.Module, x: Tensor, S: Tensor, *more: Tensor) -> Any:
 
 def _unwrapped(net: nn.Module) -> nn.Module:
     """The network inside DistributedDataParallel, or itself."""
-    return getattr(net, "module", net)
+    return net if hasattr(net, "z_dim") else getattr(net, "module", net)

@@ -78,9 +78,9 @@ class MaskSampler:
         """The random numbers behind (S, T), in [0, 1]: S-ratios (B, 1), T-ratios (B, 1) and an order (B, L)."""
         rows = batch_size if self.ratios_per == "sample" else 1
         s_ratio, t_ratio = (_beta(parameters, rows, generator) for parameters in (self.s_ratio, self.t_ratio))
-        joint = torch.rand(rows, generator=generator, device=generator.device) < self.joint
+        joint = _uniform(rows, generator) < self.joint
         ratios = (s_ratio.masked_fill(joint, 0), t_ratio.masked_fill(joint, 1))
-        order = torch.rand(batch_size, num_tokens, generator=generator, device=generator.device)
+        order = _uniform((batch_size, num_tokens), generator)
         return *(ratio.unsqueeze(-1).expand(batch_size, 1) for ratio in ratios), order
 
     @staticmethod
@@ -120,7 +120,7 @@ def turns(T: Tensor, passes: int, seed: int | None = None) -> Tensor:
     if not checks.is_mask(T) or T.ndim != 2:
         raise ValueError(f"expected a boolean mask (B, L), got {checks.described(T)}")
     passes = min(checks.whole_number("passes", passes, 1), max(1, T.shape[1]))  # more would be empty in every row
-    order = torch.rand(T.shape, generator=_generator(seed)).to(T.device)
+    order = _uniform(T.shape, _generator(seed)).to(T.device)
     place = rank_among(T, order) * passes // T.sum(-1, keepdim=True).clamp(min=1)
     return place.masked_fill(~T, -1)
 
@@ -161,7 +161,7 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
     device = generator.device
     # Filled there: what is copied from the host could not be part of a CUDA graph.
     concentration = torch.stack([torch.full((count,), p, dtype=torch.float64, device=device) for p in parameters], -1)
-    uniform = torch.rand(count, 2, dtype=torch.float64, device=device, generator=generator)
+    uniform = _uniform((count, 2), generator, torch.float64)
     logs = torch._standard_gamma(concentration + 1, generator=generator).log() + uniform.log() / concentration
     return torch.sigmoid(logs[:, 0] - logs[:, 1])
 
@@ -177,7 +177,7 @@ def random(
     """
     shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
     seen = round(checks.real_number("ratio", ratio, "[0, 1]") * shape[1])
-    place = torch.rand(shape, generator=_generator(seed)).argsort(dim=-1)
+    place = _uniform(shape, _generator(seed)).argsort(dim=-1)
     if recorded is None:
         return place < seen
     check_recorded(recorded, shape)
@@ -185,7 +185,12 @@ def random(
 
 
 def _generator(seed: int | None) -> torch.Generator:
-    return torch.Generator().manual_seed(checks.seed_or_drawn(seed))
+    return torch.Generator("cpu").manual_seed(checks.seed_or_drawn(seed))
+
+
+def _uniform(shape: int | Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers in [0, 1) on the generator's device, whatever torch's default device and precision are."""
+    return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
 
 
 def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:

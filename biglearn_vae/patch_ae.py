@@ -63,7 +63,7 @@ class PatchAE(nn.Module):
             raise ValueError(f"width must be an even number from 2 on, got {width}")
         self.sizes = self.patches.sizes | {"width": width}
         self.image_shape, self.grid = self.patches.image_shape, self.patches.grid
-        self.patch_size, self.num_tokens = patch_size, self.patches.num_tokens
+        self.patch_size, self.num_tokens = self.patches.patch_size, self.patches.num_tokens
         halvings = next(n for n in (3, 2, 1) if patch_size % 2**n == 0)
         self.map_shape = (width, patch_size // 2**halvings, patch_size // 2**halvings)  # of a code, before it is flat
         self.token_dim = width * self.map_shape[1] ** 2

@@ -55,7 +55,8 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
     found = []
     for x, S in _observed(vae, images, ratio, seed):
         tokens = masks.seen(_tokens(vae, x).to(vae.dtype), S)
-        found.append(vae._encode(tokens, S).mean.cpu())  # to `encode` the tokens of one image may look like an image
+        mean = vae._encode(tokens, S).mean  # to `encode` the tokens of one image may look like an image
+        found.append(mean.to(torch.promote_types(mean.dtype, torch.float32)).cpu())  # NumPy has no bfloat16
     return torch.cat(found)
 
 
@@ -93,6 +94,7 @@ def _tokens(vae: BigLearnVAE, x: Tensor) -> Tensor:
     return x if x.ndim == 3 else vae.tokenizer.encode(x)
 
 
+@torch.no_grad()
 def tokens_of(vae: BigLearnVAE, images: Tensor | ImageSet, most: int = MOST_KEPT) -> Tensor | ImageSet:
     """The tokens (N, L, D) of images on the CPU, made once for all masks; the images if they are over `most` floats.
 

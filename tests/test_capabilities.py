@@ -545,7 +545,7 @@ def test_single_pixels_of_combined_observations_stay(vae):
     kept = both.unsqueeze(1)
     assert vae.inpaint(x, both, seed=3).where(kept, 0).equal(expected.where(kept, 0))
     alone, mask = vae.combine((one[0], pixels[0]))
-    assert mask.equal(pixels[0]) and vae.inpaint(alone, mask, seed=1).equal(vae.inpaint(one[0], pixels[0], seed=1))
+    assert mask.equal(pixels[:1]) and vae.inpaint(alone, mask, seed=1).equal(vae.inpaint(one[0], pixels[0], seed=1))
     assert vae.combine((one, S), (two, S))[1].equal(S)  # masks of patches stay such
     halves = torch.zeros(B, *vae.image_shape[1:], dtype=torch.bool)
     halves[..., ::2] = True
@@ -569,6 +569,9 @@ def test_patch_masks_that_look_like_pixel_masks():
         vae.encode(x[:5], pixels)
     for count in (5, 16):
         assert same(vae.encode(x[:count], pixels[None]), vae.encode(x[:count], top))
+    # So a combined observation of single images is one that every method takes.
+    whole = vae.combine((x[0], pixels[None]), (x[0], ~pixels[None]))
+    assert same(vae.encode(*whole), vae.encode(x[0]))
 
 
 @every_masked_call
@@ -623,6 +626,54 @@ def test_the_callers_tensors_are_left_alone(vae, call):
     x, S = pictures(vae), some(vae)
     call(vae, x, S)
     assert torch.equal(x, pictures(vae)) and torch.equal(S, some(vae))
+
+
+def test_no_gradients_pass_through(vae):
+    x, S = pictures(vae).requires_grad_(), some(vae)
+    combined, observed = vae.combine((x, S), (x, ~S))[0], vae.observe(x, S)
+    for result in (vae.encode(x, S).mean, vae.inpaint(x, S), combined, observed.tokens):
+        assert not result.requires_grad
+
+
+class Shifting(Patchify):
+    """Does something else in training, as a batch norm does."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images) + self.training
+
+
+def test_a_tokenizer_is_put_into_evaluation_mode():
+    vae = make()
+    other = BigLearnVAE(vae.net, Shifting(8, 2, 1))
+    assert same(other.encode(pictures(vae)), vae.encode(pictures(vae)))
+
+
+class Analytic(nn.Module):
+    """A model that has nothing to learn: buffers alone, or not even these."""
+
+    grid, num_tokens, token_dim, z_dim = (4, 4), 16, 4, 3
+
+    def __init__(self, *buffers: Tensor):
+        super().__init__()
+        for number, buffer in enumerate(buffers):
+            self.register_buffer(f"number{number}", buffer)
+
+    def forward(self, x, S, z=None, T=None):
+        return DiagGaussian(*x.new_zeros(2, len(x), 3)) if z is None else x.new_full(x.shape, 0.5)
+
+
+@pytest.mark.parametrize("buffers", [(), (torch.arange(3), torch.zeros(2, dtype=torch.float64))])
+def test_a_network_needs_no_parameters(buffers):
+    vae = BigLearnVAE(Analytic(*buffers), Patchify(8, 2, 1))
+    assert vae.dtype == (torch.float64 if buffers else torch.float32) and vae.device.type == "cpu"
+    assert vae.sample(2, seed=0).eq(0.5).all() and vae.sample(2).shape == (2, 1, 8, 8)
+
+
+def test_a_compiled_network_is_saved_as_what_it_is(tmp_path):
+    vae = make()
+    compiled = BigLearnVAE(torch.compile(vae.net, backend="eager"), vae.tokenizer)
+    compiled.save(tmp_path / "model.pt")
+    assert same(BigLearnVAE.from_file(tmp_path / "model.pt").encode(pictures(vae)), vae.encode(pictures(vae)))
 
 
 # --- seeds and draws ---

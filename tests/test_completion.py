@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from linear_gaussian import LinearGaussian
@@ -66,9 +67,11 @@ def test_scores_refuse(vae):
     for wrong in (draws[:1], draws[0], draws[:, :2]):
         with pytest.raises(ValueError, match="at least 2 draws"):
             evaluation.completion_scores(wrong, images, hidden)
-    for wrong in (torch.zeros_like(hidden), hidden[:, 0], hidden[:2]):
-        with pytest.raises(ValueError, match="hidden must be pixels"):
+    for wrong in (hidden.long(), hidden[:, 0], hidden[:2]):
+        with pytest.raises(ValueError, match="hidden must be a boolean mask of pixels"):
             evaluation.completion_scores(draws, images, wrong)
+    with pytest.raises(ValueError, match="at least one hidden pixel"):
+        evaluation.completion_scores(draws, images, torch.zeros_like(hidden))
 
 
 # --- any completion, and the mean training image ---
@@ -192,13 +195,29 @@ def test_annealing_a_network_is_above_its_bound(vae):
     assert (result.nats > bound + 3 * result.error).all()
 
 
+def test_annealed_likelihoods_of_images_tokens_and_single_ones():
+    _, vae, x, S, _ = linear()
+    options = dict(samples=4, steps=5, seed=np.int64(2))
+    tokens = vae.tokenizer.encode(x[:1])
+    for given, shape in ((x[:1], (1,)), (x[0], ()), (tokens, (1,)), (tokens[0], ())):
+        one = evaluation.annealed_log_prob(vae, given, ~S[:1], S[:1], **options)
+        other = evaluation.conditional_log_prob_joint(vae, given, S[:1], **options)
+        again = evaluation.conditional_log_prob_joint(vae, given, S[:1], **options, joint=other.joint)
+        for found in (one, other, again):
+            assert found.nats.shape == found.error.shape == shape
+        assert torch.equal(
+            one.nats, evaluation.annealed_log_prob(vae, x[:1], ~S[:1], S[:1], **options).nats.view(shape)
+        )
+        assert torch.equal(other.nats, again.nats)
+
+
 def test_annealed_likelihoods_refuse():
     _, vae, x, S, _ = linear()
     for T, given in ((S, S), (torch.zeros_like(S), None), (None, torch.ones_like(S))):
-        with pytest.raises(ValueError, match="T and given must be disjoint, and T hold at least one patch"):
+        with pytest.raises(ValueError, match=r"T and given must be disjoint|T must hold at least one patch"):
             evaluation.annealed_log_prob(vae, x, T, given)
-    with pytest.raises(ValueError, match=r"batch of images \(N, C, H, W\), got \(1, 4, 6\)"):
-        evaluation.annealed_log_prob(vae, x[0])
+    with pytest.raises(ValueError, match=r"expected images .* or tokens"):
+        evaluation.annealed_log_prob(vae, x[0, 0])
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         evaluation.annealed_log_prob(vae, x, samples=0)
 

@@ -267,6 +267,17 @@ def test_nearest_completion_in_chunks(monkeypatch):
     torch.testing.assert_close(evaluation.nearest_completion(x, S, train, 3), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("missing", [0, 0.2])
+def test_nearest_images_of_numbers_far_from_zero(missing):
+    """Squares of such numbers are large, and what is left of their difference in float32 would be noise."""
+    x, train, S = tokens(7, 0), tokens(12, 1), masks.random(7, 6, 0.5, seed=2)
+    train[~masks.random(12, 6, 1 - missing, seed=3)] = math.nan
+    x, train = (torch.round(part, decimals=2) for part in (x, train))
+    expected = evaluation.nearest_completion(x.double(), S, train.double(), 3)
+    found = evaluation.nearest_completion(x + 1000, S, train + 1000, 3) - 1000
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+
+
 def test_nearest_completion_does_not_look_at_what_is_hidden():
     x, train, S = tokens(7, 0), tokens(12, 1), masks.random(7, 6, 0.5, seed=2)
     changed = torch.where(S.unsqueeze(-1), x, tokens(7, 5) * 100)
@@ -360,6 +371,29 @@ def test_how_many_pass_at_once_does_not_change_the_elbo(joint):
     ]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-12)
+
+
+class Counting(UniversalViT):
+    """Keeps how many images pass at once."""
+
+    most = 0
+
+    def forward(self, x, *more):
+        self.most = max(self.most, len(x))
+        return super().forward(x, *more)
+
+
+@pytest.mark.parametrize("hidden", ["mask", "drop"])
+def test_no_more_images_pass_at_once_than_asked_for(hidden):
+    net = Counting(grid=(2, 3), token_dim=4, dim=8, depth=1, z_dim=5, heads=2, hidden=hidden)
+    vae = BigLearnVAE(net, Patchify((4, 6), 2, 1), chunk=8)
+    x = pictures(vae, 41)
+    x[::3, :, :2, :2] = math.nan
+    evaluation.fit_variance(vae, x)
+    assert net.most == 8
+    for joint in (True, False):
+        evaluation.elbo(vae, x, BigLearnELBO(0.1), joint=joint)
+        assert net.most == (16 if hidden == "mask" else 8)  # both encodings of 8 images are one pass
 
 
 @pytest.fixture(params=["complete", "incomplete"])
@@ -714,9 +748,16 @@ def test_what_no_psnr_is_of_is_refused(vae):
     x = pictures(vae)
     hidden = vae.pixel_mask(torch.ones(vae.num_tokens, dtype=torch.bool))
     assert evaluation.psnr(x, x, hidden) == math.inf
-    for completed, mask in ((x[..., 1:], hidden), (x, torch.ones(vae.num_tokens, dtype=torch.bool))):
-        with pytest.raises(ValueError, match=r"expected completions of the size of the images, .*vae.pixel_mask"):
-            evaluation.psnr(completed, x, mask)
+    with pytest.raises(ValueError, match="expected completions of images"):
+        evaluation.psnr(x[..., 1:], x, hidden)
+    each = hidden.expand(len(x), *hidden.shape[1:])  # (N, H, W) may look like one of channels
+    for mask in (torch.ones(vae.num_tokens, dtype=torch.bool), hidden.long(), hidden.float(), each):
+        with pytest.raises(ValueError, match=r"hidden must be a boolean mask of pixels .*vae\.pixel_mask"):
+            evaluation.psnr(x, x, mask)
+    with pytest.raises(ValueError, match=r"in a list of at least one, got \[None\]"):
+        evaluation.inpainting_psnr(vae, x, [None])
+    with pytest.raises(ValueError, match="neighbours must be at least 1, got -1"):
+        evaluation.nearest_psnr(vae, x, x, [0.5], neighbours=-1)
     with pytest.raises(ValueError, match=r"in a list of at least one, got 0\.5"):
         evaluation.inpainting_psnr(vae, x, 0.5)
     for images in (x.numpy(), x[0, 0]):

@@ -7,7 +7,17 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from biglearn_vae import BigLearnELBO, MaskSampler, Optim, PatchAELoss, StepRandom, Trainer, UniversalViT, World
+from biglearn_vae import (
+    BigLearnELBO,
+    DiagGaussian,
+    MaskSampler,
+    Optim,
+    PatchAELoss,
+    StepRandom,
+    Trainer,
+    UniversalViT,
+    World,
+)
 from biglearn_vae.losses import InpaintingRegression
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)
@@ -52,6 +62,30 @@ def by_hand(net, x, S, T, noise, prior="learned") -> tuple[torch.Tensor, torch.T
 
 def gradients(net, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+def test_a_network_of_bfloat16_has_a_loss_of_more_digits():
+    """Summed in bfloat16, numbers of thousands would come in steps of 16."""
+
+    class Constant(torch.nn.Module):
+        z_dim = 3
+
+        def forward(self, x, S, z=None, T=None):
+            return DiagGaussian(*x.new_zeros(2, len(x), 3)) if z is None else torch.full_like(x, 0.5)
+
+    x = torch.rand(2, 64, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    S, T = torch.zeros(2, 64, dtype=torch.bool), torch.ones(2, 64, dtype=torch.bool)
+    parts = BigLearnELBO(BETA)(Constant(), x, S, T, torch.zeros(2, 3).bfloat16())
+    exact = -0.5 * (x.double() - 0.5).square().sum((1, 2))
+    assert_close(parts.elbo.double(), exact, rtol=1e-6, atol=0)
+    assert_close(parts.elbo_nats.double(), exact - 0.5 * 64 * 48 * math.log(2 * math.pi), rtol=1e-6, atol=0)
+
+
+def test_a_network_may_have_an_attribute_that_wrappers_have(tiny_net):
+    (x, noise), (S, T) = data(), tasks()
+    expected = BigLearnELBO(BETA)(tiny_net, x, S, T, noise).loss
+    tiny_net.module = torch.nn.Identity()
+    assert BigLearnELBO(BETA)(tiny_net, x, S, T, noise).loss == expected
 
 
 @pytest.mark.parametrize("loss", [BigLearnELBO(BETA), BigLearnELBO(BETA, prior="standard"), InpaintingRegression()])

@@ -423,3 +423,19 @@ def test_random_masks_of_what_was_recorded_have_as_many_patches_as_others():
         assert S[1::4].equal(plain[1::4])
     counts = masks.random(20_000, 10, 0.3, 4, (torch.arange(10) < 5).expand(20_000, -1)).double().mean(0)
     torch.testing.assert_close(counts[:5], torch.full((5,), 0.6, dtype=torch.float64), rtol=0, atol=0.02)
+
+
+def test_masks_do_not_hang_on_what_torch_takes_by_default():
+    def drawn():
+        S = masks.random(4, 16, 0.5, seed=0)
+        return S, masks.turns(~S, 3, seed=1), *MaskSampler(joint=0.3)(4, 16, torch.Generator("cpu").manual_seed(2))
+
+    expected = drawn()
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        elsewhere = masks.random(4, 16, 0.5, seed=0)
+    assert all(map(torch.equal, found, expected)) and elsewhere.equal(expected[0])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from biglearn_vae import BigLearnVAE, Optim, Patchify, StepRandom, UniversalViT, World, masks, probe
+from biglearn_vae import BigLearnVAE, Optim, PatchAE, Patchify, StepRandom, UniversalViT, World, masks, probe
 from biglearn_vae.data import ImageSet
 
 RECIPE = Optim(lr=2e-3, muon_lr=0.024, warmup_steps=300, schedule="cosine", clip_norm=1.0)
@@ -150,6 +150,20 @@ def test_features_of_tokens_are_those_of_their_images(vae, monkeypatch):
     assert torch.equal(probe.features(vae, tokens, 0.7, seed=3), probe.features(vae, x, 0.7, seed=3))
     assert probe.tokens_of(vae, x, most=tokens.numel()) is not x
     assert probe.tokens_of(vae, x, most=tokens.numel() - 1) is x
+
+
+def test_tokens_are_kept_without_what_made_them():
+    tokenizer = PatchAE(image_size=8, patch_size=4, channels=1, width=4)
+    vae = BigLearnVAE(network(tokenizer), tokenizer)
+    tokens = probe.tokens_of(vae, torch.rand(2, *vae.image_shape))
+    assert tokenizer.encoder[0].weight.requires_grad and not tokens.requires_grad
+
+
+def test_a_model_of_bfloat16_is_probed(vae):
+    expected = probe.features(vae, pictures(vae), 0.5, seed=3)
+    found = probe.features(vae.to(torch.bfloat16), pictures(vae), 0.5, seed=3)
+    assert found.dtype == torch.float32
+    assert_close(found, expected.float(), rtol=0.1, atol=0.1)
 
 
 class InParts(ImageSet):
