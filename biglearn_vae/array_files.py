@@ -19,6 +19,7 @@ LABELS = ("labels", "y")
 MAGIC = (b"PK", b"\x93NUMPY")  # with which .npz and .npy files begin
 DARK = 32  # of 255: bytes that are all below are numbers of another range, such as 0 to 16
 TOLERANCE = 1e-3  # beyond [0, 1], for floats that were computed
+NEAR = 0.3  # beyond it, as far as filters that sharpen lead
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +162,11 @@ def bytes_of(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
         ValueError: naming them as `what`, if they are none of these.
     """
     shape = array.shape
+    if array.ndim == 4 and shape[1] in (1, 3) and shape[-1] in (1, 3):
+        raise ValueError(
+            f"{what} has the shape {shape}, which may be (N, C, H, W) or (N, H, W, C): give images that are not 1 or 3 "
+            "pixels high or wide, or grey ones as (N, H, W)"
+        )
     if array.ndim == 3 and shape[-1] not in (1, 3):  # else it is one image
         array = array[:, None]
     elif array.ndim == 4 and shape[-1] in (1, 3):
@@ -198,11 +204,9 @@ def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | Non
     known = ~np.isnan(array)
     low, high = array.min(where=known, initial=np.inf), array.max(where=known, initial=-np.inf)
     if low < -TOLERANCE or high > 1 + TOLERANCE:
-        signed = low >= -1 - TOLERANCE and high <= 1 + TOLERANCE
-        how = "(x + 1) / 2 makes them" if signed else "Divide them by the largest value that there may be, such as 255"
         raise ValueError(
             f"{what} has values from {low:g} to {high:g}: expected floats in [0, 1], of which NaN was never recorded. "
-            f"{how}"
+            f"{_remedy(low, high)}"
         )
     recorded = known.all(1)
     # A part at a time: the numbers are several times as large as the bytes.
@@ -211,6 +215,17 @@ def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | Non
         part = torch.from_numpy(np.ascontiguousarray(array[start : start + 1024], dtype=np.float32))
         pixels[start : start + 1024] = (part.nan_to_num(0).clamp_(0, 1) * 255).round_().to(torch.uint8)
     return pixels, None if recorded.all() else torch.from_numpy(recorded)
+
+
+def _remedy(low: float, high: float) -> str:
+    """What makes floats in [0, 1] of those that are from `low` to `high`."""
+    if low >= -NEAR and high <= 1 + NEAR:
+        return "If they are but a little beyond, as after resizing, clip them: np.clip(x, 0, 1)"
+    if low >= -1 - TOLERANCE and high <= 1 + TOLERANCE:
+        return "If they are in [-1, 1], (x + 1) / 2 makes them"
+    if low < 0:
+        return "If their mean was taken off, as by torchvision's Normalize, leave that out"
+    return "Divide them by the largest value that there may be, such as 255"
 
 
 def labels_of(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -235,7 +250,9 @@ def labels_of(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dic
 
 def _classes(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Classes (N,), numbered over all arrays, and their names, unless these are their numbers."""
-    texts = {name: np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a for name, a in arrays.items()}
+    texts = {
+        name: np.char.decode(a, "utf-8", "backslashreplace") if a.dtype.kind == "S" else a for name, a in arrays.items()
+    }
     values, numbers = np.unique(np.concatenate(list(texts.values())), return_inverse=True)
     if values.dtype.kind == "i" and len(values) and values[0] < 0:
         raise ValueError(

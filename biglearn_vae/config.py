@@ -851,8 +851,8 @@ def data_words(cfg: "DictConfig") -> str:
     from omegaconf import OmegaConf
 
     own, usual = OmegaConf.to_container(cfg.data, resolve=True), compose([f"data={cfg.data.name}"]).data
-    root, there, words = ["root"] if cfg.data.name in data.OWN else [], set(usual), [f"data={cfg.data.name}"]
-    for name in ("_target_", *root, "image_size", "patch_size", "channels", "crop"):
+    there, words = set(usual), [f"data={cfg.data.name}"]
+    for name in ("_target_", "root", "image_size", "patch_size", "channels", "crop"):
         if name in own.keys() & there and own[name] != usual.get(name):
             words.append(shell_word(f"data.{name}", own[name]))
     words += [shell_word(f"+data.{name}", value) for name, value in own.items() if name not in there]
@@ -907,7 +907,7 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
     overrides = [override.input_line for override in parsed(overrides) if not _is_of_hydra(override)]
     cfg = compose(overrides, config_name)
-    source = _main_files(config_name)[-1].read_text()
+    source = _main_files(config_name)[-1].read_text("utf-8")
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]
     if groups := _groups(config_name):
         lines += ["", "Groups (GROUP=CHOICE):"]
@@ -950,7 +950,7 @@ def _explanations(config_name: str, chosen: frozenset[tuple[str, str]]) -> dict[
     groups = [path for found in reversed(folders()) for path in sorted(found.glob("*/*.yaml"))]
     groups.sort(key=lambda path: (path.parent.name, path.stem) in chosen)  # the last one counts
     for path in [*groups, *_main_files(config_name)]:
-        text = path.read_text()
+        text = path.read_text("utf-8")
         group = [] if path.parent in folders() or "@package _global_" in text else [path.parent.name]
         parents: list[str] = []
         for line in text.splitlines():
@@ -969,7 +969,7 @@ def _main_files(config_name: str, seen: tuple[str, ...] = ()) -> list[Path]:
     seen, names = (*seen, config_name), []
     for path in paths:
         with suppress(yaml.YAMLError):  # of which who composes it tells
-            content = yaml.safe_load(path.read_text())
+            content = yaml.safe_load(path.read_text("utf-8"))
             listed = content.get("defaults") if isinstance(content, dict) else None
             names += [str(name).lstrip("/") for name in listed or [] if isinstance(name, str)]
     return [path for name in names if name not in seen for path in _main_files(name, seen)] + paths

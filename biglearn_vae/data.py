@@ -532,10 +532,10 @@ def celeba(
             malformed.
     """
     folder = _celeba_folder(root)
-    sizes = image_files.scan(folder / "img_align_celeba")
+    stats = image_files.scan(folder / "img_align_celeba")
     partition = _celeba_partition(folder / "list_eval_partition.txt")
-    ordered = sorted((PARTS.index(part), name) for name, part in partition.items() if name in sizes)
-    files = image_files.Files(folder / "img_align_celeba", {name: sizes[name] for _, name in ordered})
+    ordered = sorted((PARTS.index(part), name) for name, part in partition.items() if name in stats)
+    files = image_files.Files(folder / "img_align_celeba", {name: stats[name] for _, name in ordered})
     decoded = image_files.read(files, image_files.Recipe(image_size, channels, crop), cache, "celeba")
     counts = {part: sum(partition[name] == part for name in decoded.names) for part in PARTS}
     for part in PARTS:
@@ -544,15 +544,15 @@ def celeba(
     labels, names = _celeba_attributes(folder / "list_attr_celeba.txt", decoded.names)
     unlisted = 0 if labels is None else int((labels == -1).all(1).sum())
     of_labels = f"{unlisted:,} images have no attributes" if unlisted else ""
-    note = "; ".join(filter(None, (_celeba_note(partition, sizes), of_labels, decoded.note)))
+    note = "; ".join(filter(None, (_celeba_note(partition, stats), of_labels, decoded.note)))
     return Splits(**_cut(decoded.pixels, labels, counts), note=note, label_names=names)
 
 
 def _cut(pixels: Tensor, labels: Tensor | None, counts: dict[str, int]) -> dict[str, ImageSet]:
-    """Parts of these names and sizes, one after the other, as views."""
-    names, sizes = list(counts), list(counts.values())
-    several = [None] * len(names) if labels is None else labels.split(sizes)
-    return {name: ImageSet(*part) for name, *part in zip(names, pixels.split(sizes), several, strict=True)}
+    """Parts of these names and stats, one after the other, as views."""
+    names, stats = list(counts), list(counts.values())
+    several = [None] * len(names) if labels is None else labels.split(stats)
+    return {name: ImageSet(*part) for name, *part in zip(names, pixels.split(stats), several, strict=True)}
 
 
 def _celeba_folder(root: Path) -> Path:
@@ -627,8 +627,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.strip()
 
 
-def _celeba_note(partition: dict[str, str], sizes: dict[str, int]) -> str:
-    absent, unnamed = len(partition.keys() - sizes.keys()), len(sizes.keys() - partition.keys())
+def _celeba_note(partition: dict[str, str], stats: dict[str, image_files.Stat]) -> str:
+    absent, unnamed = len(partition.keys() - stats.keys()), len(stats.keys() - partition.keys())
     notes = [f"{absent:,} of {len(partition):,} images of the partition are not there"] if absent else []
     notes += [f"{unnamed:,} files that the partition does not name were ignored"] if unnamed else []
     return "; ".join(notes)
@@ -651,7 +651,8 @@ def image_folder(
 
     The square of `crop` pixels in the middle, or all, is cut to the proportions of `image_size` and resized.
     Transparency is laid on white. If every image lies in a subfolder, the first-level subfolders, in the order of their
-    names, are the classes. The split depends on the sorted relative paths alone. If the first-level subfolders are
+    names, are the classes. The split depends on the relative paths alone, and one more image moves hardly any other
+    to another part. If the first-level subfolders are
     `train` and `test` or `valid` (or `val`), they are the split, a tenth of `train` being validation or test images if
     there are none, and those in them the classes; images beside them are not taken. These and files that cannot be read
     are named in a warning, skipped and counted; hidden files and folders (.NAME) are left alone, links are followed.
@@ -663,19 +664,19 @@ def image_folder(
     """
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: point data.root at a folder of images")
-    scanned = image_files.scan(root, deep=True).items()
-    sizes = {name: size for name, size in scanned if image_files.is_image(name) and "/." not in f"/{name}"}
-    names = sorted(sizes, key=lambda name: name.split("/"))
+    stats = {name: stat for name, stat in image_files.scan(root, deep=True).items() if "/." not in f"/{name}"}
+    names = sorted(filter(image_files.is_image, stats), key=lambda name: name.split("/"))
     own = _own_parts(names)
-    note = _doubts(names, own, root)
-    names = [name for name in names if name in own] if own else names
-    order = shuffled(len(names), derive_seed("split", SPLIT_SEED))
-    ordered = sorted((names[i] for i in order), key=lambda name: PARTS[::-1].index(own.get(name, "train")))
-    files = image_files.Files(root, {name: sizes[name] for name in ordered})
+    note = _doubts(names, own, root, foreign=[name for name in stats if image_files.is_foreign(name)])
+    ordered = _by_part([name for name in names if name in own] if own else names, own)
+    files = image_files.Files(root, {name: stats[name] for name in ordered})
     decoded = image_files.read(files, image_files.Recipe(image_size, channels, crop), cache, "image_folder")
     count = len(decoded.pixels)
     if count < 3:
-        raise ValueError(f"{root} holds {count} readable image files, at least 3 are needed. {decoded.note}".rstrip())
+        others = f"; of the other files one is {others[0]}" if (others := sorted(stats.keys() - {*names})) else ""
+        raise ValueError(
+            f"{root} holds {count} readable image files, at least 3 are needed{others}. {decoded.note}".rstrip()
+        )
     test = valid = max(1, count // 10)
     if own:
         found, given = Counter(own[name] for name in decoded.names), set(own.values())
@@ -690,7 +691,14 @@ def image_folder(
     return Splits(**_cut(decoded.pixels, labels, counts), note=note, label_names=classes)
 
 
-def _doubts(names: list[str], own: dict[str, str], root: Path) -> str:
+def _by_part(names: list[str], own: dict[str, str]) -> list[str]:
+    """Names in an order of their own, test images first, then those of validation, if they have their parts; else by
+    that order alone. Where an image comes or goes, the order of the others stays."""
+    ordered = sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(name)).digest())
+    return sorted(ordered, key=lambda name: PARTS[::-1].index(own.get(name, "train")))
+
+
+def _doubts(names: list[str], own: dict[str, str], root: Path, foreign: list[str]) -> str:
     """What speaks against the split or the classes that a folder seems to have, also as a warning; else nothing."""
     inside = [name.partition("/")[2] for name in own] if own else names
     loose = [name for name in inside if "/" not in name]
@@ -707,6 +715,14 @@ def _doubts(names: list[str], own: dict[str, str], root: Path) -> str:
     if 0 < len(loose) < len(inside):
         notes += [
             f"{len(loose)} images of {root} are in no folder of a class, such as {loose[0]}: there are no classes"
+        ]
+    if foreign:
+        notes += [f"{len(foreign)} images of {root} are of kinds that are not read, such as {min(foreign)}"]
+    if not own and len(first) == 1 and not loose and all(name.count("/") > 1 for name in names):
+        (folder,) = first
+        notes += [
+            f"all images of {root} lie in folders in {folder}, which is taken for their one class: for the classes or "
+            f"the split there give data.root={root / folder}"
         ]
     for note in notes:
         checks.warn(note)

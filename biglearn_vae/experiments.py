@@ -375,7 +375,9 @@ class Campaign:
         if code:
             why = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
             why += ", perhaps for want of memory" if code == -9 else ""
-            raise ValueError(f"{script} of {run.name}: {_end_of(log.read_text())} ({why}; {log})")
+            raise ValueError(
+                f"{script} of {run.name}: {_end_of(log.read_text('utf-8', errors='replace'))} ({why}; {log})"
+            )
 
     def _words(self, run: Run, script: str) -> list[str]:
         """The command line of a script for a run, but for the device."""
@@ -444,7 +446,7 @@ def _end_of(said: str) -> str:
 
 def _course(path: Path, points: int = 50) -> Iterator[dict[str, float]]:
     """Step, seconds and loss of some of the reports of a run."""
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if "train/loss" in row]
+    rows = [row for row in map(json.loads, path.read_text("utf-8").splitlines()) if "train/loss" in row]
     for row in reversed(rows[:: -max(1, -(-len(rows) // points))]):  # the last among them
         yield {"step": row["step"], "seconds": round(row["seconds"], 1), "loss": round(row["train/loss"], 4)}
 

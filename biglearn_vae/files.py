@@ -32,7 +32,7 @@ def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """A text file."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """What a file of `write_json` holds; nothing if it is not there, damaged or holds something else."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

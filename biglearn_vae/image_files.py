@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,13 @@ SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".tga"}
     | {".ppm", ".pgm", ".pbm", ".pnm"}
 )
+FOREIGN = frozenset({".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".exr"})  # images, but none that are read
 PIXELS, INDEX, PROGRESS = "pixels.u8", "index.json", "progress.json"
-FORMAT = 1  # of the cache; another number makes older ones unusable
+FORMAT = 2  # of the cache, and of what `decode` makes of a file; another number, and older ones are not used
 CHUNK_BYTES, CHUNK_FILES = 2**24, 1024  # of pixels and of files between two notes of how far a cache is
+
+
+Stat = tuple[int, int]  # of a file: bytes, and when it was changed, in nanoseconds
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,18 @@ class Files:
 
     Attributes:
         root: the folder.
-        sizes: names below it, with "/" between folders, in the order of the images, and their sizes in bytes.
+        stats: names below it, with "/" between folders, in the order of the images, and of each its `Stat`.
     """
 
     root: Path
-    sizes: dict[str, int]
+    stats: dict[str, Stat]
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.stats)
 
     def digest(self) -> str:
-        """A short digest of all names and sizes, in their order."""
-        listed = "\n".join(f"{name}\t{size}" for name, size in self.sizes.items())
+        """A short digest of all names, sizes and times, in their order."""
+        listed = "\n".join(f"{name}\t{size}\t{time}" for name, (size, time) in self.stats.items())
         return hashlib.blake2b(os.fsencode(listed), digest_size=16).hexdigest()
 
 
@@ -111,13 +115,13 @@ class Decoded:
     note: str
 
 
-def scan(root: Path, deep: bool = False) -> dict[str, int]:
-    """The files in a folder, names and sizes in bytes in no order; with `deep` those in subfolders too.
+def scan(root: Path, deep: bool = False) -> dict[str, Stat]:
+    """The files in a folder by name, in no order; with `deep` those in subfolders too.
 
-    Links to files count as files and links to folders as folders, but for one to a folder that it lies in; subfolders
-    that may not be read are skipped.
+    Links to files count as files and links to folders as folders, but for one to a folder that it lies in; links to
+    nothing are files that cannot be read. Subfolders that may not be read are skipped, with a warning.
     """
-    sizes: dict[str, int] = {}
+    stats: dict[str, Stat] = {}
     folders = [("", (os.path.realpath(root),))]  # each with those that it lies in
     while folders:
         prefix, above = folders.pop()
@@ -126,11 +130,12 @@ def scan(root: Path, deep: bool = False) -> dict[str, int]:
         except PermissionError:
             if not prefix:
                 raise
+            checks.warn(f"the folder {root / prefix} may not be read: its files are left out")
             continue
         inside = {entry.name: os.path.realpath(entry.path) for entry in entries if deep and _is_folder(entry)}
         folders += [(f"{prefix}{name}/", (*above, path)) for name, path in inside.items() if path not in above]
-        sizes |= {prefix + entry.name: size for entry in entries if (size := _file_size(entry)) is not None}
-    return sizes
+        stats |= {prefix + entry.name: stat for entry in entries if (stat := _stat(entry)) is not None}
+    return stats
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -140,17 +145,23 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _file_size(entry: os.DirEntry) -> int | None:
-    """In bytes; None for what is no file."""
+def _stat(entry: os.DirEntry) -> Stat | None:
+    """Of a file; None for what is none."""
     try:
-        return entry.stat().st_size if entry.is_file() else None
+        found = entry.stat()
+        return (found.st_size, found.st_mtime_ns) if entry.is_file() else None
     except OSError:  # a link to nothing or to itself
-        return None
+        return (0, 0)
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name ends like that of an image."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def is_foreign(name: str) -> bool:
+    """Whether it ends like that of an image of a kind that is not read."""
+    return os.path.splitext(name)[1].lower() in FOREIGN
 
 
 def read(files: Files, recipe: Recipe, cache: str | Path | None = None, kind: str = "images") -> Decoded:
@@ -162,7 +173,7 @@ def read(files: Files, recipe: Recipe, cache: str | Path | None = None, kind: st
         cache: None decodes into memory. A folder keeps the images of these files and this recipe in a subfolder of
             its own, from which later calls map them without opening a file, read as they are asked for. An
             interrupted call is continued by the next; while one process writes there, others wait for it. Where
-            files came, went, changed their size or are newer than they were, the images are made again, with a warning.
+            files came, went, or changed their size or their time, the images are made again, with a warning.
         kind: of data, for the name of the subfolder.
 
     Raises:
@@ -180,7 +191,7 @@ def read(files: Files, recipe: Recipe, cache: str | Path | None = None, kind: st
         if cache is not None:
             note += f" (so it was when {folder} was made; delete it to have them read again)"
         checks.warn(note)
-    return Decoded(pixels, [name for name in files.sizes if name not in broken], note)
+    return Decoded(pixels, [name for name in files.stats if name not in broken], note)
 
 
 def _note(files: Files, broken: dict[str, str]) -> str:
@@ -217,7 +228,7 @@ def _decoded(files: Files, recipe: Recipe, start: int = 0) -> Iterator[dict[str,
     """A chunk of files at a time from the file `start` on, what `decode` makes of each by its name."""
     from tqdm import tqdm
 
-    names = list(files.sizes)
+    names = list(files.stats)
     few = len(files) - start < 1000
     with (
         ThreadPoolExecutor() as pool,
@@ -256,7 +267,10 @@ def plain(file: "Image.Image") -> "Image.Image":
     """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(file)
+    try:
+        image = ImageOps.exif_transpose(file)
+    except Exception:  # what would say how it is turned is damaged, which the image need not be
+        image = file.copy()
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image, sixteen=file.format == "PPM")  # which Pillow scales so
     if image.mode in ("La", "RGBa"):  # multiplied by it
@@ -300,9 +314,8 @@ class _State:
 
     Attributes:
         settings: the recipe, and of which folder.
-        digest: of the files' names and sizes.
+        digest: of the files' names, sizes and times.
         files: how many they are.
-        newest: when the last of them was changed, in nanoseconds; 0 if that is not known, as of older caches.
         done: how many of them, from the first, are in the cache or broken.
         broken: why files that cannot be read cannot.
     """
@@ -310,17 +323,12 @@ class _State:
     settings: dict[str, Any]
     digest: str
     files: int
-    newest: int = 0
     done: int = 0
     broken: dict[str, str] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
         return self.done - len(self.broken)
-
-    def is_older(self, wanted: "_State") -> bool:
-        """Whether it is of other files, or of what these were before."""
-        return self.digest != wanted.digest or 0 < self.newest < wanted.newest
 
     @classmethod
     def load(cls, path: Path) -> "_State | None":
@@ -330,25 +338,16 @@ class _State:
             ValueError: if the file is damaged.
         """
         try:
-            state = cls(**json.loads(path.read_text()))
+            state = cls(**json.loads(path.read_text("utf-8")))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError):
             raise ValueError("it cannot be read") from None
-        kinds = {"settings": dict, "digest": str, "files": int, "newest": int, "done": int, "broken": dict}
+        kinds = {"settings": dict, "digest": str, "files": int, "done": int, "broken": dict}
         right = all(isinstance(getattr(state, name), kind) for name, kind in kinds.items())
         if not right or not len(state.broken) <= state.done <= state.files:
             raise ValueError("it holds something else")
         return state
-
-
-def _newest(files: Files) -> int:
-    """When the last of them was changed."""
-    changed = [0]
-    for name in files.sizes:
-        with suppress(OSError):  # of one that is gone, decoding tells
-            changed.append(os.stat(f"{files.root}/{name}").st_mtime_ns)
-    return max(changed)
 
 
 def _from_cache(files: Files, recipe: Recipe, cache: Path, kind: str) -> tuple[Tensor, dict[str, str], Path]:
@@ -361,12 +360,12 @@ def _from_cache(files: Files, recipe: Recipe, cache: Path, kind: str) -> tuple[T
     digest = hashlib.blake2b(os.fsencode(repr(settings)), digest_size=5).hexdigest()
     size = recipe.size if isinstance(recipe.size, int) else recipe.words.replace(" ", "")
     folder = cache / f"{kind}-{size}{crop}-{digest}"
-    wanted = _State(settings, files.digest(), len(files), _newest(files))
+    wanted = _State(settings, files.digest(), len(files))
     state = _index(folder, wanted, recipe)
-    if state is None or state.is_older(wanted):
+    if state is None or state.digest != wanted.digest:
         with _written(folder), locked(folder):
             state = _index(folder, wanted, recipe)  # another process may have made it
-            if state is None or state.is_older(wanted):
+            if state is None or state.digest != wanted.digest:
                 state = _build(folder, files, recipe, wanted, state)
     return _mapped(folder / PIXELS, state.images, recipe), state.broken, folder
 
@@ -423,8 +422,7 @@ def _build(folder: Path, files: Files, recipe: Recipe, wanted: _State, outdated:
     """Fill a cache, from where an interrupted process left it; returns what index.json then says."""
     if outdated is not None:
         counts = f"{outdated.files:,} files then, {wanted.files:,} now"
-        other = "other names, sizes or order" if outdated.digest != wanted.digest else "files were changed since"
-        what = counts if outdated.files != wanted.files else other
+        what = counts if outdated.files != wanted.files else "other names, sizes, times or order"
         checks.warn(f"{folder} was made of other images ({what}) and is made again")
     state = _progress(folder, wanted, recipe)
     missing = (len(files) - state.done) * recipe.bytes

@@ -32,7 +32,7 @@ class MetricsFile(Logger):
     """One JSON object a line, `{"step": ..., name: value, ...}`. Lines after `resume_step` are dropped on opening."""
 
     def __init__(self, path: Path, resume_step: int = 0):
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
         # A run that starts at 0 evaluates there again, so it keeps nothing of one that was killed before.
         kept = [line for line in lines if resume_step > 0 and _step_of(line) <= resume_step]
         write_text(path, "".join(line + "\n" for line in kept))

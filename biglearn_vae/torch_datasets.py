@@ -20,6 +20,8 @@ from biglearn_vae.image_files import first_line, plain
 
 IMAGES, LABELS = ("image", "img", "images", "pixels", "x"), ("label", "labels", "y")  # in items that are mappings
 CHUNK = 256  # images that are made bytes at a time
+ASKED = 8  # items by which two data sets are told apart
+_KINDS = {"b": "whole", "i": "whole", "u": "whole", "U": "text", "S": "text"}  # of labels, by those of NumPy
 Fit = Callable[[Tensor, Tensor | None, str], Tensor]  # bytes (n, c, h, w), what of them was recorded, what they are
 
 
@@ -96,6 +98,10 @@ def repeatable(seed: int) -> Iterator[None]:
             np.random.set_state(before[1])
 
 
+# What says that there is no part of a name: the argument is refused, or what it names is not there.
+_NO_PART = (ValueError, KeyError, AssertionError, FileNotFoundError)
+
+
 def _called(make: Callable[..., Any], name: str, **given: Any) -> Any:
     try:
         return make(**given)
@@ -105,7 +111,8 @@ def _called(make: Callable[..., Any], name: str, **given: Any) -> Any:
 
 
 def _by_split(make: Callable[..., Any], name: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The parts that there are; only that there is none of a name may go wrong, which is a ValueError or KeyError."""
+    """The parts that there are, and what is not: of a name there may be none, and what does not tell validation images
+    from others, as by `else`, has none."""
     found: dict[str, Any] = {}
     lacking = []
     for part, words in PART_WORDS.items():
@@ -114,12 +121,34 @@ def _by_split(make: Callable[..., Any], name: str, given: dict[str, Any]) -> tup
                 found[part] = _called(make, name, **given, split=word)
                 break
             except ValueError as error:
-                if part == "train" or not isinstance(error.__cause__, ValueError | KeyError):
+                if part == "train" or not isinstance(error.__cause__, _NO_PART):
                     raise
                 problem = error
         else:
             lacking.append(f"{name} has no {part} part ({first_line(problem)}): training images are taken")
+    for other in ("train", "test"):
+        if {"valid", other} <= found.keys() and _are_alike(found["valid"], found[other]):
+            del found["valid"]
+            lacking.append(f"{name} gives its {other} part for valid, too: training images are taken")
     return found, "; ".join(lacking)
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether two data sets have as many items, and some that were looked at are the same images."""
+    try:
+        count = len(one)
+        if count != len(other):
+            return False
+        for i in {count * k // ASKED for k in range(ASKED)} if count else ():
+            images = []
+            for dataset in (one, other):
+                with repeatable(i):  # what is drawn at random is the same for both
+                    images.append(_array(_image_and_label(dataset[i])[0]))
+            if not np.array_equal(*images, equal_nan=images[0].dtype.kind == "f"):
+                return False
+        return count > 0
+    except Exception:  # whatever one's own raises: reading them tells
+        return False
 
 
 def read(datasets: Mapping[str, Any], source: str, fit: Fit) -> Content:
@@ -140,7 +169,7 @@ def read(datasets: Mapping[str, Any], source: str, fit: Fit) -> Content:
     arrays, raw = {}, {}
     for part, dataset in datasets.items():
         arrays[part], raw[part] = _part(dataset, source if part == "images" else f"{source}, {part}", fit)
-    labels, names, note = _labels(raw, source, _classes(next(iter(datasets.values()))))
+    labels, names, note = _labels(raw, source, {part: _classes(dataset) for part, dataset in datasets.items()})
     found = {part: Arrays(of.pixels, labels.get(part), of.recorded) for part, of in arrays.items()}
     return Content(found, names, "; ".join(filter(None, (note, *array_files.doubts(found, source)))))
 
@@ -239,18 +268,36 @@ def _classes(dataset: Any) -> tuple[str, ...]:
 
 
 def _labels(
-    raw: Mapping[str, list[Any]], source: str, classes: tuple[str, ...]
+    raw: Mapping[str, list[Any]], source: str, classes: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
     """Labels by part, what they are called, and why they were not taken; none of either, if there are none."""
-    given = [label for labels in raw.values() for label in labels]
-    if all(label is None for label in given):
-        return {}, (), ""
+    raw = {part: labels for part, labels in raw.items() if any(label is not None for label in labels)}
+    names = [classes[part] for part in raw]
     try:
-        arrays = {part: np.array([np.asarray(label) for label in labels]) for part, labels in raw.items()}
-        labels, names = array_files.labels_of(arrays, source)
-    except (ValueError, TypeError) as error:  # the first two of NumPy, of labels that are no numbers or of no one shape
+        if len(set(names)) > 1 and all(names):  # each part numbers its own; by their names they are the same
+            raw = {part: [_name(label, own) for label in raw[part]] for part, own in zip(raw, names, strict=True)}
+        arrays = {part: _label_array(labels) for part, labels in raw.items()}
+        labels, found = array_files.labels_of(arrays, source)
+    except (ValueError, TypeError) as error:  # of labels that are no numbers, or of no one shape
         return {}, (), f"labels of {source} were not taken: {first_line(error)}"
-    numbers = np.concatenate(list(arrays.values()))
-    if numbers.ndim == 1 and numbers.dtype.kind in "iu" and numbers.max() < len(classes):
-        return {part: torch.from_numpy(array.astype(np.int64)) for part, array in arrays.items()}, classes, ""
-    return labels, names, ""
+    numbers = np.concatenate(list(arrays.values())) if arrays else np.empty(0)
+    if numbers.ndim == 1 and numbers.dtype.kind in "iu" and numbers.max() < len(names[0]):
+        return {part: torch.from_numpy(array.astype(np.int64)) for part, array in arrays.items()}, names[0], ""
+    return labels, found, ""
+
+
+def _name(label: Any, classes: tuple[str, ...]) -> str:
+    number = int(label)
+    if not 0 <= number < len(classes):
+        raise ValueError(f"expected numbers of {len(classes)} classes, got {number}")
+    return classes[number]
+
+
+def _label_array(labels: Sequence[Any]) -> np.ndarray:
+    """Labels of one kind as an array; NumPy would make text of numbers beside text, and of missing ones in it."""
+    arrays = [np.asarray(label) for label in labels]
+    kinds = {_KINDS.get(array.dtype.kind, array.dtype.kind): label for array, label in zip(arrays, labels, strict=True)}
+    if len(kinds) > 1:
+        raise ValueError(f"expected labels of one kind, got {' and '.join(map(repr, kinds.values()))}")
+    whole = "whole" in kinds and all(array.dtype != np.bool_ for array in arrays)
+    return np.array(arrays, dtype=np.int64 if whole else None)

@@ -105,8 +105,30 @@ def test_what_may_be_meant_otherwise_is_said(tmp_path):
 
 
 def test_names_of_classes_in_bytes_may_be_anything(tmp_path):
-    splits = load(tmp_path, images=GREY, labels=np.array([b"caf\xe9", b"bar"] * 20))
-    assert splits.label_names == ("bar", "caf\N{REPLACEMENT CHARACTER}")
+    splits = load(tmp_path, images=GREY, labels=np.array([b"gr\xfcn", b"gr\xf6n"] * 20))  # no UTF-8, and not the same
+    assert splits.label_names == ("gr\\xf6n", "gr\\xfcn")
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "remedy"),
+    [
+        (1.04, -0.02, r"clip them: np\.clip\(x, 0, 1\)"),
+        (2, -1, r"\(x \+ 1\) / 2 makes them"),
+        (1 / 0.3081, -0.1307 / 0.3081, "as by torchvision's Normalize, leave that out"),
+        (255, 0, "Divide them by the largest value that there may be, such as 255"),
+    ],
+)
+def test_floats_of_another_range_are_told_what_makes_them_right(tmp_path, scale, shift, remedy):
+    images = GREY / 255
+    images[0, 0, :2] = 0, 1
+    with pytest.raises(ValueError, match=remedy):
+        load(tmp_path, images=images * scale + shift)
+
+
+def test_images_that_may_be_either_way_round_are_refused(tmp_path):
+    for shape in ((20, 3, 8, 3), (20, 1, 8, 1)):
+        with pytest.raises(ValueError, match=r"may be \(N, C, H, W\) or \(N, H, W, C\)"):
+            load(tmp_path, images=np.zeros(shape, np.uint8))
 
 
 def test_nan_was_never_recorded(tmp_path):

@@ -1,3 +1,4 @@
+import hashlib
 import math
 import os
 import random
@@ -597,15 +598,51 @@ def test_nothing_readable(tmp_path):
 
 
 def test_the_split_of_what_can_be_read(tmp_path):
-    """All paths are shuffled, those that cannot be read fall out, and the rest is cut."""
+    """All paths are put into an order of their own, those that cannot be read fall out, and the rest is cut."""
     write_greys(tmp_path, 30)
-    order = data.shuffled(30, data.derive_seed("split", data.SPLIT_SEED)).tolist()
+    order = sorted(range(30), key=lambda level: hashlib.blake2b(f"{level:03d}.png".encode()).digest())
     for level in (order[0], order[4], order[29]):
         (tmp_path / f"{level:03d}.png").write_bytes(b"no image")
     left = [level for k, level in enumerate(order) if k not in (0, 4, 29)]
     with pytest.warns(UserWarning, match="3 of 30 "):
         splits = data.load("image_folder", str(tmp_path), image_size=4)
     assert [levels(part) for part in (splits.test, splits.valid, splits.train)] == [left[:2], left[2:4], left[4:]]
+
+
+def test_another_image_leaves_the_others_in_their_parts(tmp_path):
+    write_greys(tmp_path, 100)
+    before = data.load("image_folder", str(tmp_path), image_size=4)
+    write_greys(tmp_path, 9, first=200)
+    after = data.load("image_folder", str(tmp_path), image_size=4)
+    # Ten images are test images then and now; the new ones that come before them push as many into the next part.
+    assert not {*levels(after.test)} & {*levels(before.train)}
+    assert len({*levels(after.test)} & {*levels(before.test)}) >= 10 - 9
+    assert {*levels(before.train)} - {*levels(after.valid)} <= {*levels(after.train)}
+
+
+def test_images_that_are_left_out_are_told(tmp_path):
+    write_greys(tmp_path, 10)
+    (tmp_path / "away.png").symlink_to(tmp_path / "absent.png")
+    for k in range(3):
+        (tmp_path / f"{k}.HEIC").touch()
+    with pytest.warns(UserWarning) as caught:
+        note = data.load("image_folder", str(tmp_path), image_size=4).note
+    assert "3 images of" in note and "of kinds that are not read, such as 0.HEIC" in note
+    assert "1 of 11 image files could not be read" in note and "away.png" in note and len(caught) == 2
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"0 readable image files, .* one is 0\.HEIC"):
+        for path in tmp_path.glob("*.png"):
+            path.unlink()
+        data.load("image_folder", str(tmp_path), image_size=4)
+
+
+def test_a_folder_of_folders_of_classes_is_doubted(tmp_path):
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        write_greys(tmp_path / "unpacked" / folder, 5)
+    with pytest.warns(UserWarning, match=r"lie in folders in unpacked, .* one class.* data\.root=.*unpacked"):
+        assert data.load("image_folder", str(tmp_path), image_size=4).label_names == ("unpacked",)
+    (tmp_path / "plain" / "one").mkdir(parents=True)
+    write_greys(tmp_path / "plain" / "one", 5)
+    assert data.load("image_folder", str(tmp_path / "plain"), image_size=4).note == ""
 
 
 # --- image_folder: classes and splits ---

@@ -83,7 +83,7 @@ def cache(tmp_path) -> Path:
 
 @pytest.mark.parametrize(("size", "crop"), [((40, 60), 30), ((61, 40), 33), ((40, 60), 40)])
 def test_the_crop_is_the_square_in_the_middle(tmp_path, size, crop):
-    (name,) = write_images(tmp_path, 1, size).sizes
+    (name,) = write_images(tmp_path, 1, size).stats
     left, top = (size[0] - crop) // 2, (size[1] - crop) // 2
     with Image.open(tmp_path / name) as image:
         square = image.crop((left, top, left + crop, top + crop))
@@ -95,7 +95,7 @@ def test_the_crop_is_the_square_in_the_middle(tmp_path, size, crop):
 
 @pytest.mark.parametrize("crop", [41, 1000])
 def test_of_an_image_smaller_than_the_crop_the_largest_square_is_taken(tmp_path, crop):
-    (name,) = write_images(tmp_path, 1, (40, 60)).sizes
+    (name,) = write_images(tmp_path, 1, (40, 60)).stats
     decoded = [image_files.decode(tmp_path / name, Recipe(16, 3, side)) for side in (crop, None)]
     assert torch.equal(*decoded)
 
@@ -109,10 +109,15 @@ def test_files_are_found_with_their_sizes(tmp_path):
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     (tmp_path / "folder.png").symlink_to(tmp_path / "a" / "b")
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")  # and so on without end
-    top = {"x.png": 3, "link.png": 7}
-    assert image_files.scan(tmp_path) == top
+    top = {"x.png": 3, "link.png": 7, "nothing.png": 0, "loop.png": 0}  # the last cannot be read, and are told then
+    assert {name: size for name, (size, _) in image_files.scan(tmp_path).items()} == top
     found = {"a/y.txt": 5, "a/b/z.JPG": 7, "folder.png/z.JPG": 7, "folder.png/up/y.txt": 5}
-    assert image_files.scan(tmp_path, deep=True) == top | found
+    deep = image_files.scan(tmp_path, deep=True)
+    assert {name: size for name, (size, _) in deep.items()} == top | found
+    assert deep["link.png"][1] == (tmp_path / "a/b/z.JPG").stat().st_mtime_ns
+    names = [name for name in deep if image_files.is_image(name)]
+    with pytest.warns(UserWarning, match=r"6 of 6 .*nothing\.png .*No such file"):
+        image_files.read(Files(tmp_path, {name: deep[name] for name in sorted(names, reverse=True)}), RECIPE)
     texts = {name for name in image_files.scan(tmp_path, True) if not image_files.is_image(name)}
     assert texts == {"a/y.txt", "folder.png/up/y.txt"}
 
@@ -124,19 +129,19 @@ def test_files_are_found_with_their_sizes(tmp_path):
 def test_cached_and_decoded_images_are_the_same(files, cache, small_chunks, recipe):
     expected = in_memory(files, recipe)
     assert expected.shape == (20, *recipe.shape) and expected.dtype == torch.uint8
-    for row, name in zip(expected, files.sizes, strict=True):
+    for row, name in zip(expected, files.stats, strict=True):
         assert torch.equal(row, image_files.decode(files.root / name, recipe))
     for _ in range(2):
         decoded = image_files.read(files, recipe, cache)
         assert torch.equal(decoded.pixels, expected)
-        assert (decoded.names, decoded.note) == (list(files.sizes), "")
+        assert (decoded.names, decoded.note) == (list(files.stats), "")
     assert bytes_of(the_cache(cache)) == expected.numpy().tobytes()
 
 
 def test_later_reads_open_no_file(files, cache):
     expected = in_memory(files)
     image_files.read(files, RECIPE, cache)
-    for name in files.sizes:
+    for name in files.stats:
         garble(files.root / name)
     assert torch.equal(image_files.read(listed(files.root), RECIPE, cache).pixels, expected)
 
@@ -157,7 +162,7 @@ def test_each_recipe_kind_and_folder_has_a_cache_of_its_own(files, cache, tmp_pa
         ("b", RECIPE, files.root),
         ("a", RECIPE, tmp_path / "copy"),
     ):
-        decoded = image_files.read(Files(source, files.sizes), recipe, cache, kind)
+        decoded = image_files.read(Files(source, files.stats), recipe, cache, kind)
         assert torch.equal(decoded.pixels, in_memory(files, recipe))
     names = sorted(folder.name.rpartition("-")[0] for folder in cache.iterdir())
     assert names == ["a-4", "a-4", "a-4", "a-4-crop4", "a-5", "b-4"]
@@ -168,13 +173,13 @@ def test_another_path_to_the_same_folder_is_the_same_cache(files, cache, tmp_pat
     (tmp_path / "link").symlink_to(files.root)
     monkeypatch.chdir(tmp_path)
     for root in (tmp_path / "link", Path("images")):
-        image_files.read(Files(root, files.sizes), RECIPE, cache)
+        image_files.read(Files(root, files.stats), RECIPE, cache)
     assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", [None, "cache"])
 def test_files_that_cannot_be_read_are_remembered(files, tmp_path, small_chunks, name):
-    names = list(files.sizes)
+    names = list(files.stats)
     for bad in (names[0], names[7], names[19]):
         (files.root / bad).write_bytes(b"no image")
     files = listed(files.root)
@@ -197,7 +202,7 @@ def test_no_file_at_all_and_none_that_can_be_read(tmp_path, name):
     (tmp_path / "a.png").write_bytes(b"no image")
     for _ in range(2):
         with pytest.warns(UserWarning, match="1 of 1 image files"):
-            assert image_files.read(Files(tmp_path, {"a.png": 8}), RECIPE, cache).pixels.shape == (0, 3, 4, 4)
+            assert image_files.read(Files(tmp_path, {"a.png": (8, 0)}), RECIPE, cache).pixels.shape == (0, 3, 4, 4)
 
 
 # --- other files than the cache was made of ---
@@ -210,8 +215,10 @@ def test_changed_files_are_decoded_again(files, cache):
     (files.root / "0003.png").unlink()
     (files.root / "0004.png").rename(files.root / "0099.png")
     shutil.copy(files.root / "0005.png", files.root / "0006.png")
-    changes += [listed(files.root), Files(files.root, dict(reversed(listed(files.root).sizes.items())))]
-    for changed, words in zip(changes[1:], ("20 files then, 24 now", "other names, sizes or order"), strict=True):
+    changes += [listed(files.root), Files(files.root, dict(reversed(listed(files.root).stats.items())))]
+    for changed, words in zip(
+        changes[1:], ("20 files then, 24 now", "other names, sizes, times or order"), strict=True
+    ):
         with pytest.warns(UserWarning, match=f"was made of other images .{words}. and is made again"):
             pixels = image_files.read(changed, RECIPE, cache).pixels
         assert torch.equal(pixels, in_memory(changed))
@@ -227,18 +234,22 @@ def test_files_of_the_same_size_that_were_written_anew_are_decoded_again(tmp_pat
     files = listed(tmp_path)
     image_files.read(files, RECIPE, cache)
     Image.new("RGB", (4, 4), "blue").save(tmp_path / names[2])
-    assert listed(tmp_path).digest() == files.digest()
-    with pytest.warns(UserWarning, match=r"was made of other images \(files were changed since\) and is made again"):
-        pixels = image_files.read(files, RECIPE, cache).pixels
+    with pytest.warns(UserWarning, match=r"was made of other images \(other names, sizes, times or order\)"):
+        pixels = image_files.read(listed(tmp_path), RECIPE, cache).pixels
     assert torch.equal(pixels, in_memory(files))
-    # A cache that does not say when its files were changed is of an earlier version.
-    index = the_cache(cache) / image_files.INDEX
-    content = json.loads(index.read_text())
-    assert content.pop("newest") == max((tmp_path / name).stat().st_mtime_ns for name in names)
-    index.write_text(json.dumps(content))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        image_files.read(files, RECIPE, cache)
+    for one, other in ((names[2], "kept"), (names[0], names[2]), ("kept", names[0])):  # they change places, older times
+        (tmp_path / one).rename(tmp_path / other)
+    with pytest.warns(UserWarning, match="was made of other images"):
+        swapped = image_files.read(listed(tmp_path), RECIPE, cache).pixels
+    assert torch.equal(swapped, in_memory(files)) and not torch.equal(swapped, pixels)
+
+
+def test_an_image_whose_turn_is_not_known_is_taken_as_it_is(tmp_path):
+    image = Image.new("RGB", (4, 4), "red")
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.png", exif=b"Exif\0\0garbage")
+    one, other = (image_files.decode(tmp_path / name, RECIPE) for name in ("a.png", "b.png"))
+    assert torch.equal(one, other)
 
 
 def test_dark_images_of_16_bits_are_dark_in_any_format(tmp_path):
@@ -348,7 +359,7 @@ def test_an_interrupted_build_goes_on_from_the_last_chunk(files, cache, small_ch
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        image_files.read(Files(Slow(files.root), files.sizes), RECIPE, cache)
+        image_files.read(Files(Slow(files.root), files.stats), RECIPE, cache)
     thread.join()
     signal.signal(signal.SIGINT, before)
     go_on(files, cache, expected)
@@ -369,7 +380,7 @@ def go_on(files: Files, cache: Path, expected: torch.Tensor) -> None:
     assert not (folder / image_files.INDEX).exists() and 0 < progress["done"] < len(files)
     with (folder / image_files.PIXELS).open("ab") as out:
         out.write(b"part of a chunk")
-    for name in list(files.sizes)[: progress["done"]]:
+    for name in list(files.stats)[: progress["done"]]:
         garble(files.root / name)
     assert torch.equal(image_files.read(files, RECIPE, cache).pixels, expected)
     assert not (folder / image_files.PROGRESS).exists()
@@ -383,7 +394,7 @@ def in_another_process(files: Files, cache: Path) -> int:
         return number
     try:
         warnings.simplefilter("ignore")
-        image_files.read(Files(Slow(files.root), files.sizes), RECIPE, cache)
+        image_files.read(Files(Slow(files.root), files.stats), RECIPE, cache)
         os._exit(0)
     finally:
         os._exit(1)

@@ -1,3 +1,4 @@
+import math
 import os
 import random
 import re
@@ -76,6 +77,31 @@ def test_a_part_of_another_name_is_found_and_one_that_is_not_there_is_cut_from_t
     assert numbers(splits.test) == order(7) and len(splits.train) == 18 and len(splits.valid) == 2
 
 
+def test_what_does_not_tell_validation_images_from_others_has_none():
+    """A class with an `else` gives the images of another part for one that it does not know."""
+
+    def either(split: str = "train", known: str = "train"):
+        return Items(*(GREY if (split == known) == (known == "train") else GREY[:7]))
+
+    for known, other in (("train", "test"), ("test", "train")):
+        with pytest.warns(UserWarning, match=f"either gives its {other} part for valid, too: training images are"):
+            splits = load(either, known=known)
+        assert numbers(splits.test) == order(7)
+        assert numbers(splits.valid) == order(40)[:4] and numbers(splits.train) == order(40)[4:]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no folder valid"), AssertionError()])
+def test_a_part_that_is_not_there_or_not_known_is_cut_from_the_training_images(error):
+    def folders(split: str):
+        if split not in ("train", "test"):
+            raise error
+        return Items(*(GREY if split == "train" else GREY[:7]))
+
+    with pytest.warns(UserWarning, match=r"folders has no valid part \(.*\): training images are taken"):
+        splits = load(folders)
+    assert numbers(splits.test) == order(7) and len(splits.valid) == 4
+
+
 def test_one_data_set_is_split_by_its_order_and_a_mapping_by_its_parts():
     def whole(count: int):
         return TensorDataset(torch.from_numpy(GREY[:count]), torch.from_numpy(CLASSES[:count]))
@@ -152,6 +178,26 @@ def test_names_of_classes_are_found_where_they_are():
         assert splits.label_names == ("a", "b") and splits.train.labels.tolist() == [k % 2 for k in order(40)[8:]]
 
 
+def test_classes_that_each_part_numbers_by_itself_are_the_same_by_their_names():
+    def part(*classes: str):
+        dataset = Items(*((image, k % len(classes)) for k, image in enumerate(GREY)))
+        dataset.classes = list(classes)
+        return dataset
+
+    splits = load(lambda: {"train": part("a", "b", "c"), "test": part("b", "c")})
+    assert splits.label_names == ("a", "b", "c")
+    assert splits.test.labels.tolist() == [1 + k % 2 for k in order(40)]
+    wrong = part("b", "c")
+    wrong.items = [(GREY[0], 2)] * 3
+    with pytest.warns(UserWarning, match="labels of .* were not taken: expected numbers of 2 classes, got 2"):
+        assert load(lambda: {"train": part("a", "b", "c"), "test": wrong}).train.labels is None
+
+
+def test_labels_of_one_part_alone_are_taken():
+    splits = load(lambda: {"train": Items(*zip(GREY, CLASSES, strict=True)), "test": Items(*GREY[:5])})
+    assert splits.train.labels is not None and splits.test.labels is None
+
+
 def test_some_images_alone_may_be_nearly_black_or_never_recorded():
     images = np.zeros((600, 2, 2))
     images[:256], images[256:512] = 0.5, np.nan
@@ -221,6 +267,7 @@ def test_nan_was_never_recorded():
         ([0, 1, 2], [0, 1, 2], ()),
         ([np.int64(1), torch.tensor(0), True], [1, 0, 1], ()),
         ([3, 5, 3], [0, 1, 0], ("3", "5")),
+        ([np.uint64(1), np.int64(0), 2], [1, 0, 2], ()),
         (["cat", "dog", "cat"], [0, 1, 0], ("cat", "dog")),
         ([torch.tensor([1, 0]), torch.tensor([1, 1]), torch.tensor([0, -1])], [[1, 0], [1, 1], [0, -1]], ("0", "1")),
     ],
@@ -232,7 +279,16 @@ def test_labels(labels, expected, names):
 
 
 @pytest.mark.parametrize(
-    "labels", [[-1, 0, 1], [0.5, 1.0, 2.0], [[0, 1], [1], [2]], [{"box": 1}] * 3, [[7, 30, 9]] * 3]
+    "labels",
+    [
+        [-1, 0, 1],
+        [0.5, 1.0, 2.0],
+        [[0, 1], [1], [2]],
+        [{"box": 1}] * 3,
+        [[7, 30, 9]] * 3,
+        ["cat", "dog", math.nan],
+        [0, 1, "x"],
+    ],
 )
 def test_what_is_no_label_is_left_with_a_note(labels):
     with pytest.warns(UserWarning, match="labels of Items were not taken: "):
@@ -263,7 +319,7 @@ class Stream(IterableDataset):
         (lambda: Items(None, None), {}, "item 0 cannot be read: expected a PIL image, an array or a tensor, got NoneT"),
         (lambda: Items({"picture": 1}), {}, "item 0 cannot be read: it holds picture: expected an image called image"),
         (lambda: Items(*(COLOUR / 1.0)), {}, "<lambda> has values from 0 to 255: expected floats in [0, 1]"),
-        (lambda: Items(*(COLOUR / 128 - 1)), {}, "expected floats in [0, 1], of which NaN was never recorded. (x + 1)"),
+        (lambda: Items(*(COLOUR / 128 - 1)), {}, "NaN was never recorded. If they are in [-1, 1], (x + 1) / 2 makes"),
         (lambda: Items(*(COLOUR[:, 0, 0])), {}, "has the shape (12, 3): expected images (N, H, W)"),
         (lambda: {"test": Items(*COLOUR)}, {}, "<lambda> gives test: expected train, and test or valid"),
         (lambda: [Items(*COLOUR)] * 2, {}, "<lambda> gives 2 data sets: expected one, or a mapping of such by parts"),
