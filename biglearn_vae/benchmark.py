@@ -11,7 +11,6 @@ import copy
 import ctypes
 import gc
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import checks, cuda_graph, data
 from biglearn_vae.data import Batches, ImageSet
-from biglearn_vae.distributed import StepRandom, World, synchronize
+from biglearn_vae.distributed import StepRandom, World, cores, synchronize
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import MaskedViT
@@ -95,7 +94,7 @@ class Plan:
         """Processes of the plain version's DataLoader: beside a GPU some, as one would have them there."""
         if self.workers is not None:
             return self.workers
-        return min(LOADER_WORKERS, (os.cpu_count() or 1) - 1) if device == "cuda" else 0
+        return min(LOADER_WORKERS, cores() - 1) if device == "cuda" else 0
 
     @property
     def file(self) -> Path | None:

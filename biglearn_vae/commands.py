@@ -142,8 +142,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
         else:
             searches = sweep is not None and _is_checked_search(sweep, config_name, chosen)
             # What a sweeper says of itself, such as that no run was completed, Hydra raises then, and prints no trace.
-            known = nullcontext() if typed.config_path or typed.shell_completion else _mode_known(sweep is not None)
-            with defaults({"HYDRA_FULL_ERROR": "1"} if searches else {}), known:
+            with defaults({"HYDRA_FULL_ERROR": "1"} if searches else {}):
                 run()
     except user_errors() as error:
         if full_error:
@@ -185,20 +184,6 @@ def _float32_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-@contextmanager
-def _mode_known(sweep: bool) -> Iterator[None]:
-    """Tell Hydra whether it is a sweep, to ask which it composes all settings once more: an eighth of a second."""
-    from hydra._internal.hydra import Hydra
-    from hydra.types import RunMode
-
-    asked, mode = Hydra.get_mode, RunMode.MULTIRUN if sweep else RunMode.RUN
-    Hydra.get_mode = lambda *_, **__: mode
-    try:
-        yield
-    finally:
-        Hydra.get_mode = asked
 
 
 def _own_folders() -> list[str]:
@@ -310,8 +295,16 @@ def _is_checked_search(words: Sequence[str], script: str, config_name: str) -> b
     `runs.refuse_shared_folders`), and one that searches in vain (see `search.check`)."""
     if under_torchrun():
         raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
-    runs.refuse_shared_folders(words, script)
+    runs.refuse_shared_folders(words, script, config_name)
+    _expand_sweep_folder(words, config_name)
     return search.check(words, config_name)
+
+
+def _expand_sweep_folder(words: Sequence[str], config_name: str) -> None:
+    """Tell Hydra, which knows no ~, where a sweep leaves what it notes of itself."""
+    folder = config.with_sweeper(words, config_name).get("output_dir")
+    if isinstance(folder, str) and folder.startswith("~"):
+        sys.argv.insert(1, config.word("hydra.sweep.dir", Path(folder).expanduser()))
 
 
 def _complain(messages: list[str]) -> None:
@@ -359,7 +352,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     hints = {"device": str, "name": str | int | None, "output_dir": str, "init_from": str | None}
     config.checked(cfg, hints)
     run = Path(cfg.output_dir).expanduser() / runs.name_of(cfg, overrides)
-    say = print if _is_main() else lambda *_: None
+    say = functools.partial(print, flush=True) if _is_main() else lambda *_: None
     world = start(cfg.device)
     if "torch._dynamo" in sys.modules:  # in a sweep: what was compiled for other runs counts towards a limit
         torch.compiler.reset()
@@ -702,6 +695,7 @@ def _trained(cfg: "DictConfig") -> _Trained:
     config.checked(cfg, words)
     runs.check_which(cfg.checkpoint)
     run = Path(cfg.run).expanduser()
+    run = run if run.name not in ("", "..") else run.resolve()  # it goes by its name
     vae, state, path = runs.load_with_state(run, cfg.device, cfg.checkpoint)
     if not os.access(run, os.W_OK):  # said before anything is measured
         raise ValueError(f"{run} cannot be written, and what is found is written there: copy it to where it can")

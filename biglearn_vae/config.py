@@ -109,7 +109,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     if of_hydra := [o.input_line for o in parsed(overrides) if _is_of_hydra(o)]:
         raise ValueError(f"{of_hydra[0]} is Hydra's, which starts scripts and has no part in what is called here")
     check(overrides, config_name)
-    return _compose(overrides, config_name)
+    return compose_checked(overrides, config_name)
 
 
 def _is_of_hydra(override: "Override") -> bool:
@@ -145,7 +145,7 @@ def is_search(words: Sequence[str], config_name: str) -> bool:
 
 def with_sweeper(words: Sequence[str], config_name: str) -> "DictConfig":
     """The settings of a sweep without what it sweeps over, of words that were checked, with Hydra's own in `hydra`."""
-    return _compose(fixed(words), config_name, with_hydra=True)
+    return compose_checked(fixed(words), config_name, with_hydra=True)
 
 
 def fixed(words: Sequence[str]) -> list[str]:
@@ -158,8 +158,20 @@ def swept(words: Sequence[str]) -> "dict[str, Override]":
     return {override.key_or_group: override for override in parsed(words) if override.is_sweep_override()}
 
 
-def _compose(overrides: Sequence[str], config_name: str, with_hydra: bool = False) -> "DictConfig":
-    """Those of overrides that were checked, with Hydra's own if asked for."""
+def job_words(override: "Override") -> Iterator[str]:
+    """A word of a sweep as its jobs have it; of an interval both ends, of a glob() what it chooses."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep
+
+    given, name = override.value(), override.get_key_element()
+    if isinstance(given, IntervalSweep):
+        return (f"{name}={end}" for end in (given.start, given.end))
+    if isinstance(given, Glob):
+        return (f"{name}={choice}" for choice in given.filter(choices(override.key_or_group)))
+    return (f"{name}={value}" for value in override.sweep_string_iterator())
+
+
+def compose_checked(overrides: Sequence[str], config_name: str, with_hydra: bool = False) -> "DictConfig":
+    """The settings of overrides that were checked, with Hydra's own if asked for."""
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
     from yaml import MarkedYAMLError
@@ -223,17 +235,20 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
 
 
 def _check_values(override: "Override", sweep: bool, searches: bool) -> None:
-    """Raise a ValueError for several values without a sweep, and for an interval unless the sweeper searches, which
-    plugins do: Hydra's own goes through values one by one."""
-    from hydra.core.override_parser.types import IntervalSweep
+    """Raise a ValueError for several values without a sweep, for a glob() that chooses nothing, and for an interval
+    unless the sweeper searches, which plugins do: Hydra's own goes through values one by one."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep
 
-    name = override.key_or_group
+    name, value = override.key_or_group, override.value()
     if override.is_sweep_override() and not sweep:
         raise ValueError(
             f"{override.input_line} gives several values: a sweep over them needs -m, a list is written "
             f"'{name}=[a,b]', a word with a comma '{name}=\"a,b\"'"
         )
-    if isinstance(override.value(), IntervalSweep) and not searches:
+    if isinstance(value, Glob) and not value.filter(there := choices(name)):
+        why = f"of {', '.join(there)}" if there else f"as {name} is no group of settings: list its values, {name}=A,B"
+        raise ValueError(f"{override.input_line} chooses nothing {why}")
+    if isinstance(value, IntervalSweep) and not searches:
         raise ValueError(
             f"{override.input_line} gives an interval, of which a sweep cannot take every value: list some, such as "
             f"{name}=0.1,1 or '{name}=range(1,5)', or choose a hydra/sweeper that searches"
@@ -284,7 +299,7 @@ def values_of(override: "Override") -> list[Any]:
 @functools.cache
 def _as_written(config_name: str) -> "DictConfig":
     """A settings file without words of a command line, to look at only, with Hydra's own settings in `hydra`."""
-    return _compose((), config_name, with_hydra=True)
+    return compose_checked((), config_name, with_hydra=True)
 
 
 def _groups(config_name: str) -> dict[str, list[str]]:
@@ -304,8 +319,12 @@ def _check_choices(overrides: "Sequence[Override]", config_name: str) -> list[li
     first, others = {}, []
     for override in overrides:
         name = override.key_or_group
-        if name not in groups or override.package:
+        if name not in groups:
             continue
+        if override.is_delete() or override.package:
+            raise ValueError(
+                f"{override.input_line}: of {name} one is always chosen, and for this program: {name}={groups[name][0]}"
+            )
         values = ["null" if value is None else str(value) for value in values_of(override)]
         for value in values:
             if value not in groups[name]:
@@ -414,7 +433,7 @@ def _settings(choices: tuple[str, ...], config_name: str) -> "tuple[DictConfig, 
     """The settings under these choices of groups, to look at only, and what is chosen then of every group."""
     from omegaconf import OmegaConf
 
-    cfg = _compose(choices, config_name, with_hydra=True)
+    cfg = compose_checked(choices, config_name, with_hydra=True)
     chosen = {Path(name).name: str(choice) for name, choice in cfg.hydra.runtime.choices.items() if choice}
     return OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"]), chosen
 
@@ -667,8 +686,9 @@ def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
     where = [] if place == "outputs" else [shell_word("output_dir", place)]
     command = " ".join([f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}", *where])
     if not (run / PATCH_AE_FILE).is_file():
+        there = [shell_word("name", run.name)] if run.parent == Path(place) else []
         raise ValueError(
-            f"there is no PatchAE in {run}{_what_is_there(run)}: train one with `{command}`, "
+            f"there is no PatchAE in {run}{_what_is_there(run)}: train one with `{' '.join([command, *there])}`, "
             "or name the run of another by tokens.run=FOLDER"
         )
     net = PatchAE.from_state(checkpoint.load(run / PATCH_AE_FILE), cut.image_shape[1:])
@@ -676,7 +696,7 @@ def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
         raise ValueError(
             f"the PatchAE of {run} is for patches of {net.patch_size} x {net.patch_size} with {net.image_shape[0]} "
             f"channels, the data has {cut.patch_size} x {cut.patch_size} with {cut.image_shape[0]}: name another run "
-            f"by tokens.run=FOLDER, or train one with `{command}`"
+            f"by tokens.run=FOLDER, or train one with `{command}`, and name that"
         )
     return net
 
@@ -798,12 +818,17 @@ def saved(run: str | Path) -> "DictConfig":
         hint = f" There are {', '.join(near[:5])}{more}." if near else " Train one with scripts/train.py."
         raise ValueError(f"there is no run in {run}: it has no {CONFIG_FILE}.{hint}") from None
     except Exception as error:  # of YAML, of OmegaConf
-        kept = any((path.parent / "checkpoints").glob("*.pt"))
-        also = ". Delete it: the checkpoints hold the same settings" if kept else ""
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}{also}") from None
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}{_settings_elsewhere(path)}") from None
     if missing:
-        raise ValueError(f"{path} is not the settings of a run: it lacks {', '.join(missing)}")
+        lacks = f"it lacks {', '.join(missing)}{_settings_elsewhere(path)}"
+        raise ValueError(f"{path} is not the settings of a run: {lacks}")
     return cfg
+
+
+def _settings_elsewhere(path: Path) -> str:
+    """What to do about a damaged file of settings, if anything can be done."""
+    kept = path.is_file() and any((path.parent / "checkpoints").glob("*.pt"))
+    return ". Delete it: the checkpoints hold the same settings" if kept else ""
 
 
 def _saved_in_checkpoint(run: Path) -> "DictConfig":

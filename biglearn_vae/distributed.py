@@ -194,6 +194,13 @@ def _mapped(change: Callable, state, like):
     return change(state, like)
 
 
+def cores() -> int:
+    """How many cores of the machine this process may use: a job of a cluster has its share."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def derive_seed(*parts: float | str) -> int:
     """One well-mixed seed from several numbers and words: unlike their sum, it does not repeat between runs.
 

@@ -6,7 +6,6 @@ to script; one that is stopped goes on when it is called again.
 
 import itertools
 import json
-import os
 import queue
 import re
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from biglearn_vae import checks, config
+from biglearn_vae.distributed import cores
 from biglearn_vae.files import Busy, is_locked, read_json, write_json
 from biglearn_vae.runs import FILES
 from biglearn_vae.trainer import Interruption
@@ -298,7 +298,7 @@ class Campaign:
             call: what runs a script, given its name and the words of its command line; a module's function, since it is
                 called in other processes.
         """
-        threads = max(1, (os.cpu_count() or 1) // self.workers)  # each of several gets its share of the processor
+        threads = max(1, cores() // self.workers)  # each of several gets its share of the processor
         workers = [Worker(call, {"OMP_NUM_THREADS": str(threads)}) for _ in range(self.workers)]
         with ExitStack() as ends:
             for worker in workers:

@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from biglearn_vae import checkpoint, checks, config
 from biglearn_vae.capabilities import BigLearnVAE
-from biglearn_vae.data import NAMED_BY_ROOT, OWN
+from biglearn_vae.data import OWN
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.files import Busy, locked, read_json, write_json
 
@@ -31,6 +33,7 @@ MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "
 FREE = (*config.PLACE, "trainer.steps", "trainer.report_every", "trainer.checkpoint_every", *MEASURED_WITH)
 IN_NAME = ("data", "data._target_", "case", "method", "seed")
 FOLDER = ("name", "output_dir")  # settings that say where a run is
+MOST_JOBS = 32  # of a sweep over a setting of which it is looked where each leaves its results
 # Scripts that leave one result in the folder of `run`, and of which settings there is one for each value.
 MEASURING = {"evaluate": ("run",), "complete": ("run",), "probe": ("run",), "figures": ("run", "figures")}
 
@@ -41,13 +44,18 @@ def name_of(cfg: "DictConfig", overrides: Sequence[str]) -> str:
         name = str(cfg.name)  # 2024 is one, too
         if not name.strip(". /") or ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(f"name must be that of a folder in output_dir, got {name!r}: output_dir= says where")
+        if "{" in name:  # of a group of settings
+            raise ValueError(f"name holds settings, {name!r}: a case is called ${{case.name}}, and so on")
         return name
     words = (_canonical(override) for override in config.parsed(overrides))
     extra = [word for word in words if not _is_free(key := word.lstrip("+~").split("=")[0]) and key not in IN_NAME]
     tag, case = "-".join(sorted(extra)), cfg.case.name if "case" in cfg else None
     if len(tag) > 120:  # file systems take names of 255 characters at most
         tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
-    name = "-".join(filter(None, (config.data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)))
+    own = next((str(o.value()) for o in config.parsed(overrides) if o.key_or_group == "data"), cfg.data.name)
+    choice = own if own != cfg.data.name else None  # data of one's own, which are made of other settings by this name
+    parts = (choice, config.data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)
+    name = "-".join(filter(None, parts))
     return re.sub(r"[^\w.-]+", "-", name).strip("-")  # what a shell and Hydra take without quotes
 
 
@@ -61,52 +69,54 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
-def refuse_shared_folders(words: Sequence[str], script: str) -> None:
+def refuse_shared_folders(words: Sequence[str], script: str, config_name: str | None = None) -> None:
     """Raise a ValueError if several jobs of a sweep would write into one folder, one over the other.
 
     Args:
         words: of its command line.
         script: train, patch_ae, evaluate, ...
+        config_name: of the settings file, if it is not the script's own.
     """
-    overrides, swept = config.parsed(words), config.swept(words)
+    swept = config.swept(words)
     if script in MEASURING and (other := [key for key in swept if key not in MEASURING[script]]):
         raise ValueError(
             f"a sweep over {other[0]} would keep the last result alone, in the run's folder: sweep over run=, or start "
             "them one by one"
         )
-    fixed = {o.key_or_group: str(o.value()) for o in overrides if o.key_or_group not in swept}
-    if script == "benchmark" and swept and fixed.get("json", "null") != "null" and "${" not in fixed["json"]:
-        raise ValueError(f"json={fixed['json']} would be the file of several benchmarks of a sweep: leave it out")
-    if script in ("train", config.PATCH_AE):
-        named = [o for o in overrides if o.key_or_group == "name" and o.value() is not None]
-        _refuse_shared_runs(swept, named, fixed.get("data"))
+    if script not in _PLACES:
+        return
+    jobs = {key: list(islice(config.job_words(override), MOST_JOBS)) for key, override in swept.items()}
+    for key in (key for key in jobs if key not in FOLDER):
+        others = [*config.fixed(words), *(own[0] for name, own in jobs.items() if own and name != key)]
+        settings = [config.compose_checked([*others, word], config_name or script) for word in jobs[key]]
+        places = [_PLACES[script](cfg, [*others, word]) for cfg, word in zip(settings, jobs[key], strict=True)]
+        if None not in places and len(set(places)) < len(places):
+            raise ValueError(_shared(key, settings[0], script))
 
 
-def _refuse_shared_runs(swept: "dict[str, Override]", name: "list[Override]", data: str | None) -> None:
-    """The same of a sweep of trainings over these settings, of which at most one gives the name of the runs."""
-    for key, override in swept.items():
-        shared = _is_free(key)
-        if naming := _naming(key, data):
-            names = [naming(str(value)) for value in config.values_of(override)]
-            shared = not names or len(set(names)) < len(names)
-        if key not in FOLDER and shared:
-            raise ValueError(
-                f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
-            )
-    for key in (key for key in swept if key not in FOLDER and name):
-        part = f"${{{key}.name}}" if key in ("data", "case", "method", "tokens") else f"${{{key}}}"
-        if part not in name[0].input_line:
-            raise ValueError(
-                f"{name[0].input_line} would be the folder of several runs of a sweep over {key}: leave name= out, and "
-                f"each is named after its settings, or let it hold '{part}'"
-            )
+def _shared(key: str, cfg: "DictConfig", script: str) -> str:
+    """That several jobs of a sweep over a setting would write into one place, and what to do."""
+    name = "json" if script == "benchmark" else "name"
+    if cfg[name] is None:
+        return f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
+    what = "file of several benchmarks" if script == "benchmark" else "folder of several runs"
+    part = f"${{{key}.name}}" if key in ("data", "case", "method", "tokens") else f"${{{key}}}"
+    return (
+        f"{name}={cfg[name]} would be the {what} of a sweep over {key}: leave {name}= out, and each is named after its "
+        f"settings, or let it hold '{part}'"
+    )
 
 
-def _naming(key: str, data: str | None) -> Callable[[str], str] | None:
-    """What makes the names of runs of these data of the values of a setting, if they are named after them."""
-    if key == "data._target_":
-        return config.target_name
-    return config.own_name if key == "data.root" and data in NAMED_BY_ROOT else None
+def _folder_of(cfg: "DictConfig", words: Sequence[str]) -> str:
+    return f"{cfg.output_dir}/{name_of(cfg, words)}"
+
+
+# Where a job of these settings and words leaves what another one would write over; None for nowhere.
+_PLACES: "dict[str, Callable[[DictConfig, Sequence[str]], str | None]]" = {
+    "train": _folder_of,
+    config.PATCH_AE: _folder_of,
+    "benchmark": lambda cfg, _: cfg.json,
+}
 
 
 def differences(old: "DictConfig", new: "DictConfig") -> list[str]:
@@ -178,7 +188,8 @@ def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[di
     scripts = [script for script in FILES if script != "train"] if measured else []
     if not root.is_dir():
         raise ValueError(f"there is no folder {root} of runs")
-    for path in sorted(root.rglob(FILES["train"])):
+    below = glob(f"**/{FILES['train']}", root_dir=root, recursive=True, include_hidden=True)  # behind links, too
+    for path in sorted({(root / name).resolve(): root / name for name in sorted(below, reverse=True)}.values()):
         numbers = dict(config.leaves(read_json(path)))
         with suppress(ValueError):
             settings = dict(config.leaves(config.saved(path.parent)))

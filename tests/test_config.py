@@ -229,9 +229,21 @@ def test_words_that_change_what_has_any_names(words):
     config.check(words, "reproduce")
 
 
+@pytest.mark.parametrize("word", ["~optim=muon", "~trainer", "~case", "+optim@other=paper"])
+def test_of_a_group_one_is_always_chosen(word):
+    with pytest.raises(ValueError, match=f"^{re.escape(word)}: of [a-z]+ one is always chosen, and for this program: "):
+        config.compose([word])
+
+
 def test_words_of_a_sweep():
     config.check(["case=case1,case2", "data=mnist,celeba", "data.root=x", "optim.lr=1e-3,1e-4"], sweep=True)
     config.check(["case=glob(*)", "seed=range(3)", "hydra/launcher=basic", "hydra.launcher.n_jobs=4"], sweep=True)
+    for word, why in (
+        ("case=glob(nope*)", r"case=glob\(nope\*\) chooses nothing of case1, .*, tiny"),
+        ("seed=glob(*)", r"chooses nothing as seed is no group of settings: list its values, seed=A,B"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            config.check([word], sweep=True)
     with pytest.raises(ValueError, match=r"gives an interval, .* such as loss.beta=0.1,1 or 'loss.beta=range\(1,5\)'"):
         config.check(["loss.beta=interval(0.1,1)"], sweep=True)
     for words in (["case=case1,case9"], ["data=mnist,digits", "data.root=x"], ["optim.rate=1,2"]):

@@ -234,6 +234,15 @@ def test_step_random_is_a_function_of_seed_and_step():
     assert len(draws.unique()) == draws.numel()
 
 
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
+    assert distributed.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for count, expected in ((7, 7), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert distributed.cores() == expected
+
+
 def test_derive_seed_is_the_same_everywhere():
     # Runs of earlier versions can be repeated only as long as these stay.
     assert distributed.derive_seed("step", 0, 0) == 46_582_905_400_180_972

@@ -832,6 +832,17 @@ def test_what_is_typed_beside_settings(here, monkeypatch, capsys):
         run_here(monkeypatch, "case=case9")
 
 
+def test_a_sweep_notes_what_it_was_where_its_runs_are(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    words = [*SMALL, "-m", "seed=0,1", "trainer.steps=1", 'output_dir="~/runs"']
+    assert run_here(monkeypatch, *words) == 0
+    assert (here / "home/runs/multirun.yaml").is_file() and not (here / "~").exists()
+    assert len(list((here / "home/runs").glob("*/summary.json"))) == 2
+    monkeypatch.chdir(next((here / "home/runs").glob("*seed0*")))
+    assert run_here(monkeypatch, "run=.", "images=2", "likelihood_images=0", script="evaluate") == 0
+    assert json.loads(Path("evaluation.json").read_text())["name"] == Path.cwd().name
+
+
 def test_settings_of_ones_own_folder(here, monkeypatch, capsys):
     own_case(here / "own", "wide")
     assert run_here(monkeypatch, "--config-dir=own", "case=wide", *SMALL, "name=run") == 0
@@ -843,6 +854,10 @@ def test_settings_of_ones_own_folder(here, monkeypatch, capsys):
     own = ["--config-dir", "own", "--config-name=mine"]
     assert run_here(monkeypatch, *own, "-m", "trainer.steps=6,8") == 2
     assert "a sweep over trainer.steps would use one folder" in capsys.readouterr().err
+    named = "defaults:\n  - train\n  - _self_\nname: fixed\n"
+    (here / "own/named.yaml").write_text(named)
+    assert run_here(monkeypatch, "--config-dir=own", "--config-name=named", "-m", "seed=0,1") == 2
+    assert "name=fixed would be the folder of several runs of a sweep over seed" in capsys.readouterr().err
     assert run_here(monkeypatch, *own, script="evaluate") == 2
     assert "--config-name must be evaluate, got 'mine'" in capsys.readouterr().err
     assert run_here(monkeypatch, *own, *SMALL, "-m", "seed=0,1", "trainer.steps=2", "hydra.job.chdir=true") == 0

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from programs import SMALL, assert_same_runs, finish, metrics, run_here, start
 
 from biglearn_vae import checkpoint, commands, config, files, runs
@@ -38,6 +39,45 @@ def test_run_names():
     assert name("name=a/b") == "a/b" and name("name=2024") == "2024"
 
 
+def test_data_of_ones_own_that_are_made_of_others_have_a_name_of_their_own(tmp_path):
+    (tmp_path / "data").mkdir()
+    text = (config.folder() / "data/digits.yaml").read_text()
+    (tmp_path / "data/coarse.yaml").write_text(text.replace("patch_size: 2", "patch_size: 4"))
+    config.search_also(tmp_path)
+    try:
+        words = ["data=coarse"]
+        assert runs.name_of(config.compose(words), words) == "coarse-digits-tiny-biglearn_u-seed0"
+        runs.refuse_shared_folders(["data=digits,coarse"], "train")
+    finally:
+        config.search_also(None)
+
+
+def test_a_name_may_hold_a_setting_and_not_a_group_of_them():
+    with pytest.raises(ValueError, match=r"name holds settings, .*: a case is called \$\{case\.name\}"):
+        runs.name_of(config.compose(["name=x-${case}"]), [])
+
+
+def test_runs_behind_links_are_found_once(tmp_path):
+    cfg, place = config.compose([]), tmp_path / "elsewhere" / "run"
+    for run in (place, tmp_path / "outputs" / "other"):
+        run.mkdir(parents=True)
+        OmegaConf.save(cfg, run / "config.yaml")
+        (run / "summary.json").write_text('{"steps": 1500}')
+    (tmp_path / "outputs" / "linked").symlink_to(place)
+    (tmp_path / "outputs" / "up").symlink_to(tmp_path / "outputs")
+    found = [row["run"] for row in runs.summaries(tmp_path / "outputs")]
+    assert found == [str(tmp_path / "outputs" / name) for name in ("linked", "other")]
+
+
+def test_a_damaged_file_of_settings_is_told_what_may_replace_it(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").touch()
+    for text in ("", "{", "- a\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"Delete it: the checkpoints hold the same settings"):
+            config.saved(tmp_path)
+
+
 def test_differences_ignore_what_may_change():
     old = config.compose(["data=mnist"])
     free = [
@@ -63,12 +103,14 @@ def test_differences_ignore_what_may_change():
         (["name=x", "seed=0,1"], "train", "name=x would be the folder of several runs of a sweep over seed"),
         (["name=x,y", "optim.lr=1,2"], "train", "let it hold '${optim.lr}'"),
         (["name=x-${seed}", "seed=0,1", "case=case1,case2"], "train", "over case: leave name= out"),
-        (["name=x-${case}", "case=case1,case2"], "train", "let it hold '${case.name}'"),
+        (["name=x", "case=case1,case2"], "train", "let it hold '${case.name}'"),
+        (["trainer.steps=interval(2,4)"], "train", "a sweep over trainer.steps would use one folder"),
         (["data=mnist", "data.root=a,b"], "train", "a sweep over data.root would use one folder"),
         (["data=image_folder", "data.root=a/x,b/x"], "train", "a sweep over data.root would use one folder"),
         (["data=array_file", "data.root=a/x.npz,a/x.npy"], "train", "a sweep over data.root would use one folder"),
         (["data=torch_dataset", "data._target_=a.X,b.X"], "train", "a sweep over data._target_ would use one folder"),
         (["json=x.json", "case=case1,case2"], "benchmark", "json=x.json would be the file of several benchmarks"),
+        (["json='${seed}.json'", "seed=0,1", "model.dim=32,64"], "benchmark", "of a sweep over model.dim"),
         (["run=x", "draws=4,8"], "evaluate", "a sweep over draws would keep the last result alone"),
         (["run=x,y", "seed=0,1"], "probe", "a sweep over seed would keep the last result alone"),
     ],
