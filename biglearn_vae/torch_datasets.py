@@ -274,9 +274,10 @@ def _labels(
     raw = {part: labels for part, labels in raw.items() if any(label is not None for label in labels)}
     names = [classes[part] for part in raw]
     try:
-        if len(set(names)) > 1 and all(names):  # each part numbers its own; by their names they are the same
-            raw = {part: [_name(label, own) for label in raw[part]] for part, own in zip(raw, names, strict=True)}
         arrays = {part: _label_array(labels) for part, labels in raw.items()}
+        numbered = all(array.ndim == 1 and array.dtype == np.int64 for array in arrays.values())
+        if numbered and all(names) and len(set(names)) > 1:  # in each part by itself: by their names they are the same
+            arrays = {part: _named(array, own) for (part, array), own in zip(arrays.items(), names, strict=True)}
         labels, found = array_files.labels_of(arrays, source)
     except (ValueError, TypeError) as error:  # of labels that are no numbers, or of no one shape
         return {}, (), f"labels of {source} were not taken: {first_line(error)}"
@@ -286,15 +287,15 @@ def _labels(
     return labels, found, ""
 
 
-def _name(label: Any, classes: tuple[str, ...]) -> str:
-    number = int(label)
-    if not 0 <= number < len(classes):
-        raise ValueError(f"expected numbers of {len(classes)} classes, got {number}")
-    return classes[number]
+def _named(numbers: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    """The names of classes (N,) of their numbers."""
+    if wrong := [number for number in np.unique(numbers) if not 0 <= number < len(classes)]:
+        raise ValueError(f"expected numbers of {len(classes)} classes, got {wrong[0]}")
+    return np.array(classes)[numbers]
 
 
 def _label_array(labels: Sequence[Any]) -> np.ndarray:
-    """Labels of one kind as an array; NumPy would make text of numbers beside text, and of missing ones in it."""
+    """Labels of one kind as an array, whole numbers as int64; NumPy would make text of numbers beside text, too."""
     arrays = [np.asarray(label) for label in labels]
     kinds = {_KINDS.get(array.dtype.kind, array.dtype.kind): label for array, label in zip(arrays, labels, strict=True)}
     if len(kinds) > 1:

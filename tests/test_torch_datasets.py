@@ -187,6 +187,9 @@ def test_classes_that_each_part_numbers_by_itself_are_the_same_by_their_names():
     splits = load(lambda: {"train": part("a", "b", "c"), "test": part("b", "c")})
     assert splits.label_names == ("a", "b", "c")
     assert splits.test.labels.tolist() == [1 + k % 2 for k in order(40)]
+    for dataset in (texts := [part("a", "b", "c"), part("b", "c")]):
+        dataset.items = [(image, dataset.classes[label]) for image, label in dataset.items]
+    assert load(lambda: {"train": texts[0], "test": texts[1]}).test.labels.tolist() == splits.test.labels.tolist()
     wrong = part("b", "c")
     wrong.items = [(GREY[0], 2)] * 3
     with pytest.warns(UserWarning, match="labels of .* were not taken: expected numbers of 2 classes, got 2"):
