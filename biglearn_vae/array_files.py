@@ -20,6 +20,7 @@ MAGIC = (b"PK", b"\x93NUMPY")  # with which .npz and .npy files begin
 DARK = 32  # of 255: bytes that are all below are numbers of another range, such as 0 to 16
 TOLERANCE = 1e-3  # beyond [0, 1], for floats that were computed
 NEAR = 0.3  # beyond it, as far as filters that sharpen lead
+FEW = 20  # standard deviations, beyond which no pixel is of images that were normalised
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +224,7 @@ def _remedy(low: float, high: float) -> str:
         return "If they are but a little beyond, as after resizing, clip them: np.clip(x, 0, 1)"
     if low >= -1 - TOLERANCE and high <= 1 + TOLERANCE:
         return "If they are in [-1, 1], (x + 1) / 2 makes them"
-    if low < 0:
+    if low < 0 and high < FEW:
         return "If their mean was taken off, as by torchvision's Normalize, leave that out"
     return "Divide them by the largest value that there may be, such as 255"
 

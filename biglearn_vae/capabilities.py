@@ -517,7 +517,7 @@ class BigLearnVAE:
             raise ValueError(f"T and given must be disjoint, {int((S & T).sum())} patches are in both")
         if not T.any(-1).all():
             raise ValueError("T must hold at least one patch of each image; a patch counts if all of its pixels do")
-        return self._seen(tokens, images, S | T, "T or given says so", "T"), S, T, single
+        return self._seen(tokens, images, S | T, "T or given"), S, T, single
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> DiagGaussian:
         parts = [self.net(*part) for part in zip(tokens.split(self.rows), mask.split(self.rows), strict=True)]
@@ -593,20 +593,18 @@ class BigLearnVAE:
         mask = self._mask(None, 1, default=False)
         return Observed(tokens, mask, images, self.pixel_mask(mask), True)
 
-    def _seen(
-        self, tokens: Tensor, images: Tensor | None, mask: Tensor, where: str = "S says observed", name: str = "S"
-    ) -> Tensor:
+    def _seen(self, tokens: Tensor, images: Tensor | None, mask: Tensor, name: str = "S") -> Tensor:
         """Tokens (B, L, D) with zeros where they are not observed; where they are they must be finite, and the pixels
-        of the images that they are of, if any, within the limit. Messages say where, and the mask's name."""
+        of the images that they are of, if any, within the limit. `name` is that of the mask, for messages."""
         tokens = masks.seen(tokens, mask)
         bad = ~tokens.isfinite().all(-1)  # (B, L)
         if bad.any():
             raise ValueError(
-                f"expected finite values where {where}, got NaN or infinity in {int(bad.sum())} observed "
-                f"patches: leave them out of {name}, such as by {name} = x.isfinite().all(-3), pixels (B, H, W)"
+                f"expected finite values where {name} says observed, got NaN or infinity in {int(bad.sum())} observed "
+                f"patches: leave them out of {name}; x.isfinite().all(-3) has the pixels (B, H, W) that are numbers"
             )
         if images is not None:
-            checks.check_pixels(images.masked_fill(~self.pixel_mask(mask), torch.nan), f" where {where}")
+            checks.check_pixels(images.masked_fill(~self.pixel_mask(mask), torch.nan), f" where {name} says observed")
         return tokens
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None, bool]:

@@ -302,7 +302,9 @@ def _is_checked_search(words: Sequence[str], script: str, config_name: str) -> b
 
 def _expand_sweep_folder(words: Sequence[str], config_name: str) -> None:
     """Tell Hydra, which knows no ~, where a sweep leaves what it notes of itself."""
-    folder = config.with_sweeper(words, config_name).get("output_dir")
+    from omegaconf import OmegaConf
+
+    folder = OmegaConf.to_container(config.with_sweeper(words, config_name), resolve=False).get("output_dir")
     if isinstance(folder, str) and folder.startswith("~"):
         sys.argv.insert(1, config.word("hydra.sweep.dir", Path(folder).expanduser()))
 

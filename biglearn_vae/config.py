@@ -323,7 +323,8 @@ def _check_choices(overrides: "Sequence[Override]", config_name: str) -> list[li
             continue
         if override.is_delete() or override.package:
             raise ValueError(
-                f"{override.input_line}: of {name} one is always chosen, and for this program: {name}={groups[name][0]}"
+                f"{override.input_line}: of {name} there is always one, and for all of a program: {name}= "
+                f"{', '.join(groups[name])}"
             )
         values = ["null" if value is None else str(value) for value in values_of(override)]
         for value in values:
@@ -686,7 +687,8 @@ def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
     where = [] if place == "outputs" else [shell_word("output_dir", place)]
     command = " ".join([f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}", *where])
     if not (run / PATCH_AE_FILE).is_file():
-        there = [shell_word("name", run.name)] if run.parent == Path(place) else []
+        named = run.parent == Path(place) and (" " in data_words(cfg) or not run.name.endswith(f"{PATCH_AE}-seed0"))
+        there = [shell_word("name", run.name)] if named else []
         raise ValueError(
             f"there is no PatchAE in {run}{_what_is_there(run)}: train one with `{' '.join([command, *there])}`, "
             "or name the run of another by tokens.run=FOLDER"

@@ -549,10 +549,10 @@ def celeba(
 
 
 def _cut(pixels: Tensor, labels: Tensor | None, counts: dict[str, int]) -> dict[str, ImageSet]:
-    """Parts of these names and stats, one after the other, as views."""
-    names, stats = list(counts), list(counts.values())
-    several = [None] * len(names) if labels is None else labels.split(stats)
-    return {name: ImageSet(*part) for name, *part in zip(names, pixels.split(stats), several, strict=True)}
+    """Parts of these names and sizes, one after the other, as views."""
+    names, sizes = list(counts), list(counts.values())
+    several = [None] * len(names) if labels is None else labels.split(sizes)
+    return {name: ImageSet(*part) for name, *part in zip(names, pixels.split(sizes), several, strict=True)}
 
 
 def _celeba_folder(root: Path) -> Path:
@@ -651,13 +651,12 @@ def image_folder(
 
     The square of `crop` pixels in the middle, or all, is cut to the proportions of `image_size` and resized.
     Transparency is laid on white. If every image lies in a subfolder, the first-level subfolders, in the order of their
-    names, are the classes. The split depends on the relative paths alone, and one more image moves hardly any other
-    to another part. If the first-level subfolders are
-    `train` and `test` or `valid` (or `val`), they are the split, a tenth of `train` being validation or test images if
-    there are none, and those in them the classes; images beside them are not taken. These and files that cannot be read
-    are named in a warning, skipped and counted; hidden files and folders (.NAME) are left alone, links are followed.
-    Grey images of 32 bits or floats say nothing of their range: each counts as of 0..255, 16 bits or [0, 1] by its
-    largest number.
+    names, are the classes. The split depends on the relative paths alone, and one more image moves hardly any other to
+    another part. If the first-level subfolders are `train` and `test` or `valid` (or `val`), they are the split, a
+    tenth of `train` being validation or test images if there are none, and those in them the classes; images beside
+    them are not taken. These and files that cannot be read are named in a warning, skipped and counted; hidden files
+    and folders (.NAME) are left alone, links are followed. Grey images of 32 bits or floats say nothing of their range:
+    each counts as of 0..255, 16 bits or [0, 1] by its largest number.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
@@ -717,7 +716,7 @@ def _doubts(names: list[str], own: dict[str, str], root: Path, foreign: list[str
             f"{len(loose)} images of {root} are in no folder of a class, such as {loose[0]}: there are no classes"
         ]
     if foreign:
-        notes += [f"{len(foreign)} images of {root} are of kinds that are not read, such as {min(foreign)}"]
+        notes += [f"of the files in {root} {len(foreign)} are images that are not read, such as {min(foreign)}"]
     if not own and len(first) == 1 and not loose and all(name.count("/") > 1 for name in names):
         (folder,) = first
         notes += [

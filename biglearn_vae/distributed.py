@@ -4,7 +4,6 @@ A single process is `World()`, and needs of all this its device and its random n
 """
 
 import hashlib
-import operator
 import os
 import warnings
 from collections.abc import Callable
@@ -201,17 +200,13 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def derive_seed(*parts: float | str) -> int:
+def derive_seed(*parts: float | str | None) -> int:
     """One well-mixed seed from several numbers and words: unlike their sum, it does not repeat between runs.
 
     Numbers may be of any type, such as NumPy's: they count as those of Python.
     """
-    plain = tuple(part if isinstance(part, str) else _plain(part) for part in parts)
+    plain = tuple(part.item() if hasattr(part, "item") else part for part in parts)
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=7).digest())
-
-
-def _plain(number: float) -> float:
-    return float(number) if isinstance(number, float) else operator.index(number)
 
 
 @dataclass(frozen=True)

@@ -349,22 +349,24 @@ _Error = tuple[float, int]  # the sum of squared errors, and of how many numbers
 
 
 def _squared_error(completed: Tensor, images: Tensor, hidden: Tensor) -> _Error:
-    if completed.shape != images.shape:
-        raise ValueError(f"expected completions of images {tuple(images.shape)}, got {tuple(completed.shape)}")
-    hidden = _of_pixels(hidden, images)
+    if completed.shape != images.shape or not _is_mask_of(hidden, images):
+        raise ValueError(
+            f"expected completions of the size of the images, {tuple(images.shape)}, and a boolean mask of pixels of "
+            f"them, as vae.pixel_mask(~S) makes it, got {checks.described(completed)} and {checks.described(hidden)}"
+        )
     error = (checks.in_floats(completed) - checks.in_floats(images))[hidden.expand_as(images)].double().square()
     return error.sum().item(), error.numel()
 
 
-def _of_pixels(hidden: Tensor, images: Tensor) -> Tensor:
-    """A mask of pixels of these images, one for each (N, 1, H, W) or one for all, as (N, 1, H, W)."""
-    count, size = len(images), images.shape[2:]
-    if not checks.is_mask(hidden) or hidden.shape not in [(*of, *size) for of in ((count, 1), (1, 1), (1,), ())]:
-        raise ValueError(
-            f"hidden must be a boolean mask of pixels {(count, 1, *size)}, or one for all {(1, *size)}, as "
-            f"vae.pixel_mask(~S) makes them, got {checks.described(hidden)}"
-        )
-    return hidden.expand(count, 1, *size)
+def _is_mask_of(hidden: Tensor, images: Tensor) -> bool:
+    """Whether it is a mask of pixels of images (..., C, H, W), one for each or for all; (N, H, W) is none of a batch,
+    as N would be taken for channels."""
+    if not checks.is_mask(hidden) or hidden.ndim > images.ndim or hidden.shape[-2:] != images.shape[-2:]:
+        return False
+    if hidden.ndim == 3 < images.ndim and len(hidden) > 1:
+        return False
+    leading = zip(hidden.shape[-3::-1], images.shape[-3::-1], strict=False)
+    return all(own in (1, size) for own, size in leading)
 
 
 def _decibels(parts: Sequence[_Error]) -> float:
@@ -646,9 +648,10 @@ def completion_scores(draws: Tensor, images: Tensor, hidden: Tensor) -> dict[str
         raise ValueError(
             f"expected at least 2 draws (K, N, C, H, W) of images {tuple(images.shape)}, got {tuple(draws.shape)}"
         )
-    hidden = _of_pixels(hidden, images)
-    if not hidden.any():
-        raise ValueError("expected at least one hidden pixel, got none")
+    if not checks.is_mask(hidden) or hidden.shape != (len(images), 1, *images.shape[2:]) or not hidden.any():
+        raise ValueError(
+            f"hidden must be a boolean mask of pixels (N, 1, H, W), at least one, got {checks.described(hidden)}"
+        )
     draws, images = checks.in_floats(draws), checks.in_floats(images)
     rows, totals = max(1, 2**24 // draws[:, 0].numel()), torch.zeros(3, dtype=torch.float64)
     for part in zip(draws.split(rows, 1), images.split(rows), hidden.split(rows), strict=True):

@@ -80,6 +80,8 @@ class DiagGaussian:
         """KL[self || other] in nats, summed over Z: (...,). Without `other`, to N(0, I)."""
         if not isinstance(other, DiagGaussian | None):
             raise ValueError(f"expected another DiagGaussian, got {type(other).__name__}")
+        if self.mean.dtype in (torch.bfloat16, torch.float16):  # whose sums have too few digits
+            return DiagGaussian(self.mean.float(), self.logvar.float()).kl(other)
         if other is None:
             return 0.5 * (self.mean.square() + self.var - 1 - self.logvar).sum(-1)
         ratio = (self.logvar - other.logvar).exp()

@@ -3,10 +3,10 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "
 FREE = (*config.PLACE, "trainer.steps", "trainer.report_every", "trainer.checkpoint_every", *MEASURED_WITH)
 IN_NAME = ("data", "data._target_", "case", "method", "seed")
 FOLDER = ("name", "output_dir")  # settings that say where a run is
-MOST_JOBS = 32  # of a sweep over a setting of which it is looked where each leaves its results
+MOST_JOBS = 8  # of a sweep over a setting of which it is looked where each leaves its results
 # Scripts that leave one result in the folder of `run`, and of which settings there is one for each value.
 MEASURING = {"evaluate": ("run",), "complete": ("run",), "probe": ("run",), "figures": ("run", "figures")}
 
@@ -44,7 +44,7 @@ def name_of(cfg: "DictConfig", overrides: Sequence[str]) -> str:
         name = str(cfg.name)  # 2024 is one, too
         if not name.strip(". /") or ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(f"name must be that of a folder in output_dir, got {name!r}: output_dir= says where")
-        if "{" in name:  # of a group of settings
+        if "{'" in name:  # of a group of settings
             raise ValueError(f"name holds settings, {name!r}: a case is called ${{case.name}}, and so on")
         return name
     words = (_canonical(override) for override in config.parsed(overrides))
@@ -52,10 +52,7 @@ def name_of(cfg: "DictConfig", overrides: Sequence[str]) -> str:
     tag, case = "-".join(sorted(extra)), cfg.case.name if "case" in cfg else None
     if len(tag) > 120:  # file systems take names of 255 characters at most
         tag = hashlib.blake2b(tag.encode(), digest_size=6).hexdigest()
-    own = next((str(o.value()) for o in config.parsed(overrides) if o.key_or_group == "data"), cfg.data.name)
-    choice = own if own != cfg.data.name else None  # data of one's own, which are made of other settings by this name
-    parts = (choice, config.data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)
-    name = "-".join(filter(None, parts))
+    name = "-".join(filter(None, (config.data_name(cfg), case, cfg.method.name, f"seed{cfg.seed}", tag)))
     return re.sub(r"[^\w.-]+", "-", name).strip("-")  # what a shell and Hydra take without quotes
 
 
@@ -73,7 +70,8 @@ def refuse_shared_folders(words: Sequence[str], script: str, config_name: str | 
     """Raise a ValueError if several jobs of a sweep would write into one folder, one over the other.
 
     Args:
-        words: of its command line.
+        words: of its command line. Of each setting that has several values the first ones are looked at, with the first
+            one of all others.
         script: train, patch_ae, evaluate, ...
         config_name: of the settings file, if it is not the script's own.
     """
@@ -85,33 +83,45 @@ def refuse_shared_folders(words: Sequence[str], script: str, config_name: str | 
         )
     if script not in _PLACES:
         return
-    jobs = {key: list(islice(config.job_words(override), MOST_JOBS)) for key, override in swept.items()}
-    for key in (key for key in jobs if key not in FOLDER):
-        others = [*config.fixed(words), *(own[0] for name, own in jobs.items() if own and name != key)]
-        settings = [config.compose_checked([*others, word], config_name or script) for word in jobs[key]]
-        places = [_PLACES[script](cfg, [*others, word]) for cfg, word in zip(settings, jobs[key], strict=True)]
+    several = {key: list(islice(dict.fromkeys(config.job_words(o)), MOST_JOBS)) for key, o in swept.items()}
+    for key in (key for key in several if key not in FOLDER):
+        others = [*config.fixed(words), *(own[0] for name, own in several.items() if own and name != key)]
+        jobs = [[*others, word] for word in several[key]]
+        settings = [config.compose_checked(job, config_name or script) for job in jobs]
+        places = [_place(script, cfg, job) for cfg, job in zip(settings, jobs, strict=True)]
         if None not in places and len(set(places)) < len(places):
             raise ValueError(_shared(key, settings[0], script))
 
 
 def _shared(key: str, cfg: "DictConfig", script: str) -> str:
     """That several jobs of a sweep over a setting would write into one place, and what to do."""
-    name = "json" if script == "benchmark" else "name"
-    if cfg[name] is None:
-        return f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
-    what = "file of several benchmarks" if script == "benchmark" else "folder of several runs"
     part = f"${{{key}.name}}" if key in ("data", "case", "method", "tokens") else f"${{{key}}}"
+    if script == "benchmark":
+        what = f"json={cfg.json} would be the file of several benchmarks of a sweep over {key}"
+        return f"{what}: leave json= out, and none is written, or let it hold '{part}'"
+    if cfg.name is None:
+        return f"a sweep over {key} would use one folder for several runs: start them one by one, each with name=NAME"
     return (
-        f"{name}={cfg[name]} would be the {what} of a sweep over {key}: leave {name}= out, and each is named after its "
-        f"settings, or let it hold '{part}'"
+        f"name={cfg.name} would be the folder of several runs of a sweep over {key}: leave name= out, and each is "
+        f"named after its settings, or let it hold '{part}'"
     )
+
+
+def _place(script: str, cfg: "DictConfig", words: Sequence[str]) -> str | None:
+    """Where a job of these settings and words leaves what another one would write over; None for nowhere, and where
+    Hydra alone knows, by ${hydra:job.num}."""
+    from omegaconf.errors import InterpolationResolutionError
+
+    try:
+        return _PLACES[script](cfg, words)
+    except InterpolationResolutionError:
+        return None
 
 
 def _folder_of(cfg: "DictConfig", words: Sequence[str]) -> str:
     return f"{cfg.output_dir}/{name_of(cfg, words)}"
 
 
-# Where a job of these settings and words leaves what another one would write over; None for nowhere.
 _PLACES: "dict[str, Callable[[DictConfig, Sequence[str]], str | None]]" = {
     "train": _folder_of,
     config.PATCH_AE: _folder_of,
@@ -188,16 +198,30 @@ def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[di
     scripts = [script for script in FILES if script != "train"] if measured else []
     if not root.is_dir():
         raise ValueError(f"there is no folder {root} of runs")
-    below = glob(f"**/{FILES['train']}", root_dir=root, recursive=True, include_hidden=True)  # behind links, too
-    for path in sorted({(root / name).resolve(): root / name for name in sorted(below, reverse=True)}.values()):
-        numbers = dict(config.leaves(read_json(path)))
+    for run in _folders_of_runs(root):
+        numbers = dict(config.leaves(read_json(run / FILES["train"])))
         with suppress(ValueError):
-            settings = dict(config.leaves(config.saved(path.parent)))
+            settings = dict(config.leaves(config.saved(run)))
             # One that goes on has the numbers of fewer steps than its settings say.
             if numbers and numbers.get("steps", 0) >= settings.get("trainer.steps", 0):
-                more = {script: read_json(path.parent / FILES[script]) for script in scripts}
-                found.append({"run": str(path.parent)} | settings | numbers | dict(config.leaves(more)))
+                more = {script: read_json(run / FILES[script]) for script in scripts}
+                found.append({"run": str(run)} | settings | numbers | dict(config.leaves(more)))
     return found
+
+
+def _folders_of_runs(root: Path) -> list[Path]:
+    """The folders below that hold a summary, each once, those behind links by the links that lead there."""
+    found: dict[str, Path] = {}
+    for follow in (False, True):  # what is there without a link has its own name
+        walked = set()
+        for folder, names, files in os.walk(root, followlinks=follow):
+            place = os.path.realpath(folder)
+            if place in walked:  # a link to a folder that it lies in, or another one to the same
+                names.clear()
+            elif FILES["train"] in files:
+                found.setdefault(place, Path(folder))
+            walked.add(place)
+    return sorted(found.values())
 
 
 def write_measured(run: Path, script: str, found: dict[str, Any]) -> Path | None:

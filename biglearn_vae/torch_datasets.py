@@ -46,7 +46,8 @@ def parts(make: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[st
     given = {key: value for key, value in settings.items() if key in needed}
     given |= ({"download": True} if "download" in takes else {}) | own
     if "train" in takes and "train" not in own:
-        return {part: _called(make, name, **given, train=part == "train") for part in ("train", "test")}, ""
+        found = {part: _called(make, name, **given, train=part == "train") for part in ("train", "test")}
+        return found, _without_doubles(found, name)
     if "split" in takes and "split" not in own:
         return _by_split(make, name, given)
     made = _called(make, name, **given)
@@ -98,8 +99,9 @@ def repeatable(seed: int) -> Iterator[None]:
             np.random.set_state(before[1])
 
 
-# What says that there is no part of a name: the argument is refused, or what it names is not there.
-_NO_PART = (ValueError, KeyError, AssertionError, FileNotFoundError)
+# What says that there is no such part: its name is refused, or, of one that there often is not, no file is there.
+_NO_PART = {"test": (ValueError, KeyError, AssertionError)}
+_NO_PART["valid"] = (*_NO_PART["test"], FileNotFoundError)
 
 
 def _called(make: Callable[..., Any], name: str, **given: Any) -> Any:
@@ -111,8 +113,7 @@ def _called(make: Callable[..., Any], name: str, **given: Any) -> Any:
 
 
 def _by_split(make: Callable[..., Any], name: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The parts that there are, and what is not: of a name there may be none, and what does not tell validation images
-    from others, as by `else`, has none."""
+    """The parts that there are, and what there is not."""
     found: dict[str, Any] = {}
     lacking = []
     for part, words in PART_WORDS.items():
@@ -121,16 +122,22 @@ def _by_split(make: Callable[..., Any], name: str, given: dict[str, Any]) -> tup
                 found[part] = _called(make, name, **given, split=word)
                 break
             except ValueError as error:
-                if part == "train" or not isinstance(error.__cause__, _NO_PART):
+                if not isinstance(error.__cause__, _NO_PART.get(part, ())):
                     raise
                 problem = error
         else:
             lacking.append(f"{name} has no {part} part ({first_line(problem)}): training images are taken")
-    for other in ("train", "test"):
-        if {"valid", other} <= found.keys() and _are_alike(found["valid"], found[other]):
-            del found["valid"]
-            lacking.append(f"{name} gives its {other} part for valid, too: training images are taken")
-    return found, "; ".join(lacking)
+    return found, "; ".join(filter(None, (*lacking, _without_doubles(found, name))))
+
+
+def _without_doubles(found: dict[str, Any], name: str) -> str:
+    """Leave out parts that are others once more, as of what has an `else` or does not look at what is asked; a note."""
+    notes = []
+    for part, other in (("test", "train"), ("valid", "train"), ("valid", "test")):
+        if {part, other} <= found.keys() and _are_alike(found[part], found[other]):
+            del found[part]
+            notes.append(f"{name} gives its {other} part for {part}, too: training images are taken")
+    return "; ".join(notes)
 
 
 def _are_alike(one: Any, other: Any) -> bool:

@@ -231,7 +231,7 @@ def test_words_that_change_what_has_any_names(words):
 
 @pytest.mark.parametrize("word", ["~optim=muon", "~trainer", "~case", "+optim@other=paper"])
 def test_of_a_group_one_is_always_chosen(word):
-    with pytest.raises(ValueError, match=f"^{re.escape(word)}: of [a-z]+ one is always chosen, and for this program: "):
+    with pytest.raises(ValueError, match=f"^{re.escape(word)}: of [a-z]+ there is always one, and for all of "):
         config.compose([word])
 
 

@@ -247,7 +247,7 @@ def test_derive_seed_is_the_same_everywhere():
     # Runs of earlier versions can be repeated only as long as these stay.
     assert distributed.derive_seed("step", 0, 0) == 46_582_905_400_180_972
     assert distributed.derive_seed(1) == 24_320_571_503_961_036
-    for number in (np.int64(1), torch.tensor(1)):
+    for number in (np.int64(1), torch.tensor(1), np.uint8(1)):
         assert distributed.derive_seed(number) == distributed.derive_seed(1)
     assert distributed.derive_seed(np.float64(0.1), "a") == distributed.derive_seed(0.1, "a")
 

@@ -748,12 +748,13 @@ def test_what_no_psnr_is_of_is_refused(vae):
     x = pictures(vae)
     hidden = vae.pixel_mask(torch.ones(vae.num_tokens, dtype=torch.bool))
     assert evaluation.psnr(x, x, hidden) == math.inf
-    with pytest.raises(ValueError, match="expected completions of images"):
-        evaluation.psnr(x[..., 1:], x, hidden)
+    assert evaluation.psnr(x[0] + 0.1, x[0], hidden) == pytest.approx(20, abs=1e-4)  # one image, several draws
+    assert evaluation.psnr(torch.stack([x, x]) + 0.1, torch.stack([x, x]), hidden) == pytest.approx(20, abs=1e-4)
     each = hidden.expand(len(x), *hidden.shape[1:])  # (N, H, W) may look like one of channels
-    for mask in (torch.ones(vae.num_tokens, dtype=torch.bool), hidden.long(), hidden.float(), each):
-        with pytest.raises(ValueError, match=r"hidden must be a boolean mask of pixels .*vae\.pixel_mask"):
-            evaluation.psnr(x, x, mask)
+    wrong = (torch.ones(vae.num_tokens, dtype=torch.bool), hidden.long(), hidden.float(), each)
+    for completed, mask in ((x[..., 1:], hidden), *((x, mask) for mask in wrong)):
+        with pytest.raises(ValueError, match=r"expected completions of the size of the images, .*vae\.pixel_mask"):
+            evaluation.psnr(completed, x, mask)
     with pytest.raises(ValueError, match=r"in a list of at least one, got \[None\]"):
         evaluation.inpainting_psnr(vae, x, [None])
     with pytest.raises(ValueError, match="neighbours must be at least 1, got -1"):

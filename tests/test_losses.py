@@ -71,12 +71,15 @@ def test_a_network_of_bfloat16_has_a_loss_of_more_digits():
         z_dim = 3
 
         def forward(self, x, S, z=None, T=None):
-            return DiagGaussian(*x.new_zeros(2, len(x), 3)) if z is None else torch.full_like(x, 0.5)
+            if z is None:
+                mean = 33 * S.to(x.dtype).mean(1, keepdim=True).expand(-1, 3)
+                return DiagGaussian(mean, torch.zeros_like(mean))
+            return torch.full_like(x, 0.5)
 
     x = torch.rand(2, 64, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
     S, T = torch.zeros(2, 64, dtype=torch.bool), torch.ones(2, 64, dtype=torch.bool)
     parts = BigLearnELBO(BETA)(Constant(), x, S, T, torch.zeros(2, 3).bfloat16())
-    exact = -0.5 * (x.double() - 0.5).square().sum((1, 2))
+    exact = -0.5 * (x.double() - 0.5).square().sum((1, 2)) - BETA * 1.5 * 33**2
     assert_close(parts.elbo.double(), exact, rtol=1e-6, atol=0)
     assert_close(parts.elbo_nats.double(), exact - 0.5 * 64 * 48 * math.log(2 * math.pi), rtol=1e-6, atol=0)
 

@@ -39,15 +39,14 @@ def test_run_names():
     assert name("name=a/b") == "a/b" and name("name=2024") == "2024"
 
 
-def test_data_of_ones_own_that_are_made_of_others_have_a_name_of_their_own(tmp_path):
+def test_a_sweep_over_data_that_share_their_name_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
     text = (config.folder() / "data/digits.yaml").read_text()
     (tmp_path / "data/coarse.yaml").write_text(text.replace("patch_size: 2", "patch_size: 4"))
     config.search_also(tmp_path)
     try:
-        words = ["data=coarse"]
-        assert runs.name_of(config.compose(words), words) == "coarse-digits-tiny-biglearn_u-seed0"
-        runs.refuse_shared_folders(["data=digits,coarse"], "train")
+        with pytest.raises(ValueError, match="a sweep over data would use one folder"):
+            runs.refuse_shared_folders(["data=digits,coarse"], "train")
     finally:
         config.search_also(None)
 
@@ -64,7 +63,9 @@ def test_runs_behind_links_are_found_once(tmp_path):
         OmegaConf.save(cfg, run / "config.yaml")
         (run / "summary.json").write_text('{"steps": 1500}')
     (tmp_path / "outputs" / "linked").symlink_to(place)
-    (tmp_path / "outputs" / "up").symlink_to(tmp_path / "outputs")
+    (tmp_path / "outputs" / "latest").symlink_to(tmp_path / "outputs" / "other")
+    for up in ("up", "again"):  # of two such there are exponentially many ways
+        (tmp_path / "outputs" / up).symlink_to(tmp_path / "outputs")
     found = [row["run"] for row in runs.summaries(tmp_path / "outputs")]
     assert found == [str(tmp_path / "outputs" / name) for name in ("linked", "other")]
 
@@ -127,6 +128,9 @@ def test_sweeps_that_would_write_over_their_own_results(words, script, expected)
         (["seed=0,1", "masks.s_ratio=[1,2]"], "train"),
         (["name=x1,x2"], "train"),
         (["name=null", "seed=0,1"], "train"),
+        (["seed=0,1,0"], "train"),  # the last one is done then
+        (["name='x-${hydra:job.num}'", "seed=0,1"], "train"),
+        (["json='x-${hydra:job.num}.json'", "seed=0,1"], "benchmark"),
         (["output_dir=a,b", "name=x"], "train"),
         (["name=x-${seed}-${case.name}", "seed=0,1", "case=case1,case2"], "train"),
         (["data=image_folder", "data.root=a/x,a/y"], "train"),

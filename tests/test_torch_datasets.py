@@ -90,6 +90,29 @@ def test_what_does_not_tell_validation_images_from_others_has_none():
         assert numbers(splits.valid) == order(40)[:4] and numbers(splits.train) == order(40)[4:]
 
 
+def test_what_does_not_look_at_what_is_asked_is_one_part():
+    def same(split: str):
+        return Items(*GREY)
+
+    def also(train: bool):
+        return Items(*GREY)
+
+    for make in (same, also):
+        with pytest.warns(UserWarning, match=f"{make.__name__} gives its train part for test, too"):
+            splits = load(make)
+        assert [len(getattr(splits, part)) for part in data.PARTS] == [32, 4, 4]
+
+
+def test_test_images_that_are_not_there_are_no_part_that_there_is_not():
+    def lost(split: str):
+        if split != "train":
+            raise FileNotFoundError("the download was cut off")
+        return Items(*GREY)
+
+    with pytest.raises(ValueError, match=r"lost\(split='test'\): the download was cut off"):
+        load(lost)
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError("no folder valid"), AssertionError()])
 def test_a_part_that_is_not_there_or_not_known_is_cut_from_the_training_images(error):
     def folders(split: str):
