@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,13 +24,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, alone=True) as partial, partial.open("wb") as file:
-            torch.save(state, file)
+            torch.save(_plain(state), file)
             file.flush()
             file.write(_digest(partial))
     except (OSError, RuntimeError) as error:  # on a full disk torch raises the second
         full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
         why = str(error).splitlines()[0]
         raise OSError(f"could not write {path}{', is the disk full?' if full else ''} ({why})") from error
+
+
+def _plain(state: Any) -> Any:
+    """The same with numbers and words of Python's own in place of NumPy's, which no checkpoint could be read with."""
+    if type(state) is dict:  # weights, in an OrderedDict, are tensors
+        return {_plain(key): _plain(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map(_plain, state))
+    return state.item() if isinstance(state, np.generic) else state
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:

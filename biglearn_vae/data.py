@@ -271,9 +271,10 @@ class Batches:
         world = world or World(device=images.device)
         if not len(images):
             raise ValueError("expected at least one image to make batches of, got none")
-        self.images, self.batch_size, self.seed, self.world = images, batch_size, seed, world
+        self.images, self.batch_size, self.world = images, checks.whole_number("batch_size", batch_size, 1), world
+        self.seed = checks.whole_number("seed", seed)
         self.transform = transform or (lambda x: x)
-        self._share = world.share(batch_size)
+        self._share = world.share(self.batch_size)
         self._orders: dict[int, Tensor] = {}
 
     @torch.no_grad()

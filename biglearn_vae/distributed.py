@@ -4,6 +4,7 @@ A single process is `World()`, and needs of all this its device and its random n
 """
 
 import hashlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -57,6 +58,15 @@ class World:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
+
+
+@torch.no_grad()
+def take_from_first(net: nn.Module) -> None:
+    """Give a network the weights and buffers that it has in the first process; every process must call it."""
+    for own in itertools.chain(net.parameters(), net.buffers()):
+        value = own.contiguous()
+        dist.broadcast(value, src=0)
+        own.copy_(value)
 
 
 def under_torchrun() -> bool:

@@ -79,12 +79,13 @@ class TensorBoard(Logger):
 class Pictures(Logger):
     """Each picture as `folder/name-step.png`."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.save(self._folder / f"{name}-{step:07d}.png", pixels)
+        path = self._folder / f"{name}-{step:07d}.png"  # names may hold folders, as those of TensorBoard do
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.save(path, pixels)
 
     @staticmethod
     def save(path: Path, pixels: np.ndarray, about: str = "") -> None:

@@ -82,8 +82,8 @@ class Optim:
         if fused is None:
             fused = all(p.device.type in ("cpu", "cuda") for p in others)
         groups = [
-            {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, "peak": self.lr},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": self.lr},
+            {"params": [p for p in others if _is_matrix(p)], "weight_decay": self.weight_decay, "peak": self.lr},
+            {"params": [p for p in others if not _is_matrix(p)], "weight_decay": 0.0, "peak": self.lr},
         ]
         adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, capturable=capturable)
         adamw["fused"] = fused or None  # None is torch's default
@@ -229,10 +229,16 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return any(ask() for ask in able)
 
 
+def _is_matrix(weight: Tensor) -> bool:
+    """Whether it is decayed; a learned vector may be (1, 1, d)."""
+    return weight.ndim == 2 or (weight.ndim > 2 and weight.numel() > weight.shape[-1])
+
+
 def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
     """The matrices of the members of a network's `ModuleList`s and the kernels of its convolutions, each once; those
     without a number, or that are no matrix in memory, are left to AdamW."""
     lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
     matrices = (p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
-    found = [*matrices, *(p for p in net.parameters() if p.ndim == 4)]
+    convolutions = (module for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd))
+    found = [*matrices, *(module.weight for module in convolutions if module.weight.ndim == 4)]
     return dict.fromkeys(p for p in found if p.numel() and (p.ndim == 2 or p.is_contiguous()))

@@ -27,6 +27,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -55,6 +56,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+ASK_EVERY = 2.0  # seconds after which several processes share, at the latest, whether one was told to stop, or one step
 
 
 def choose_precision(precision: str, net: nn.Module, images: int) -> str:
@@ -62,7 +64,8 @@ def choose_precision(precision: str, net: nn.Module, images: int) -> str:
 
     bfloat16 where the device multiplies in it faster: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX. On CPUs small
     products gain less from it than the conversions cost: those of fewer than 1,024 tokens with fewer than 256 inputs
-    (`scripts/benchmark.py` measures it). Parameters, log-variances and losses are float32 in any case.
+    (`scripts/benchmark.py` measures it). Parameters, log-variances and losses are float32 in any case (one's own loss
+    is what it makes itself).
 
     Args:
         images: of a step, whether or not they are taken in parts, so that these do not change the numbers.
@@ -134,7 +137,9 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self._handlers = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+            # What is ignored, as of a background job of a shell, stays so.
+            heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+            self._handlers = {s: signal.signal(s, self._request) for s in heard}
         return self
 
     def __exit__(self, *_) -> None:
@@ -146,6 +151,23 @@ class Interruption:
         self.requested = True
         if number == signal.SIGINT:  # launchers send SIGTERM more than once; a person who insists presses Ctrl-C
             signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
+
+
+def _joined(world: World | None, net: nn.Module) -> World:
+    """The processes that train a network, all of which start from that of the first one.
+
+    Raises:
+        ValueError: if there are several and it was not said how this one is one of them.
+    """
+    if world is None and distributed.under_torchrun():
+        raise ValueError(
+            "torchrun started several processes: give world=blv.distributed.start(), to the Batches, too, or each "
+            "would train alone"
+        )
+    world = world or World()
+    if world.size > 1:
+        distributed.take_from_first(net)
+    return world
 
 
 def _checked_folder(folder: str | Path | None) -> Path | None:
@@ -287,9 +309,9 @@ class Trainer:
         intervals = {f"{name}_every": value for name, value in self.every.items()}
         _check(net, loss, optim, batches, metadata or {}, dict(steps=steps, accumulate=accumulate, **intervals))
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
-        self.steps, self.seed, self.monitor = steps, seed, monitor
+        self.steps, self.seed, self.monitor = steps, checks.whole_number("seed", seed), monitor
         self.folder = _checked_folder(folder)
-        self.world, self.metadata = world or World(), metadata or {}
+        self.world, self.metadata = _joined(world, net), metadata or {}
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
@@ -315,7 +337,7 @@ class Trainer:
         self._evaluated, self._best_is_lost = -1, False  # the last step at which it was
         self._goes_on, self._is_there = False, lambda: True  # from what is in the folder, if anything is; the folder
         self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
-        self._compiles = self.compiled
+        self._compiles, self._torn = self.compiled, False  # whether a step was cut off while it changed the network
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
         self._names: list[str] = []
         self._reported = (0, 0.0)  # step and seconds at the last report
@@ -334,10 +356,10 @@ class Trainer:
         if self.world.size == 1 or self._sharded:
             return net
         ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        # The buffers are the same everywhere; torch 2.15 has another word for leaving them alone.
+        # Buffers that no forward changes are the same everywhere; torch 2.15 has another word for leaving them alone.
         known = inspect.signature(DistributedDataParallel).parameters
         word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(net, device_ids=ids, **{word: False})
+        return DistributedDataParallel(net, device_ids=ids, **{word: self._counts})
 
     @property
     def how(self) -> str:
@@ -465,7 +487,9 @@ class Trainer:
         if torch.is_inference_mode_enabled():
             raise ValueError("training follows gradients: fit() cannot be called in torch.inference_mode()")
         self._check_folder()
+        self._mend()
         self.loggers, self.interrupted = list(loggers), False
+        self._asked, self._ask_at = (self.step, time.perf_counter()), self.step + 1
         with torch.enable_grad(), Interruption() as interruption, self._followed():
             if self.world.any(self._is_due("evaluate", self._evaluated) or self._best_is_lost):
                 self._evaluate()
@@ -478,12 +502,7 @@ class Trainer:
                         self._report()
                     if self._is_due("evaluate"):
                         self._evaluate()
-                # Processes must stop at the same step, so with several the flag is shared, now and then.
-                stop = (
-                    interruption.requested
-                    if self.world.size == 1
-                    else self.step % 10 == 0 and self.world.any(interruption.requested)
-                )
+                stop = self._is_stopped(interruption.requested)
                 if stop or self._is_due("checkpoint"):
                     self._save_latest()
                 if stop:
@@ -494,6 +513,33 @@ class Trainer:
         if self.step < self.steps:
             words = "; a checkpoint is written" if self.folder else ""
             raise Interrupted(f"stopped at step {self.step} of {self.steps}{words}", kept=self.folder is not None)
+
+    def _is_stopped(self, requested: bool) -> bool:
+        """Whether a process was told to stop. All must stop at the same step, so that several share what they were told
+        every few steps: after some seconds launchers kill what has not ended."""
+        if self.world.size == 1:
+            return requested
+        if self.step < self._ask_at:
+            return False
+        (step, asked), now = self._asked, time.perf_counter()
+        told = torch.tensor([float(requested), (now - asked) / (self.step - step)], device=self.world.device)
+        stop, pace = self.world.mean(told).tolist()
+        self._asked = (self.step, now)
+        self._ask_at = self.step + max(1, min(10, int(ASK_EVERY / pace)))
+        return stop > 0
+
+    def _mend(self) -> None:
+        """Go back to the last checkpoint if a step was cut off while it changed the network."""
+        if not self.world.any(self._torn):
+            return
+        state = checkpoint.load_latest(self.folder) if self.folder else None
+        if state is None:
+            raise ValueError(
+                "the last step was cut off while it changed the network, and there is no checkpoint to go on from: "
+                "make a network and a Trainer anew"
+            )
+        self._load(state)
+        self._torn = False
 
     def _is_due(self, name: str, done: int = -1) -> bool:
         """Whether something is done at this step, at which it was not done yet."""
@@ -531,7 +577,7 @@ class Trainer:
     @functools.cached_property
     def _counts(self) -> bool:
         """Whether the network keeps more than weights, such as statistics, which a forward changes."""
-        return self.net.state_dict().keys() != dict(self.net.named_parameters()).keys()
+        return self.net.state_dict().keys() != dict(self.net.named_parameters(remove_duplicate=False)).keys()
 
     def _check_folder(self) -> None:
         if not self._goes_on and self.folder is not None and checkpoint.is_resumable(self.folder):
@@ -552,7 +598,7 @@ class Trainer:
             with self._kept_if_it_fails():
                 batch = self._batch()
             self._pending.append(self._take(batch, self.step, share, 1 - decay))
-        self.step += 1
+        self.step, self._torn = self.step + 1, False
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         if self._compiles:
@@ -576,12 +622,28 @@ class Trainer:
     def _batch(self) -> Any:
         """The step's batch; a frozen tokenizer that makes it need not be more exact than the products of the step."""
         with _tf32_convolutions() if self.precision == "bfloat16" else nullcontext():
-            return self.batches(self.step)
+            batch = self.batches(self.step)
+        if self.accumulate > 1 or self.world.size > 1:
+            self._check_rows(batch)
+        return batch
+
+    def _check_rows(self, batch: Any) -> None:
+        """Raise a ValueError unless a batch is a process's share: parts of others would not weigh as much."""
+        whole, share = self.batches.batch_size, self.world.share(self.batches.batch_size)
+        parts = batch if isinstance(batch, tuple | list) else [batch]
+        rows = {len(part) for part in parts if isinstance(part, Tensor) and part.ndim}
+        if rows - {share}:
+            raise ValueError(
+                f"batches gave {' and '.join(map(str, sorted(rows)))} images at step {self.step}, where each of "
+                f"{self.world.size} processes takes {share} of the {whole} of a step: with several processes, or "
+                "accumulate, every batch must have as many"
+            )
 
     def _take(self, *step: Any) -> Tensor:
         """`_advance`, as a CUDA graph or as it is."""
         if self._graph is None:
             return self._advance(*step)
+        self._torn = True
         try:
             return self._graph(self._advance, *step)
         except NotRecorded as error:
@@ -604,9 +666,11 @@ class Trainer:
         """
         self.optim.set_rates(self.optimizers, share)
         self.net.zero_grad()
+        self._torn = self._counts
         with self._kept_if_it_fails() if self._graph is None and not self._counts else nullcontext():
             scalars = self._backward(batch, step)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
+        self._torn = True
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
@@ -689,6 +753,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._wait()
+        if self._pending:
+            self._pending_values()  # what a bad step has spoilt is not measured, and never the best
         result = self._whole_result() if self.evaluate is not None else None
         if result is not None and self.world.is_main:
             result.eval()
@@ -700,7 +766,7 @@ class Trainer:
             if self.monitor not in numbers:
                 raise ValueError(f"monitor must be one of {', '.join(numbers)}, got {self.monitor!r}")
             value = numbers[self.monitor]
-            if math.isnan(value) and all(part.isfinite().all() for part in self._pending):  # else the loss says why
+            if math.isnan(value):
                 raise TrainingError(
                     f"{self.monitor}, which says what checkpoint is the best, is NaN at step {self.step}: what "
                     f"evaluate gave is {numbers}"
@@ -745,7 +811,7 @@ class Trainer:
             "step": self.step,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "seed": int(self.seed),
+            "seed": self.seed,
             "monitor": str(self.monitor),
             "batch_size": self.batches.batch_size,
             **self._settings,
@@ -786,7 +852,13 @@ def _settings(loss: Any, optim: Optim) -> dict[str, dict[str, Any]]:
     told = getattr(loss, "settings", None)
     of = {"loss": told if isinstance(told, dict) else {}}
     of["optim"] = {field.name: getattr(optim, field.name, None) for field in fields(optim)}
+    of = {which: {name: _number(value) for name, value in own.items()} for which, own in of.items()}
     return {which: {name: value for name, value in own.items() if _is_plain(value)} for which, own in of.items()}
+
+
+def _number(value: Any) -> Any:
+    """A number or a word of Python's own in place of one of NumPy's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_plain(value: Any) -> bool:

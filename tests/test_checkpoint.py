@@ -3,6 +3,7 @@ import os
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -251,3 +252,11 @@ def test_load_weights_of_another_architecture(other, difference):
     with pytest.raises(ValueError, match=f"runs/a/best.pt .*UniversalViT.*{difference}"):
         checkpoint.load_weights(net, other.state_dict(), source="runs/a/best.pt")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_numbers_of_numpy_can_be_read_again(tmp_path):
+    state = {"a": np.int64(3), np.str_("b"): [np.float32(0.5), (np.bool_(True), torch.ones(2))], "c": {"d": "e"}}
+    checkpoint.save(tmp_path / "x.pt", state)
+    found = checkpoint.load(tmp_path / "x.pt")
+    assert (found["a"], found["b"][0], found["b"][1][0], found["c"]) == (3, 0.5, True, {"d": "e"})
+    assert type(found["a"]) is int and found["b"][1][1].equal(torch.ones(2))

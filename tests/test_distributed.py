@@ -87,12 +87,17 @@ def work(folder: str) -> None:
         trained(Path(folder) / f"one_then_{mode}", world, 12, **options)
         trained(Path(folder) / f"muon_{mode}", world, 6, muon_lr=0.01, **options)
     values = torch.tensor([1.0, 10.0]) * (world.rank + 1)
+    unseeded = torch.nn.BatchNorm1d(3)
+    torch.nn.init.constant_(unseeded.weight, world.rank + 2.0)
+    unseeded.running_mean += world.rank + 1.0
+    distributed.take_from_first(unseeded)
     torch.save(
         {
             "rank and size": (world.rank, world.size),
             "main": world.is_main,
             "mean": world.mean(values),
             "values": values,
+            "taken": unseeded.state_dict(),
             "any": [world.any(flag) for flag in (False, world.rank == 1, True)],
             "steps": {method: loss_and_gradients(method, world) for method in METHODS},
         },
@@ -184,6 +189,11 @@ def test_reductions_over_two_processes(two_processes):
         assert found["main"] == (rank == 0)
         assert found["mean"].tolist() == [1.5, 15.0]
         assert found["any"] == [False, True, True]
+
+
+def test_all_start_from_the_network_of_the_first(two_processes):
+    for found in two_processes:
+        assert found["taken"]["weight"].eq(2).all() and found["taken"]["running_mean"].eq(1).all()
 
 
 def test_mean_leaves_its_argument_alone(two_processes):

@@ -155,3 +155,19 @@ def test_muon_alone_and_what_it_cannot_take():
     adamw, muon = settings.optimizers(net(nn.Linear(4, 4, bias=False), nn.Linear(4, 0, bias=False), kernels))
     taken = {tuple(p.shape) for group in adamw.param_groups for p in group["params"]}
     assert taken == {(0, 4), (3, 2, 2, 2)} and [p.shape for p in muon.param_groups[0]["params"]] == [(4, 4)]
+
+
+def test_what_is_decayed_and_what_muon_takes_of_a_network_of_ones_own():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(1, 1, 6))
+            self.positions = nn.Parameter(torch.ones(1, 6, 4, 4))
+            self.image, self.line, self.out = nn.Conv2d(3, 6, 2), nn.Conv1d(3, 6, 2), nn.Linear(6, 1)
+
+    own = Own()
+    adamw, muon = Optim(muon_lr=0.02).optimizers(own)
+    decayed, plain = ([id(p) for p in group["params"]] for group in adamw.param_groups)
+    assert decayed == [id(p) for p in (own.positions, own.line.weight, own.out.weight)]
+    assert plain == [id(p) for p in (own.token, own.image.bias, own.line.bias, own.out.bias)]
+    assert [p.data_ptr() for p in muon.param_groups[0]["params"]] == [own.image.weight.data_ptr()]

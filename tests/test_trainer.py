@@ -31,7 +31,7 @@ from biglearn_vae import (
 from biglearn_vae.data import Batches
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.loggers import Logger
-from biglearn_vae.trainer import Interrupted, choose_compile, choose_cuda_graph, choose_precision
+from biglearn_vae.trainer import Interrupted, Interruption, choose_compile, choose_cuda_graph, choose_precision
 
 OPTIM = Optim(lr=0.05, warmup_steps=3, schedule="cosine", clip_norm=1.0, ema_decay=0.9)
 
@@ -250,6 +250,113 @@ def test_the_average_and_the_update_by_hand():
         torch.testing.assert_close(x, y)
     for x, y in zip(trainer.result.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_numbers_of_numpy_are_kept_and_compared_like_others(tmp_path):
+    """A checkpoint with one of NumPy's could not be read again."""
+
+    def run(folder, steps, number=float, beta=0.01):
+        images = data.ImageSet(torch.zeros(12, 1, 2, 3, dtype=torch.uint8))
+        tokens = Batches(
+            images, number(4) if number is np.int64 else 4, np.int64(1), transform=lambda x: x.view(-1, 6, 1)
+        )
+        net = UniversalViT(grid=(2, 3), token_dim=1, dim=8, depth=1, z_dim=2, heads=1)
+        settings = dict(loss=BigLearnELBO(beta), batches=tokens, optim=Optim(), monitor=np.str_("valid/a"))
+        return Trainer(
+            net,
+            **settings,
+            steps=steps,
+            folder=folder,
+            seed=np.int64(2),
+            evaluate=lambda _: ({np.str_("valid/a"): 0.0}, {}),
+        )
+
+    run(tmp_path, 2, np.int64).fit()
+    again = run(tmp_path, 4)
+    assert again.resume() == 2
+    again.fit()
+    for beta in (np.float64(0.5), 0.5):
+        with pytest.raises(ValueError, match=r"another loss, whose beta was 0\.01, now it is 0\.5"):
+            run(tmp_path, 4, beta=beta).resume()
+    with pytest.raises(ValueError, match="seed must be a whole number, got None"):
+        make(seed=None)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_batch_of_another_length_is_taken_whole_or_refused(accumulate):
+    class Short(Points):
+        def __call__(self, step):
+            return super().__call__(step)[: 3 if step == 2 else 4]
+
+    trainer = make(batches=Short(), accumulate=accumulate, steps=5)
+    if accumulate == 1:
+        trainer.fit()
+        return
+    with pytest.raises(
+        ValueError, match=r"batches gave 3 images at step 2, where each of 1 processes takes 4 of the 4"
+    ):
+        trainer.fit()
+
+
+def test_a_step_that_was_cut_off_is_not_taken_twice(tmp_path):
+    """A second Ctrl-C may come between the updates of two optimizers."""
+    optim = replace(OPTIM, muon_lr=0.02)
+    expected = make(optim=optim)
+    expected.fit()
+
+    def cut_off(trainer):
+        step, calls = trainer.optimizers[1].step, []
+
+        def interrupted():
+            calls.append(trainer.step)
+            if len(calls) == 14:
+                raise KeyboardInterrupt
+            step()
+
+        trainer.optimizers[1].step = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+        return trainer
+
+    trainer = cut_off(make(tmp_path, optim=optim))
+    trainer.fit()
+    assert_same(trainer, expected)
+    with pytest.raises(ValueError, match=r"the last step was cut off .* no checkpoint to go on from"):
+        cut_off(make(optim=optim)).fit()
+
+
+def test_weights_that_a_bad_step_spoilt_are_never_the_best(tmp_path):
+    def loss(net, batch, *, random, step):
+        parts = noisy_squares(net, batch, random=random, step=step)
+        return Parts(parts.loss * (math.nan if step == 4 else 1))
+
+    trainer = make(tmp_path, loss=loss, report_every=100, evaluate_every=5, checkpoint_every=2)
+    trainer.evaluate = lambda net: ({"valid/elbo": 1.0 + trainer.step}, {})
+    with pytest.raises(TrainingError, match="the loss is not finite at step 4"):
+        trainer.fit()
+    for name in (checkpoint.BEST, checkpoint.LATEST):
+        weights = checkpoint.load(tmp_path / name)["net"].values()
+        assert all(part.isfinite().all() for part in weights)
+
+
+def test_under_torchrun_a_trainer_is_told_of_the_others(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=r"give world=blv\.distributed\.start\(\)"):
+        make()
+
+
+def test_signals_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+            assert not interruption.requested
+            signal.raise_signal(signal.SIGTERM)
+            assert interruption.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_best_checkpoint_is_that_of_the_largest_value(tmp_path):
