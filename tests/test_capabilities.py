@@ -673,7 +673,9 @@ def test_a_compiled_network_is_saved_as_what_it_is(tmp_path):
     vae = make()
     compiled = BigLearnVAE(torch.compile(vae.net, backend="eager"), vae.tokenizer)
     compiled.save(tmp_path / "model.pt")
-    assert same(BigLearnVAE.from_file(tmp_path / "model.pt").encode(pictures(vae)), vae.encode(pictures(vae)))
+    loaded = BigLearnVAE.from_file(tmp_path / "model.pt")
+    assert type(loaded.net) is UniversalViT
+    close(loaded.encode(pictures(vae)).mean, vae.encode(pictures(vae)).mean)
 
 
 # --- seeds and draws ---
