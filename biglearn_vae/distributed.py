@@ -61,10 +61,10 @@ class World:
 
 
 @torch.no_grad()
-def take_from_first(net: nn.Module) -> None:
+def take_from_first(net: nn.Module, world: World) -> None:
     """Give a network the weights and buffers that it has in the first process; every process must call it."""
     for own in itertools.chain(net.parameters(), net.buffers()):
-        value = own.contiguous()
+        value = own.to(world.device).contiguous()  # where the processes can talk of it
         dist.broadcast(value, src=0)
         own.copy_(value)
 

@@ -166,7 +166,7 @@ def _joined(world: World | None, net: nn.Module) -> World:
         )
     world = world or World()
     if world.size > 1:
-        distributed.take_from_first(net)
+        distributed.take_from_first(net, world)
     return world
 
 

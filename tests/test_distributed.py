@@ -90,7 +90,7 @@ def work(folder: str) -> None:
     unseeded = torch.nn.BatchNorm1d(3)
     torch.nn.init.constant_(unseeded.weight, world.rank + 2.0)
     unseeded.running_mean += world.rank + 1.0
-    distributed.take_from_first(unseeded)
+    distributed.take_from_first(unseeded, world)
     torch.save(
         {
             "rank and size": (world.rank, world.size),
