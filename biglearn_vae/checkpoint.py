@@ -24,7 +24,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, alone=True) as partial, partial.open("wb") as file:
-            torch.save(_plain(state), file)
+            torch.save(plain(state), file)
             file.flush()
             file.write(_digest(partial))
     except (OSError, RuntimeError) as error:  # on a full disk torch raises the second
@@ -33,12 +33,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise OSError(f"could not write {path}{', is the disk full?' if full else ''} ({why})") from error
 
 
-def _plain(state: Any) -> Any:
+def plain(state: Any) -> Any:
     """The same with numbers and words of Python's own in place of NumPy's, which no checkpoint could be read with."""
     if type(state) is dict:  # weights, in an OrderedDict, are tensors
-        return {_plain(key): _plain(value) for key, value in state.items()}
+        return {plain(key): plain(value) for key, value in state.items()}
     if type(state) in (list, tuple):
-        return type(state)(map(_plain, state))
+        return type(state)(map(plain, state))
     return state.item() if isinstance(state, np.generic) else state
 
 

@@ -934,10 +934,8 @@ def _preset(values: dict[str, Any]) -> experiments.Preset:
 
 def _page_in(results: Path) -> Path:
     """Where the page of a folder of results is; a ValueError if something else is there, which would be lost."""
-    path = results / "README.md"
-    if path.is_file() and not path.read_text("utf-8", errors="replace").startswith(
-        results_page.HEAD.partition(" from")[0]
-    ):
+    path, head = results / "README.md", results_page.HEAD.partition(" from")[0]
+    if path.is_file() and not path.read_text("utf-8", errors="replace").startswith(head):
         raise ValueError(f"{path.absolute()} is no page of results and would be written over: give another results_dir")
     return path
 

@@ -685,9 +685,10 @@ def _patch_ae(cfg: "DictConfig", cut: Patchify) -> PatchAE:
     run = patch_ae_run(cfg)
     place = cfg.get("output_dir", "outputs")
     where = [] if place == "outputs" else [shell_word("output_dir", place)]
-    command = " ".join([f"python scripts/train.py --config-name={PATCH_AE} {data_words(cfg)}", *where])
+    words = data_words(cfg)
+    command = " ".join([f"python scripts/train.py --config-name={PATCH_AE} {words}", *where])
     if not (run / PATCH_AE_FILE).is_file():
-        named = run.parent == Path(place) and (" " in data_words(cfg) or not run.name.endswith(f"{PATCH_AE}-seed0"))
+        named = run.parent == Path(place) and (" " in words or not run.name.endswith(f"{PATCH_AE}-seed0"))
         there = [shell_word("name", run.name)] if named else []
         raise ValueError(
             f"there is no PatchAE in {run}{_what_is_there(run)}: train one with `{' '.join([command, *there])}`, "

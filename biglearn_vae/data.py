@@ -694,8 +694,11 @@ def image_folder(
 def _by_part(names: list[str], own: dict[str, str]) -> list[str]:
     """Names in an order of their own, test images first, then those of validation, if they have their parts; else by
     that order alone. Where an image comes or goes, the order of the others stays."""
-    ordered = sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(name)).digest())
-    return sorted(ordered, key=lambda name: PARTS[::-1].index(own.get(name, "train")))
+
+    def place(name: str) -> tuple[int, bytes]:
+        return PARTS[::-1].index(own.get(name, "train")), hashlib.blake2b(os.fsencode(name)).digest()
+
+    return sorted(names, key=place)
 
 
 def _doubts(names: list[str], own: dict[str, str], root: Path, foreign: list[str]) -> str:

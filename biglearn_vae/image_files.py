@@ -156,12 +156,16 @@ def _stat(entry: os.DirEntry) -> Stat | None:
 
 def is_image(name: str) -> bool:
     """Whether a file's name ends like that of an image."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    return _suffix(name) in SUFFIXES
 
 
 def is_foreign(name: str) -> bool:
     """Whether it ends like that of an image of a kind that is not read."""
-    return os.path.splitext(name)[1].lower() in FOREIGN
+    return _suffix(name) in FOREIGN
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def read(files: Files, recipe: Recipe, cache: str | Path | None = None, kind: str = "images") -> Decoded:

@@ -27,7 +27,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -852,13 +851,8 @@ def _settings(loss: Any, optim: Optim) -> dict[str, dict[str, Any]]:
     told = getattr(loss, "settings", None)
     of = {"loss": told if isinstance(told, dict) else {}}
     of["optim"] = {field.name: getattr(optim, field.name, None) for field in fields(optim)}
-    of = {which: {name: _number(value) for name, value in own.items()} for which, own in of.items()}
+    of = checkpoint.plain(of)
     return {which: {name: value for name, value in own.items() if _is_plain(value)} for which, own in of.items()}
-
-
-def _number(value: Any) -> Any:
-    """A number or a word of Python's own in place of one of NumPy's."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_plain(value: Any) -> bool:
