@@ -46,12 +46,13 @@ and what their numbers say, is in `results/choices.md` of its repository.
 
 
 def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
-    """The whole page.
+    """The whole page, presets that trained longest first.
 
     Args:
         found: what `experiments.load` gives.
         parameters: number of parameters by case.
     """
+    found = dict(sorted(found.items(), key=lambda pair: -max((run["train"]["steps"] for run in pair[1]), default=0)))
     parts = [HEAD, _glance(found), _parameters(parameters)]
     for preset, runs in found.items():
         if runs:
@@ -60,7 +61,7 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
             parts += [part for alike in _measured(runs) for part in (_grid(alike), _levels(alike))]
             parts += _measurements(_with_levels(runs))
         elif runs:
-            parts += [_joint(runs), _plots(preset, runs), *_measurements(runs), _costs(runs), _claims(runs)]
+            parts += [_claims(runs), _joint(runs), _plots(preset, runs), *_measurements(runs), _costs(runs)]
     return "\n".join(part for part in parts if part)
 
 
@@ -140,7 +141,7 @@ def _glance(found: dict[str, Runs]) -> str:
     text = (
         "By what one method's test JointELBO is above another's, seed by seed (claims (i), (i) and (ii); mean and\n"
         "standard deviation), and the accuracy in % of a linear probe of what `biglearn_u` infers from a tenth of the\n"
-        "patches (claim (iv)). Whether chance would give as much is said at the end of each preset.\n"
+        "patches (claim (iv)). Whether chance would give as much is said at the head of each preset.\n"
     )
     parts = [f"## At a glance\n\n{text}\n{table([*head, 'probe at S = 0.1'], rows)}"] if rows else []
     parts += [f"Settings are compared in {', '.join(grids)}.\n"] if grids else []
@@ -655,9 +656,11 @@ def _claims(runs: Runs) -> str:
     for data, case in sorted({(run["data"], run["case"]) for run in runs}):
         of = {method: select(runs, data=data, case=case, method=method) for method in METHODS}
         lines += [f"{claim}, {data} {case}: {found}" for claim, found in _verdicts(of).items()]
-    if lines:
-        lines += _growth(runs) or ["(iii) growth of the gain from Case1 to Case4: not measured here"]
-    return "### What the paper claims\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
+    if not lines:
+        return ""
+    lines += _growth(runs) or ["(iii) growth of the gain from Case1 to Case4: not measured here"]
+    by_claim = sorted(lines, key=lambda line: line.partition(" ")[0])
+    return "### What the paper claims\n\n" + "".join(f"- {line}\n" for line in by_claim)
 
 
 def _verdicts(of: dict[str, Runs]) -> dict[str, str]:

@@ -1,21 +1,40 @@
-"""What the README says to type in Python works as it is typed."""
+"""What the README and docs/ say to type in Python works as it is typed, and what they point at is there."""
 
 import re
 
+import pytest
 from programs import ROOT, SMALL, run_here
 
-SECTION = (ROOT / "README.md").read_text().split("## In Python")[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/choices.md"]
+
+
+def blocks(page: str) -> list[str]:
+    """The blocks of Python of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_the_python_of_the_readme(here, monkeypatch):
     assert run_here(monkeypatch, *SMALL, "name=digits-tiny-biglearn_u-seed0") == 0
-    first, *others = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+    (first,) = blocks("README.md")
     names: dict = {}
     exec(first, names)
-    table = re.findall(r"`((?:q|vae)\b.*?)`", SECTION.split("```")[2])
+    table = re.findall(r"`((?:q|vae)\b.*?)`", (ROOT / "README.md").read_text().split("## In Python")[1])
     assert len(table) > 15
     for code in table:
         exec(code.replace("\\|", "|"), names)
-    assert len(others) == 3
-    for code in others:  # a network as small as the first one, and all else as typed
+
+
+def test_the_python_of_the_docs(here):
+    found = blocks("docs/python.md")
+    assert len(found) == 3
+    for code in found:  # a network as small as the other tests', and all else as typed
         exec(code.replace('["name=short"', f'[*{SMALL}, "name=short"'), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_points_at_is_there(page):
+    text = page.read_text()
+    links = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    named = re.findall(r"`((?:results|docs|configs|notebooks|scripts|tests)/[\w./-]+)`", text)
+    assert [path for path in links if path and not (page.parent / path).exists()] == []
+    assert [path for path in named if not (ROOT / path).exists()] == []

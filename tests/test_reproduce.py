@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,26 @@ def test_the_page_begins_with_what_the_methods_gain_and_where_to_find_it():
     assert "## `preset=my_p`\n" in text
 
 
+def test_presets_that_trained_longest_come_first_and_what_they_say_of_the_claims_before_their_numbers():
+    short, long = [[run_numbers(seed=seed) for seed in (0, 1)] for _ in range(2)]
+    for run in long:
+        run["train"]["steps"] *= 2
+    text = results_page.page({"a": short, "b": long}, {})
+    assert text.index("[b](#presetb)") < text.index("[a](#preseta)")
+    assert text.index("`preset=b`") < text.index("`preset=a`")
+    heads = re.findall(r"^### (.*)$", text.split("## `preset=b`")[1].split("## `preset=a`")[0], re.MULTILINE)
+    assert heads[:2] == ["What the paper claims", "Test JointELBO (Figure 2)"]
+
+
+def test_claims_are_put_in_order_before_data_and_cases():
+    runs = [run_numbers(method) | {"case": case} for method in results_page.METHODS for case in ("case1", "case2")]
+    for run in runs:
+        run["train"] = run["train"] | {"parameters": int(run["case"][-1])}
+    lines = results_page.page({"p": runs}, {}).split("### What the paper claims\n\n")[1].split("\n\n")[0].splitlines()
+    claims = [line.split()[1] for line in lines]
+    assert claims == sorted(claims) and set(claims) == {"(i)", "(ii)", "(iii)", "(iv)", "(v)"}
+
+
 def test_chains_are_averaged_over_seeds_that_ran_as_long():
     runs = [run_numbers(seed=seed) for seed in (0, 1)] + [run_numbers("vae", seed) for seed in (0, 1)]
     for run, counts in zip(runs[2:], ((1, 10), (10,)), strict=True):
@@ -120,7 +141,7 @@ def test_an_epoch_is_compared_with_those_of_the_same_commit():
         run["train"]["seconds"], run["environment"] = seconds, run["environment"] | {"commit": commit}
     of_one = "(v) an epoch of `biglearn_u` against one of `vae` on cpu, digits tiny: 2.00 times as long"
     assert of_one in results_page.page({"p": runs}, {})
-    assert "(v)" not in results_page.page({"p": runs[1:]}, {}).split("### What the paper claims")[1]
+    assert "(v)" not in results_page.page({"p": runs[1:]}, {}).split("### What the paper claims")[1].split("###")[0]
 
 
 def test_an_epoch_is_compared_at_the_commit_that_other_work_slowed_down_least():
