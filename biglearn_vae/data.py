@@ -5,6 +5,7 @@ N images, C channels, H x W pixels, B batch.
 
 import functools
 import hashlib
+import importlib.util
 import inspect
 import os
 import re
@@ -14,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from biglearn_vae import array_files, checks, image_files, masks, torch_datasets
 from biglearn_vae.distributed import World, derive_seed
 
+DIGITS = "datasets/data/digits.csv.gz"  # in scikit-learn
 PARTS = ("train", "valid", "test")
 CELEBA_LAST = {"train": 162_770, "valid": 182_637, "test": 202_599}  # the last image of each part, counted from 1
 SPLIT_SEED = 0  # one split for everyone, whatever the run's seed, so that no test image is ever trained on
@@ -456,14 +459,23 @@ def images(
 
 def digits(root: Path | None = None, image_size: Size = 8, channels: int = 1) -> Splits:
     """The 1,797 handwritten 8 x 8 digits that come with scikit-learn: 1,200 to train, 300 to validate, 297 to test."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    pixels = torch.from_numpy(raw.images / 16 * 255).round().to(torch.uint8).unsqueeze(1)  # (N, 1, 8, 8)
-    labels = torch.from_numpy(raw.target).long()
+    table = _digits_table()
+    pixels = torch.from_numpy(table[:, :-1] / 16 * 255).round().to(torch.uint8).view(-1, 1, 8, 8)
+    labels = torch.from_numpy(table[:, -1]).long()
     order = shuffled(len(pixels), derive_seed("split", SPLIT_SEED))
     parts = {"train": order[:1200], "valid": order[1200:1500], "test": order[1500:]}
     return Splits(**{k: ImageSet(_sized(pixels[i], image_size, channels), labels[i]) for k, i in parts.items()})
+
+
+def _digits_table() -> np.ndarray:
+    """Scikit-learn's file of digits, a row for each: 64 pixels from 0 to 16, and the label. The file itself is read,
+    since to import scikit-learn takes 2 s, of which `load_digits` needs nothing."""
+    path = Path(importlib.util.find_spec("sklearn").origin).parent / DIGITS
+    if path.exists():
+        return np.loadtxt(path, dtype=np.uint8, delimiter=",")
+    from sklearn.datasets import load_digits  # of a version that has it elsewhere
+
+    return np.column_stack(load_digits(return_X_y=True))
 
 
 def mnist(root: Path, image_size: Size = 32, channels: int = 3) -> Splits:

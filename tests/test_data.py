@@ -54,6 +54,13 @@ def test_digits_splits_are_disjoint_and_together_everything():
     assert Counter(map(tuple, torch.cat([levels, labels.unsqueeze(1)], dim=1).tolist())) == expected
 
 
+def test_digits_are_those_that_scikit_learn_gives_where_it_has_no_such_file(monkeypatch):
+    expected = data.load("digits")
+    monkeypatch.setattr(data, "DIGITS", "elsewhere.csv.gz")
+    for part, other in zip(parts(data.load("digits")), parts(expected), strict=True):
+        assert torch.equal(part.pixels, other.pixels) and torch.equal(part.labels, other.labels)
+
+
 def test_digits_are_rounded_to_the_nearest_byte():
     pixels = all_pixels(data.load("digits"))
     values = pixels.double() / 255
