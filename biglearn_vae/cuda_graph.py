@@ -44,6 +44,7 @@ class StepGraph:
 
     def __init__(self, generators: Sequence[torch.Generator]):
         self._generators, self._calls = generators, 0
+        self.replays = False  # whether the last call came to the replay of what was recorded
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
         self._batch: tuple[Tensor, ...] = ()  # what the graph reads
@@ -63,7 +64,7 @@ class StepGraph:
             ValueError: for another batch.
             NotRecorded: if the function waits for the device.
         """
-        parts = batch if isinstance(batch, tuple) else (batch,)
+        self.replays, parts = False, batch if isinstance(batch, tuple) else (batch,)
         if not all(isinstance(part, Tensor) and part.is_cuda for part in parts):
             raise ValueError(
                 f"a CUDA graph takes a batch that is a tensor or a tuple of them, got {type(batch).__name__}"
@@ -78,6 +79,7 @@ class StepGraph:
                 self._batch, self._numbers = tuple(torch.empty_like(part) for part in parts), torch.empty_like(values)
                 self._record(function, self._batch if isinstance(batch, tuple) else self._batch[0])
             self._fill(parts, values)
+            self.replays = True
             self._graph.replay()
             return self._result.clone()
 

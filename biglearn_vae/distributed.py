@@ -4,7 +4,6 @@ A single process is `World()`, and needs of all this its device and its random n
 """
 
 import hashlib
-import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -54,6 +53,12 @@ class World:
             return flag
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def agrees(self, own: float | str) -> bool:
+        """Whether all processes have the same number or words; every process must call it."""
+        number = derive_seed(own) % 2**32
+        mean = self.mean(torch.tensor(float(number), dtype=torch.float64, device=self.device))  # whose sums are exact
+        return not self.any(mean.item() != number)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
@@ -62,8 +67,15 @@ class World:
 
 @torch.no_grad()
 def take_from_first(net: nn.Module, world: World) -> None:
-    """Give a network the weights and buffers that it has in the first process; every process must call it."""
-    for own in itertools.chain(net.parameters(), net.buffers()):
+    """Give a network the weights and buffers that it has in the first process; every process must call it.
+
+    Raises:
+        ValueError: if they are of other shapes there.
+    """
+    tensors = [*net.parameters(), *net.buffers()]
+    if not world.agrees(repr([(tuple(own.shape), str(own.dtype)) for own in tensors])):
+        raise ValueError("the processes have networks of different shapes: all must make the same one")
+    for own in tensors:
         value = own.to(world.device).contiguous()  # where the processes can talk of it
         dist.broadcast(value, src=0)
         own.copy_(value)
@@ -141,16 +153,18 @@ def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
 def shard(net: nn.Module, world: World) -> None:
     """Split every parameter over all processes (FSDP2), which then gather a block's when they come to it.
 
-    Each member of a `ModuleList` is gathered by itself, what is not in one together.
+    Each member of a `ModuleList` is gathered by itself, that of a list in it, too; what is not in one together.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes to them here
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for module in net.modules():
-        for member in module if isinstance(module, nn.ModuleList) else ():
-            fully_shard(member, mesh=mesh)
+    lists = [module for module in net.modules() if isinstance(module, nn.ModuleList)]
+    members = {member for module in lists for member in module if not isinstance(member, nn.ModuleList)}
+    for module in reversed(list(net.modules())):  # what is within another before that
+        if module in members:
+            fully_shard(module, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 
@@ -184,15 +198,15 @@ def gathered(state, world: World):
 
 def split(state, like):
     """The contrary of `gathered`: tensors split as those at the same places of `like` are."""
-    from torch.distributed.tensor import distribute_tensor
 
-    return _mapped(
-        lambda value, own: (
-            distribute_tensor(value.to(own.device), own.device_mesh, own.placements) if is_split(own) else value
-        ),
-        state,
-        like,
-    )
+    def one(value, own):
+        if not is_split(own):
+            return value
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+
+    return _mapped(one, state, like)
 
 
 def _mapped(change: Callable, state, like):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biglearn_vae import checks
-from biglearn_vae.distributed import is_split
+from biglearn_vae.distributed import is_split, split, whole
 
 SCHEDULES = ("constant", "cosine")
 SMALL = 2**15  # numbers of a matrix below which a CPU is faster at several of them at once
@@ -80,7 +80,7 @@ class Optim:
         hidden = _hidden_weights(net) if self.muon_lr else {}
         others = [p for p in net.parameters() if p not in hidden]
         if fused is None:
-            fused = all(p.device.type in ("cpu", "cuda") for p in others)
+            fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in others)
         groups = [
             {"params": [p for p in others if _is_matrix(p)], "weight_decay": self.weight_decay, "peak": self.lr},
             {"params": [p for p in others if not _is_matrix(p)], "weight_decay": 0.0, "peak": self.lr},
@@ -172,9 +172,7 @@ class Muon(torch.optim.Muon):
             if matrix is not weight:
                 matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
-        if any(is_split(matrix) for matrix in matrices):
-            super().step()  # which knows how to multiply what is split over processes
-        elif matrices:
+        if matrices:
             self._update(matrices, group)
 
     def _update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
@@ -188,22 +186,23 @@ class Muon(torch.optim.Muon):
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         fast = has_fast_bfloat16(matrices[0].device)
         for part in _alike(matrices):
-            own = [directions[i] for i in part]
+            own, changed = [whole(directions[i]) for i in part], [matrices[i] for i in part]
             x = torch.stack(own) if len(part) > 1 else own[0]
             low = x.bfloat16() if fast else x
             updates = orthogonalised(low, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(x.dtype)
             updates = updates * (-0.2 * math.sqrt(max(x.shape[-2:])) * group["lr"])
-            torch._foreach_add_([matrices[i] for i in part], list(updates.view(-1, *x.shape[-2:])))
+            torch._foreach_add_(changed, split(list(updates.view(-1, *x.shape[-2:])), changed))
 
 
 def _alike(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Positions of matrices that are worth orthogonalising together: of one shape, on GPUs or small."""
+    """Positions of matrices that are worth orthogonalising together: of one shape, on GPUs or small, and not split over
+    processes, of which none need have room for the whole of several."""
     places: dict[tuple[int, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
         places.setdefault(tuple(matrix.shape), []).append(i)
     for part in places.values():
         first = matrices[part[0]]
-        together = first.is_cuda or first.numel() < SMALL
+        together = (first.is_cuda or first.numel() < SMALL) and not is_split(first)
         yield from [part] if together else [[i] for i in part]
 
 
@@ -230,8 +229,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _is_matrix(weight: Tensor) -> bool:
-    """Whether it is decayed; a learned vector may be (1, 1, d)."""
-    return weight.ndim == 2 or (weight.ndim > 2 and weight.numel() > weight.shape[-1])
+    """Whether it is decayed; a learned vector may be (1, 1, d) or (d, 1, 1)."""
+    return weight.ndim == 2 or weight.numel() > max(weight.shape, default=0)
 
 
 def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
@@ -240,5 +239,6 @@ def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
     lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
     matrices = (p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
     convolutions = (module for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd))
-    found = [*matrices, *(module.weight for module in convolutions if module.weight.ndim == 4)]
+    kernels = (module.weight for module in convolutions if isinstance(module.weight, nn.Parameter))  # or computed
+    found = [*matrices, *(kernel for kernel in kernels if kernel.ndim == 4)]
     return dict.fromkeys(p for p in found if p.numel() and (p.ndim == 2 or p.is_contiguous()))

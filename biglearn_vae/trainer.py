@@ -306,11 +306,12 @@ class Trainer:
     ):
         self.every = dict(evaluate=evaluate_every, report=report_every, checkpoint=checkpoint_every)
         intervals = {f"{name}_every": value for name, value in self.every.items()}
-        _check(net, loss, optim, batches, metadata or {}, dict(steps=steps, accumulate=accumulate, **intervals))
+        metadata = checkpoint.plain(metadata or {})
+        _check(net, loss, optim, batches, metadata, dict(steps=steps, accumulate=accumulate, **intervals))
         self.net, self.loss, self.batches, self.optim, self.evaluate = net, loss, batches, optim, evaluate
         self.steps, self.seed, self.monitor = steps, checks.whole_number("seed", seed), monitor
         self.folder = _checked_folder(folder)
-        self.world, self.metadata = _joined(world, net), metadata or {}
+        self.world, self.metadata = _joined(world, net), metadata
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
@@ -321,8 +322,7 @@ class Trainer:
         self.on_graph = choose_cuda_graph(cuda_graph, net, self.world)
         self._graph: StepGraph | None = None
         self._forget_graph()
-        self.loggers: list[Logger] = []
-        self.interrupted, self._settings = False, _settings(loss, optim)
+        self.loggers, self.interrupted, self._settings = [], False, _settings(loss, optim)
         self.average = copy.deepcopy(net).requires_grad_(False).eval() if optim.ema_decay else None
         self._sharded = shard and self.world.size > 1
         self._whole: nn.Module | None = None  # where the main process puts split weights together
@@ -388,12 +388,9 @@ class Trainer:
         if state is not None:
             self._check_resumable(state)
             self._load(state)
-        data = derive_seed("data", repr(self.metadata.get("data"))) % 2**32
-        own = torch.tensor([self.step, data], dtype=torch.float64, device=self.world.device)  # whose sums are exact
-        means = self.world.mean(own)
-        if self.world.any(means[0].item() != self.step):
+        if not self.world.agrees(self.step):
             raise ValueError(f"the processes would go on from different steps: all must see the same {self.folder}")
-        if self.world.any(means[1].item() != data):
+        if not self.world.agrees(repr(self.metadata.get("data"))):
             raise ValueError("the processes have different data: all must see the same data.root")
         self._goes_on = True
         return self.step
@@ -404,6 +401,8 @@ class Trainer:
         own = {"seed": self.seed, "monitor": self.monitor, "batch_size": self.batches.batch_size}
         self._check_same(state, own, "trainer")
         checkpoint.check_weights(self.net, state["net"], self.folder / checkpoint.LATEST)
+        own = {name: value.dtype for name, value in self.net.state_dict().items() if isinstance(value, Tensor)}
+        self._check_same({name: state["net"][name].dtype for name in own}, own, "network")
         for which, own in self._settings.items():
             self._check_same(state.get(which, {}), own, which)
         self._check_optimizers(state["optimizers"])
@@ -568,9 +567,19 @@ class Trainer:
             raise
         except (Exception, KeyboardInterrupt):
             # Others would wait for this one, which has to write with them.
-            if self.world.size == 1 and self.step > 0:
+            if self.world.size == 1 and self.step > 0 and not self._torn:
                 with suppress(Exception):  # what went wrong first is what to tell
                     self._save_latest()
+            raise
+
+    @contextmanager
+    def _torn_if_buffers_change(self) -> Iterator[None]:
+        """Note that what fails in here has left other buffers, as those of a BatchNorm, than it found."""
+        before = [buffer._version for buffer in self.net.buffers()]
+        try:
+            yield
+        except BaseException:
+            self._torn = before != [buffer._version for buffer in self.net.buffers()]
             raise
 
     @functools.cached_property
@@ -629,8 +638,15 @@ class Trainer:
     def _check_rows(self, batch: Any) -> None:
         """Raise a ValueError unless a batch is a process's share: parts of others would not weigh as much."""
         whole, share = self.batches.batch_size, self.world.share(self.batches.batch_size)
-        parts = batch if isinstance(batch, tuple | list) else [batch]
-        rows = {len(part) for part in parts if isinstance(part, Tensor) and part.ndim}
+        parts = list(batch) if isinstance(batch, tuple | list) else [batch]
+        if self.accumulate > 1 and not all(isinstance(part, Tensor) and part.ndim for part in parts):
+            raise ValueError(
+                f"accumulate={self.accumulate} takes a batch in parts, which needs a tensor or a tuple of tensors, got "
+                f"{type(batch).__name__}"
+            )
+        # Of a batch that stays as it is, the first is the images; what comes with them may have other rows.
+        counted = parts if self.accumulate > 1 else parts[:1]
+        rows = {len(part) for part in counted if isinstance(part, Tensor) and part.ndim}
         if rows - {share}:
             raise ValueError(
                 f"batches gave {' and '.join(map(str, sorted(rows)))} images at step {self.step}, where each of "
@@ -642,13 +658,14 @@ class Trainer:
         """`_advance`, as a CUDA graph or as it is."""
         if self._graph is None:
             return self._advance(*step)
-        self._torn = True
         try:
             return self._graph(self._advance, *step)
         except NotRecorded as error:
             raise TrainingError(
                 f"a step cannot be recorded as a CUDA graph ({error}): trainer.cuda_graph=false trains without one"
             ) from error
+        finally:
+            self._torn |= self._graph.replays
 
     def _forget_graph(self) -> None:
         """Let the next steps be recorded anew."""
@@ -665,8 +682,7 @@ class Trainer:
         """
         self.optim.set_rates(self.optimizers, share)
         self.net.zero_grad()
-        self._torn = self._counts
-        with self._kept_if_it_fails() if self._graph is None and not self._counts else nullcontext():
+        with self._kept_if_it_fails() if self._graph is None else nullcontext(), self._torn_if_buffers_change():
             scalars = self._backward(batch, step)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
         self._torn = True
@@ -692,7 +708,23 @@ class Trainer:
                 (parts.loss / self.accumulate).backward()
             for name, value in parts.scalars().items():
                 total[name] = total.get(name, 0) + _checked_scalar(name, value) / self.accumulate
+        self._check_step(list(total))
         return total
+
+    def _check_step(self, names: list[str]) -> None:
+        """Raise a ValueError for a step that cannot be taken: weights are changed after it."""
+        if self._pending and names != self._names[:-1]:
+            raise ValueError(
+                f"the loss gave {', '.join(names)} at step {self.step} and {', '.join(self._names[:-1])} before: its "
+                "scalars must have the same names at every step"
+            )
+        if isinstance(self._wrapped, DistributedDataParallel):
+            idle = [name for name, p in self.net.named_parameters() if p.requires_grad and p.grad is None]
+            if idle:  # DDP would leave this process's gradients as they are, and say so a step later
+                raise ValueError(
+                    f"step {self.step} gave no gradient to {', '.join(idle[:3])}: several processes cannot share what "
+                    "not every step uses; freeze it (requires_grad_(False)), or train with shard=True"
+                )
 
     @contextmanager
     def _synchronized(self, last: bool) -> Iterator[None]:
@@ -766,7 +798,7 @@ class Trainer:
                 raise ValueError(f"monitor must be one of {', '.join(numbers)}, got {self.monitor!r}")
             value = numbers[self.monitor]
             if math.isnan(value):
-                raise TrainingError(
+                raise ValueError(
                     f"{self.monitor}, which says what checkpoint is the best, is NaN at step {self.step}: what "
                     f"evaluate gave is {numbers}"
                 )
@@ -827,8 +859,15 @@ class Trainer:
         }
 
     def _log(self, call: Callable[[Logger], None]) -> None:
+        """Tell all loggers, also where one of them fails."""
+        failed = []
         for logger in self.loggers if self.world.is_main else ():
-            call(logger)
+            try:
+                call(logger)
+            except Exception as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
 
 @contextmanager
