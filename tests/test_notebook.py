@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from programs import SMALL
 
 from biglearn_vae import BigLearnVAE
 
@@ -17,7 +18,7 @@ def executed(tmp_path_factory):
     notebook = nbformat.read(TOUR, as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOUR_RUN", str(tmp_path_factory.mktemp("outputs") / "tour"))
-        patch.setenv("TOUR_SETTINGS", "trainer.steps=100 trainer.batch_size=32 evaluation.masks=1 evaluation.draws=2")
+        patch.setenv("TOUR_SETTINGS", " ".join(SMALL))
         patch.setenv("OMP_NUM_THREADS", "1")  # as conftest.py does for this process
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(TOUR.parent)}}).execute()
     return notebook
