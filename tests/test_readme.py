@@ -1,6 +1,7 @@
 """What the README and docs/ say to type in Python works as it is typed, and what they point at is there."""
 
 import re
+from pathlib import Path
 
 import pytest
 from programs import ROOT, SMALL, run_here
@@ -31,10 +32,19 @@ def test_the_python_of_the_docs(here):
         exec(code.replace('["name=short"', f'[*{SMALL}, "name=short"'), {})
 
 
+def anchors(path: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_points_at_is_there(page):
     text = page.read_text()
-    links = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    links = [target.partition("#") for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     named = re.findall(r"`((?:results|docs|configs|notebooks|scripts|tests)/[\w./-]+)`", text)
-    assert [path for path in links if path and not (page.parent / path).exists()] == []
+    assert [path for path, _, _ in links if path and not (page.parent / path).exists()] == []
+    assert [
+        link for link in links if link[2] and link[2] not in anchors(page.parent / link[0] if link[0] else page)
+    ] == []
     assert [path for path in named if not (ROOT / path).exists()] == []
