@@ -58,6 +58,7 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
         if runs:
             parts += [f"## `preset={preset}`\n", _runs(runs)]
         if _of_grid(runs):
+            parts.append(_claims(_with_levels(runs)) if _of_sizes(runs) else "")
             parts += [part for alike in _measured(runs) for part in (_grid(alike), _levels(alike))]
             parts += _measurements(_with_levels(runs))
         elif runs:
@@ -159,6 +160,12 @@ def _link(preset: str) -> str:
 def _of_grid(runs: Runs) -> bool:
     """Whether these runs compare settings with each other; what the paper compares is left out of them."""
     return any("levels" in run for run in runs)
+
+
+def _of_sizes(runs: Runs) -> bool:
+    """Whether the networks of a grid differ in size from level to level, as those of the paper's cases do."""
+    counts = {run["case"]: run["train"]["parameters"] for run in _with_levels(runs) if run["method"] == METHODS[0]}
+    return len(counts) > 1 and len(set(counts.values())) == len(counts)
 
 
 def _measured(runs: Runs) -> list[Runs]:

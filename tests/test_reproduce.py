@@ -559,6 +559,26 @@ def test_a_grid_that_was_only_trained_is_compared_by_what_its_training_ended_wit
     ]
 
 
+def test_a_grid_of_sizes_says_whether_gains_grow_with_them():
+    runs = [
+        run_numbers(method, seed, elbo=gain * int(width) / 64 - 1 + 0.01 * seed * gain) | {"levels": {"width": width}}
+        for width in ("128", "32")
+        for method, gain in (("biglearn_u", 1.0), ("vae", 0.0))
+        for seed in (0, 1, 2)
+    ]
+    for run in runs:
+        run["train"]["inpainting_psnr"] = {"0.5": 14.25}
+    assert "What the paper claims" not in results_page.page({"p": runs}, {})
+    for run in runs:
+        run["train"]["parameters"] = int(run["levels"]["width"])
+    claims = results_page.page({"p": runs}, {}).split("### What the paper claims")[1].split("\n\n")[1]
+    assert "(i) JointELBO of `biglearn_u` against `vae`, digits tiny, width 128: better (+2.010" in claims
+    grown = (
+        "(iii) gain of `biglearn_u` over `vae` at tiny, width 128 beside that at tiny, width 32, digits: better (+1.500"
+    )
+    assert grown in claims
+
+
 def keep_network(campaign: Campaign, run: Run) -> None:
     """The folder of the run whose numbers are `run_numbers`."""
     summary = campaign.output / campaign.preset.name / run.name / "summary.json"
