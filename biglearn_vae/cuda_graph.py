@@ -44,7 +44,7 @@ class StepGraph:
 
     def __init__(self, generators: Sequence[torch.Generator]):
         self._generators, self._calls = generators, 0
-        self.replays = False  # whether the last call came to the replay of what was recorded
+        self.replays = False  # whether the last call got as far as replaying
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
         self._batch: tuple[Tensor, ...] = ()  # what the graph reads

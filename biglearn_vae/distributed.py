@@ -70,11 +70,11 @@ def take_from_first(net: nn.Module, world: World) -> None:
     """Give a network the weights and buffers that it has in the first process; every process must call it.
 
     Raises:
-        ValueError: if they are of other shapes there.
+        ValueError: if they are of other shapes or types there.
     """
     tensors = [*net.parameters(), *net.buffers()]
     if not world.agrees(repr([(tuple(own.shape), str(own.dtype)) for own in tensors])):
-        raise ValueError("the processes have networks of different shapes: all must make the same one")
+        raise ValueError("the processes have networks of different shapes or types: all must make the same one")
     for own in tensors:
         value = own.to(world.device).contiguous()  # where the processes can talk of it
         dist.broadcast(value, src=0)
@@ -153,7 +153,7 @@ def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
 def shard(net: nn.Module, world: World) -> None:
     """Split every parameter over all processes (FSDP2), which then gather a block's when they come to it.
 
-    Each member of a `ModuleList` is gathered by itself, that of a list in it, too; what is not in one together.
+    Each member of a `ModuleList`, also of a nested one, is gathered by itself; all else together.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -197,14 +197,15 @@ def gathered(state, world: World):
 
 
 def split(state, like):
-    """The contrary of `gathered`: tensors split as those at the same places of `like` are."""
+    """The contrary of `gathered`: tensors that all processes have, split as those at the same places of `like` are."""
 
     def one(value, own):
         if not is_split(own):
             return value
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+        # All processes have it, so that none need send it.
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
     return _mapped(one, state, like)
 

@@ -195,8 +195,8 @@ class Muon(torch.optim.Muon):
 
 
 def _alike(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Positions of matrices that are worth orthogonalising together: of one shape, on GPUs or small, and not split over
-    processes, of which none need have room for the whole of several."""
+    """Positions of matrices that are worth orthogonalising together: of one shape, on GPUs or small; split ones singly,
+    so that no process holds several whole."""
     places: dict[tuple[int, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
         places.setdefault(tuple(matrix.shape), []).append(i)
@@ -230,7 +230,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 def _is_matrix(weight: Tensor) -> bool:
     """Whether it is decayed; a learned vector may be (1, 1, d) or (d, 1, 1)."""
-    return weight.ndim == 2 or weight.numel() > max(weight.shape, default=0)
+    return weight.ndim == 2 or weight.numel() > max(weight.shape, default=1)
 
 
 def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
@@ -239,6 +239,7 @@ def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
     lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
     matrices = (p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
     convolutions = (module for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd))
-    kernels = (module.weight for module in convolutions if isinstance(module.weight, nn.Parameter))  # or computed
-    found = [*matrices, *(kernel for kernel in kernels if kernel.ndim == 4)]
-    return dict.fromkeys(p for p in found if p.numel() and (p.ndim == 2 or p.is_contiguous()))
+    kernels = [module._parameters.get("weight") for module in convolutions]  # None where it is computed
+    found = [*matrices, *(kernel for kernel in kernels if kernel is not None and kernel.ndim == 4)]
+    usable = (p for p in found if p.numel() and p.is_floating_point() and (p.ndim == 2 or p.is_contiguous()))
+    return dict.fromkeys(usable)

@@ -158,7 +158,7 @@ def _link(preset: str) -> str:
 
 
 def _of_grid(runs: Runs) -> bool:
-    """Whether these runs compare settings with each other; what the paper compares is left out of them."""
+    """Whether these runs compare settings; the paper's claims are shown only if these are sizes."""
     return any("levels" in run for run in runs)
 
 
@@ -660,7 +660,7 @@ def _chance(difference: float, error: float, count: int) -> float:
 
 def _claims(runs: Runs) -> str:
     lines = []
-    for data, case in sorted({(run["data"], run["case"]) for run in runs}):
+    for data, case in sorted({(run["data"], run["case"]) for run in runs}, key=lambda key: [*map(_natural, key)]):
         of = {method: select(runs, data=data, case=case, method=method) for method in METHODS}
         lines += [f"{claim}, {data} {case}: {found}" for claim, found in _verdicts(of).items()]
     if not lines:

@@ -358,7 +358,7 @@ class Trainer:
         # Buffers that no forward changes are the same everywhere; torch 2.15 has another word for leaving them alone.
         known = inspect.signature(DistributedDataParallel).parameters
         word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(net, device_ids=ids, **{word: self._counts})
+        return DistributedDataParallel(net, device_ids=ids, **{word: bool(self._statistics)})
 
     @property
     def how(self) -> str:
@@ -479,7 +479,9 @@ class Trainer:
         Raises:
             Interrupted: a KeyboardInterrupt, if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written if it has
                 a folder. It is not raised at the last step: `interrupted` says whether there was such a signal.
-            ValueError: if the folder holds a run and `resume` was not called, as its checkpoints would be lost.
+            ValueError: if the folder holds a run and `resume` was not called, as its checkpoints would be lost; for a
+                monitor that is NaN, a loss whose scalars change their names, a batch that cannot be shared, and, with
+                several processes, a weight without gradient.
             TrainingError: if the loss is not finite, the folder was deleted, or a step cannot be a CUDA graph.
         """
         if torch.is_inference_mode_enabled():
@@ -572,20 +574,30 @@ class Trainer:
                     self._save_latest()
             raise
 
+    @functools.cached_property
+    def _statistics(self) -> set[str]:
+        """Names of what the network keeps besides its weights, such as statistics, which a forward may change."""
+        return self.net.state_dict().keys() - dict(self.net.named_parameters(remove_duplicate=False)).keys()
+
     @contextmanager
-    def _torn_if_buffers_change(self) -> Iterator[None]:
-        """Note that what fails in here has left other buffers, as those of a BatchNorm, than it found."""
-        before = [buffer._version for buffer in self.net.buffers()]
+    def _torn_if_it_counts(self) -> Iterator[None]:
+        """Note that what fails in here has left other statistics than it found."""
+        if self._graph is not None:  # in which nothing may be copied
+            self._torn = bool(self._statistics)
+            yield
+            return
+        before = {name: value.clone() for name, value in self._buffers().items()}
         try:
             yield
         except BaseException:
-            self._torn = before != [buffer._version for buffer in self.net.buffers()]
+            now = self._buffers()
+            same = all(value.equal(now[name]) for name, value in before.items())
+            self._torn = not (same and before.keys() == now.keys() == self._statistics)
             raise
 
-    @functools.cached_property
-    def _counts(self) -> bool:
-        """Whether the network keeps more than weights, such as statistics, which a forward changes."""
-        return self.net.state_dict().keys() != dict(self.net.named_parameters(remove_duplicate=False)).keys()
+    def _buffers(self) -> dict[str, Tensor]:
+        named = self.net.named_buffers(remove_duplicate=False) if self._statistics else ()
+        return {name: value for name, value in named if name in self._statistics}
 
     def _check_folder(self) -> None:
         if not self._goes_on and self.folder is not None and checkpoint.is_resumable(self.folder):
@@ -602,10 +614,8 @@ class Trainer:
         for generator in self._generators:
             generator.manual_seed(seed)
         share, decay = self.optim.share_at(self.step, self.steps), self.optim.ema_decay_at(self.step)
-        with self._global_generator():
-            with self._kept_if_it_fails():
-                batch = self._batch()
-            self._pending.append(self._take(batch, self.step, share, 1 - decay))
+        with self._global_generator(), self._kept_if_it_fails():
+            self._pending.append(self._take(self._batch(), self.step, share, 1 - decay))
         self.step, self._torn = self.step + 1, False
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
@@ -642,7 +652,7 @@ class Trainer:
         if self.accumulate > 1 and not all(isinstance(part, Tensor) and part.ndim for part in parts):
             raise ValueError(
                 f"accumulate={self.accumulate} takes a batch in parts, which needs a tensor or a tuple of tensors, got "
-                f"{type(batch).__name__}"
+                f"{', '.join(type(part).__name__ for part in parts)}"
             )
         # Of a batch that stays as it is, the first is the images; what comes with them may have other rows.
         counted = parts if self.accumulate > 1 else parts[:1]
@@ -661,6 +671,7 @@ class Trainer:
         try:
             return self._graph(self._advance, *step)
         except NotRecorded as error:
+            self._torn = False  # what is recorded is not done
             raise TrainingError(
                 f"a step cannot be recorded as a CUDA graph ({error}): trainer.cuda_graph=false trains without one"
             ) from error
@@ -682,7 +693,7 @@ class Trainer:
         """
         self.optim.set_rates(self.optimizers, share)
         self.net.zero_grad()
-        with self._kept_if_it_fails() if self._graph is None else nullcontext(), self._torn_if_buffers_change():
+        with self._torn_if_it_counts():
             scalars = self._backward(batch, step)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
         self._torn = True
@@ -700,6 +711,7 @@ class Trainer:
         for part, generator in enumerate(self._generators):
             # Each part draws what its rows would draw in one batch: to that end it is a process of its own.
             rank, size = self.world.rank * self.accumulate + part, self.world.size * self.accumulate
+            before = self._written()
             with self._synchronized(part + 1 == self.accumulate):
                 with self._autocast():
                     own = _part(batch, part, self.accumulate)
@@ -708,23 +720,32 @@ class Trainer:
                 (parts.loss / self.accumulate).backward()
             for name, value in parts.scalars().items():
                 total[name] = total.get(name, 0) + _checked_scalar(name, value) / self.accumulate
-        self._check_step(list(total))
+        self._check_names([*dict.fromkeys([*total, "grad_norm"])])
+        self._check_shared(before)
         return total
 
-    def _check_step(self, names: list[str]) -> None:
-        """Raise a ValueError for a step that cannot be taken: weights are changed after it."""
-        if self._pending and names != self._names[:-1]:
+    def _check_names(self, names: list[str]) -> None:
+        """Raise a ValueError if a loss has other parts than before, whose means could not be told."""
+        if self._pending and names != self._names:
             raise ValueError(
-                f"the loss gave {', '.join(names)} at step {self.step} and {', '.join(self._names[:-1])} before: its "
+                f"the loss gave {', '.join(names)} at step {self.step} and {', '.join(self._names)} before: its "
                 "scalars must have the same names at every step"
             )
-        if isinstance(self._wrapped, DistributedDataParallel):
-            idle = [name for name, p in self.net.named_parameters() if p.requires_grad and p.grad is None]
-            if idle:  # DDP would leave this process's gradients as they are, and say so a step later
-                raise ValueError(
-                    f"step {self.step} gave no gradient to {', '.join(idle[:3])}: several processes cannot share what "
-                    "not every step uses; freeze it (requires_grad_(False)), or train with shard=True"
-                )
+
+    def _written(self) -> dict[str, int]:
+        """How often each gradient was written to, -1 where there is none: of those that DDP shares."""
+        named = self.net.named_parameters() if isinstance(self._wrapped, DistributedDataParallel) else ()
+        return {name: -1 if p.grad is None else p.grad._version for name, p in named if p.requires_grad}
+
+    def _check_shared(self, before: dict[str, int]) -> None:
+        """Raise a ValueError for a weight that the last part of a step has not used, `_written` having been this before
+        it: DDP would leave this process's gradients as they are, and say so a step later."""
+        idle = [name for name, count in self._written().items() if count == before[name]]
+        if idle:
+            raise ValueError(
+                f"step {self.step} gave no gradient to {', '.join(idle[:3])}: several processes cannot share what not "
+                "every step uses. If none uses it, freeze it (requires_grad_(False)) or train with shard=True"
+            )
 
     @contextmanager
     def _synchronized(self, last: bool) -> Iterator[None]:
@@ -798,7 +819,8 @@ class Trainer:
                 raise ValueError(f"monitor must be one of {', '.join(numbers)}, got {self.monitor!r}")
             value = numbers[self.monitor]
             if math.isnan(value):
-                raise ValueError(
+                healthy = all(weight.isfinite().all() for weight in result.parameters())
+                raise (ValueError if healthy else TrainingError)(
                     f"{self.monitor}, which says what checkpoint is the best, is NaN at step {self.step}: what "
                     f"evaluate gave is {numbers}"
                 )

@@ -99,10 +99,10 @@ class Nested(nn.Module):
         self.lists = nn.ModuleList([nn.ModuleList([first, nn.Linear(6, 6)]), nn.ModuleList([first, nn.Linear(6, 1)])])
         self.unused = nn.Linear(1, 1)
 
-    def forward(self, x):
+    def forward(self, x, used):
         for module in (module for own in self.lists for module in own):
             x = module(x)
-        return x
+        return self.unused(x) if used else x
 
 
 @dataclass
@@ -118,26 +118,29 @@ class Rows:
     """Images of a process's share, beside a table of other length."""
 
     world: World
+    table: int
     batch_size: int = BATCH
 
     def __call__(self, step):
         g, share = torch.Generator().manual_seed(step), self.world.share(BATCH)
         x = torch.randn(BATCH, 6, dtype=torch.float64, generator=g)
-        return x[self.world.rank * share : (self.world.rank + 1) * share], torch.ones(6, dtype=torch.float64)
+        return x[self.world.rank * share : (self.world.rank + 1) * share], torch.ones(self.table, dtype=torch.float64)
 
 
-def nested(folder: Path, world: World, frozen: bool = True, **options) -> Trainer:
-    """A run of a network of lists in lists."""
+def nested(folder: Path, world: World, frozen: bool = True, uses: bool = False, **options) -> Trainer:
+    """A run of a network of lists in lists, of which a part is not used, or in the first part of a step alone."""
     torch.manual_seed(0)
     net = Nested().double()
     net.unused.requires_grad_(not frozen)
 
     def loss(net, batch, *, random, step):
         x, scale = batch
-        return Parts((net(x * scale) - 1).square().mean())
+        used = uses and random.rank % 2 == 0  # of the parts of a step
+        return Parts((net(x * scale.mean(), used) - 1).square().mean())
 
     optim = Optim(lr=0.01, eps=1e-3, muon_lr=0.01)
-    trainer = Trainer(net, loss, Rows(world), optim, steps=4, folder=folder, world=world, **options)
+    rows = Rows(world, table=world.share(BATCH) if "accumulate" in options else 5)
+    trainer = Trainer(net, loss, rows, optim, steps=4, folder=folder, world=world, **options)
     trainer.fit()
     return trainer
 
@@ -177,7 +180,9 @@ def work(folder: str) -> None:
             "taken": unseeded.state_dict(),
             "agrees": [world.agrees(own) for own in (world.rank, 7, 0.1, "words", f"words of {world.rank}")],
             "other network": refusal(distributed.take_from_first, torch.nn.Linear(2, 2 + world.rank), world),
+            "shares what none uses": refusal(nested, Path(folder) / "none", world, frozen=False, shard=True),
             "idle": refusal(nested, Path(folder) / "idle", world, frozen=False),
+            "idle at last": refusal(nested, Path(folder) / "last", world, frozen=False, uses=True, accumulate=2),
             "any": [world.any(flag) for flag in (False, world.rank == 1, True)],
             "steps": {method: loss_and_gradients(method, world) for method in METHODS},
         },
@@ -258,7 +263,7 @@ def test_two_processes_train_like_one_and_read_each_others_checkpoints(two_proce
 def test_two_processes_train_like_one_with_muon(two_processes, mode, tmp_path):
     one = trained(tmp_path, World(), 6, muon_lr=0.01)
     found = checkpoint.load(two_processes[0]["folder"] / f"muon_{mode}" / checkpoint.LATEST)
-    # Muon orthogonalises in bfloat16, and split matrices are multiplied in another order. A matrix moves by some 0.05
+    # Muon orthogonalises in bfloat16 where that is fast. A matrix moves by some 0.05
     # in these steps; orthogonalising each process's part of it by itself would make a difference of that size.
     assert_close(found["net"], one.net.state_dict(), rtol=0, atol=2e-4)
 
@@ -273,8 +278,10 @@ def test_lists_in_lists_train_like_one(two_processes, mode, tmp_path):
 def test_processes_know_whether_they_agree(two_processes):
     for found in two_processes:
         assert found["agrees"] == [False, True, True, True, False]
-        assert found["other network"].startswith("the processes have networks of different shapes")
-        assert found["idle"].startswith("step 0 gave no gradient to unused.weight, unused.bias: several processes")
+        assert found["other network"].startswith("the processes have networks of different shapes or types")
+        for idle in ("idle", "idle at last"):
+            assert found[idle].startswith("step 0 gave no gradient to unused.weight, unused.bias: several processes")
+        assert found["shares what none uses"] == "not refused"
 
 
 def test_reductions_over_two_processes(two_processes):

@@ -163,6 +163,7 @@ def test_what_is_decayed_and_what_muon_takes_of_a_network_of_ones_own():
             super().__init__()
             self.token = nn.Parameter(torch.ones(1, 1, 6))
             self.positions = nn.Parameter(torch.ones(1, 6, 4, 4))
+            self.number = nn.Parameter(torch.ones(()))
             self.channels = nn.Parameter(torch.ones(6, 1, 1))
             self.image, self.line, self.out = nn.Conv2d(3, 6, 2), nn.Conv1d(3, 6, 2), nn.Linear(6, 1)
             self.computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 2, bias=False))
@@ -172,14 +173,14 @@ def test_what_is_decayed_and_what_muon_takes_of_a_network_of_ones_own():
     adamw, muon = Optim(muon_lr=0.02).optimizers(own)
     decayed, plain = ([id(p) for p in group["params"]] for group in adamw.param_groups)
     assert decayed == [id(p) for p in (own.positions, own.line.weight, own.out.weight, direction)]
-    vectors = (own.token, own.channels, own.image.bias, own.line.bias, own.out.bias, length)
+    vectors = (own.token, own.number, own.channels, own.image.bias, own.line.bias, own.out.bias, length)
     assert plain == [id(p) for p in vectors]
     assert [p.data_ptr() for p in muon.param_groups[0]["params"]] == [own.image.weight.data_ptr()]
 
 
 def test_complex_numbers_are_trained():
-    weights = nn.ParameterList([torch.ones(3, dtype=torch.complex64)])
-    (adamw,) = Optim(lr=0.1).optimizers(weights)
+    weights = nn.ParameterList([torch.ones(3, dtype=torch.complex64), torch.ones(2, 2, dtype=torch.complex64)])
+    (adamw,) = Optim(lr=0.1, muon_lr=0.1).optimizers(nn.ModuleList([weights]))
     (weights[0] - 1j).abs().square().sum().backward()
     adamw.step()
     assert weights[0].detach().real.lt(1).all() and weights[0].detach().imag.gt(0).all()

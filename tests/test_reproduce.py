@@ -573,6 +573,7 @@ def test_a_grid_of_sizes_says_whether_gains_grow_with_them():
         run["train"]["parameters"] = int(run["levels"]["width"])
     claims = results_page.page({"p": runs}, {}).split("### What the paper claims")[1].split("\n\n")[1]
     assert "(i) JointELBO of `biglearn_u` against `vae`, digits tiny, width 128: better (+2.010" in claims
+    assert re.findall(r"\(i\) .* width (\d+):", claims) == ["32", "128"]
     grown = (
         "(iii) gain of `biglearn_u` over `vae` at tiny, width 128 beside that at tiny, width 32, digits: better (+1.500"
     )

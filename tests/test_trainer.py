@@ -719,10 +719,11 @@ def test_a_step_that_fails_is_not_kept_in_part(tmp_path):
 
 def test_buffers_that_a_step_leaves_alone_are_kept_when_it_fails(tmp_path):
     def loss(net, batch, *, random, step):
+        parts = noisy_squares(net, batch, random=random, step=step)
         if step == 5 and not failed:
             failed.append(step)
             raise OSError
-        return noisy_squares(net, batch, random=random, step=step)
+        return parts
 
     def make(folder):
         net = nn.Sequential(nn.BatchNorm1d(3, momentum=0.0).eval(), network())
@@ -753,7 +754,7 @@ def test_the_names_of_what_a_loss_reports_stay(tmp_path):
         names = ("a", "c") if step == 7 else ("a", "b")
         return Named(noisy_squares(net, batch, random=random, step=step).loss, names)
 
-    with pytest.raises(ValueError, match=r"the loss gave a, c at step 7 and a, b before: .* the same names"):
+    with pytest.raises(ValueError, match=r"the loss gave a, c, .* at step 7 and a, b, .* before: .* the same names"):
         make(tmp_path, loss=loss, checkpoint_every=100).fit()
     assert checkpoint.load(tmp_path / checkpoint.LATEST)["step"] == 7
 
@@ -1026,7 +1027,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     trainer.fit()
     assert make(tmp_path).resume() == 2
     assert checkpoint.load(tmp_path / checkpoint.BEST)["metrics"] == {"valid/elbo": 1.0, "accuracy": 0.5}
-    assert make(metadata={"a": np.float64(1)}).metadata == {"a": 1.0}
+    assert type(make(metadata={"a": np.float64(1)}).metadata["a"]) is float
     with pytest.raises(ValueError, match=r"metadata must be .*: 'a' is <module 'math'"):
         make(metadata={"a": math})
 
