@@ -182,7 +182,8 @@ class Muon(torch.optim.Muon):
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+        lerp = _lerp if any(map(is_split, matrices)) else torch._foreach_lerp
+        directions = lerp(gradients, momenta, group["momentum"])  # Nesterov's
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         fast = has_fast_bfloat16(matrices[0].device)
         for part in _alike(matrices):
@@ -192,6 +193,11 @@ class Muon(torch.optim.Muon):
             updates = orthogonalised(low, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(x.dtype)
             updates = updates * (-0.2 * math.sqrt(max(x.shape[-2:])) * group["lr"])
             torch._foreach_add_(changed, split(list(updates.view(-1, *x.shape[-2:])), changed))
+
+
+def _lerp(starts: Sequence[Tensor], ends: Sequence[Tensor], share: float) -> list[Tensor]:
+    """`torch._foreach_lerp`, which torch 2.11 does not have for what is split over processes."""
+    return [start.lerp(end, share) for start, end in zip(starts, ends, strict=True)]
 
 
 def _alike(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
