@@ -58,9 +58,10 @@ def page(found: dict[str, Runs], parameters: dict[str, int]) -> str:
         if runs:
             parts += [f"## `preset={preset}`\n", _runs(runs)]
         if _of_grid(runs):
-            parts.append(_claims(_with_levels(runs)) if _of_sizes(runs) else "")
+            levels = _with_levels(runs)
+            parts.append(_claims(levels) if _of_sizes(levels) else "")
             parts += [part for alike in _measured(runs) for part in (_grid(alike), _levels(alike))]
-            parts += _measurements(_with_levels(runs))
+            parts += _measurements(levels)
         elif runs:
             parts += [_claims(runs), _joint(runs), _plots(preset, runs), *_measurements(runs), _costs(runs)]
     return "\n".join(part for part in parts if part)
@@ -118,9 +119,18 @@ def methods_of(runs: Runs) -> list[str]:
 
 def groups(runs: Runs) -> list[tuple[str, str, str, Runs]]:
     """Data, case, method and the runs of all seeds, in the order of the paper."""
-    keys = sorted({(run["data"], run["case"]) for run in runs}, key=lambda key: [*map(_natural, key)])
-    found = [(d, c, m, select(runs, data=d, case=c, method=m)) for d, c in keys for m in methods_of(runs)]
+    found = [(d, c, m, select(runs, data=d, case=c, method=m)) for d, c in _cases(runs) for m in methods_of(runs)]
     return [group for group in found if group[3]]
+
+
+def _cases(runs: Runs) -> list[tuple[str, str]]:
+    """Data and cases, in the order of the paper."""
+    return sorted({(run["data"], run["case"]) for run in runs}, key=lambda key: [*map(_natural, key)])
+
+
+def _compared(runs: Runs) -> list[tuple[str, str, dict[str, Runs]]]:
+    """Data, case and the runs of each of the paper's methods."""
+    return [(d, c, {m: select(runs, data=d, case=c, method=m) for m in METHODS}) for d, c in _cases(runs)]
 
 
 # --- What there is ---
@@ -130,8 +140,7 @@ def _glance(found: dict[str, Runs]) -> str:
     """The way to each preset, with what it says of the claims that are a number each."""
     rows = []
     for preset, runs in found.items():
-        for data, case in [] if _of_grid(runs) else sorted({(run["data"], run["case"]) for run in runs}):
-            of = {method: select(runs, data=data, case=case, method=method) for method in METHODS}
+        for data, case, of in [] if _of_grid(runs) else _compared(runs):
             gains = [_gains(of[ours], of[other]) for _, ours, other in COMPARED]
             cells = [spread(list(gain.values()), 3, "+") if gain else "" for gain in gains]
             probed = _at_a_tenth(of["biglearn_u"])
@@ -162,9 +171,9 @@ def _of_grid(runs: Runs) -> bool:
     return any("levels" in run for run in runs)
 
 
-def _of_sizes(runs: Runs) -> bool:
-    """Whether the networks of a grid differ in size from level to level, as those of the paper's cases do."""
-    counts = {run["case"]: run["train"]["parameters"] for run in _with_levels(runs) if run["method"] == METHODS[0]}
+def _of_sizes(levels: Runs) -> bool:
+    """Whether networks differ in size from level to level of a grid (`_with_levels`), as those of the paper's cases."""
+    counts = {run["case"]: run["train"]["parameters"] for run in levels if run["method"] == METHODS[0]}
     return len(counts) > 1 and len(set(counts.values())) == len(counts)
 
 
@@ -660,8 +669,7 @@ def _chance(difference: float, error: float, count: int) -> float:
 
 def _claims(runs: Runs) -> str:
     lines = []
-    for data, case in sorted({(run["data"], run["case"]) for run in runs}, key=lambda key: [*map(_natural, key)]):
-        of = {method: select(runs, data=data, case=case, method=method) for method in METHODS}
+    for data, case, of in _compared(runs):
         lines += [f"{claim}, {data} {case}: {found}" for claim, found in _verdicts(of).items()]
     if not lines:
         return ""

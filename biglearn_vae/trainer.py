@@ -562,7 +562,7 @@ class Trainer:
     @contextmanager
     def _kept_if_it_fails(self) -> Iterator[None]:
         """Write a checkpoint if a logger, the evaluation, the data or the loss raises: what was trained is not theirs
-        to lose."""
+        to lose. A step that was cut off while it changed the network is not kept."""
         try:
             yield
         except TrainingError:  # the weights are spoilt
@@ -648,7 +648,7 @@ class Trainer:
     def _check_rows(self, batch: Any) -> None:
         """Raise a ValueError unless a batch is a process's share: parts of others would not weigh as much."""
         whole, share = self.batches.batch_size, self.world.share(self.batches.batch_size)
-        parts = list(batch) if isinstance(batch, tuple | list) else [batch]
+        parts = batch if isinstance(batch, tuple | list) else [batch]
         if self.accumulate > 1 and not all(isinstance(part, Tensor) and part.ndim for part in parts):
             raise ValueError(
                 f"accumulate={self.accumulate} takes a batch in parts, which needs a tensor or a tuple of tensors, got "
@@ -695,13 +695,14 @@ class Trainer:
         self.net.zero_grad()
         with self._torn_if_it_counts():
             scalars = self._backward(batch, step)
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
+            scalars["grad_norm"] = distributed.whole(norm)
+            self._check_names(list(scalars))
         self._torn = True
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
             self.optim.update_average(self.average, self.net, change)
-        scalars["grad_norm"] = distributed.whole(norm)
         self._names = list(scalars)
         return torch.stack(list(scalars.values()))
 
@@ -711,7 +712,6 @@ class Trainer:
         for part, generator in enumerate(self._generators):
             # Each part draws what its rows would draw in one batch: to that end it is a process of its own.
             rank, size = self.world.rank * self.accumulate + part, self.world.size * self.accumulate
-            before = self._written()
             with self._synchronized(part + 1 == self.accumulate):
                 with self._autocast():
                     own = _part(batch, part, self.accumulate)
@@ -720,8 +720,6 @@ class Trainer:
                 (parts.loss / self.accumulate).backward()
             for name, value in parts.scalars().items():
                 total[name] = total.get(name, 0) + _checked_scalar(name, value) / self.accumulate
-        self._check_names([*dict.fromkeys([*total, "grad_norm"])])
-        self._check_shared(before)
         return total
 
     def _check_names(self, names: list[str]) -> None:
@@ -733,28 +731,34 @@ class Trainer:
             )
 
     def _written(self) -> dict[str, int]:
-        """How often each gradient was written to, -1 where there is none: of those that DDP shares."""
-        named = self.net.named_parameters() if isinstance(self._wrapped, DistributedDataParallel) else ()
-        return {name: -1 if p.grad is None else p.grad._version for name, p in named if p.requires_grad}
+        """How often each gradient was written to, -1 where there is none."""
+        named = ((name, weight) for name, weight in self.net.named_parameters() if weight.requires_grad)
+        return {name: -1 if weight.grad is None else weight.grad._version for name, weight in named}
 
-    def _check_shared(self, before: dict[str, int]) -> None:
-        """Raise a ValueError for a weight that the last part of a step has not used, `_written` having been this before
-        it: DDP would leave this process's gradients as they are, and say so a step later."""
-        idle = [name for name, count in self._written().items() if count == before[name]]
-        if idle:
+    @contextmanager
+    def _synchronized(self, last: bool) -> Iterator[None]:
+        """Gradients are summed over the processes after the last part of a step alone.
+
+        Raises:
+            ValueError: for a weight that this part has not used: DDP would leave this process's gradients as they
+                are, and say so a step later.
+        """
+        if self._sharded:
+            self.net.set_requires_gradient_sync(last)
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            yield
+            return
+        if not last:
+            with self._wrapped.no_sync():
+                yield
+            return
+        before = self._written()
+        yield
+        if idle := [name for name, count in self._written().items() if count == before[name]]:
             raise ValueError(
                 f"step {self.step} gave no gradient to {', '.join(idle[:3])}: several processes cannot share what not "
                 "every step uses. If none uses it, freeze it (requires_grad_(False)) or train with shard=True"
             )
-
-    @contextmanager
-    def _synchronized(self, last: bool) -> Iterator[None]:
-        """Gradients are summed over the processes after the last part of a step alone."""
-        if self._sharded:
-            self.net.set_requires_gradient_sync(last)
-        wait = isinstance(self._wrapped, DistributedDataParallel) and not last
-        with self._wrapped.no_sync() if wait else nullcontext():
-            yield
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")

@@ -752,12 +752,15 @@ def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypat
     assert run_here(monkeypatch, *words, script="reproduce") == 0
     assert "1 runs are there, 0 to be made" in capsys.readouterr().out
     assert (tmp_path / "results/README.md").read_text() == page
-    # Measured otherwise, the network is the same and its numbers are others.
+    # Measured otherwise, the network is the same and its numbers are others; a shorter run is another network.
     other = TRAIN[:-1] + ',"evaluation.draws=1","evaluation.ratios=[0.5]"]'
     assert run_here(monkeypatch, *own, f"preset.settings={{train:{other}}}", script="reproduce") == 0
     again = json.loads((tmp_path / "results/runs/smoke/digits-mine-biglearn_u-seed0.json").read_text())
     assert list(again["train"]["inpainting_psnr"]) == ["0.5"]
     assert again["train"]["test_joint_elbo"] == numbers["train"]["test_joint_elbo"]
+    shorter = TRAIN.replace("trainer.steps=2", "trainer.steps=1")
+    assert run_here(monkeypatch, *own, f"preset.settings={{train:{shorter}}}", script="reproduce") == 2
+    assert "holds a run of 2 steps, more than the 1 asked for" in capsys.readouterr().err
 
 
 def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path):
