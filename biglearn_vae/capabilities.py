@@ -386,11 +386,7 @@ class BigLearnVAE:
             `.before` (B, C, H, W), the mean of p(x_T | z, x_S), and `.after` (len(dims), B, C, H, W), that of
             p(x_T | z + delta, x_S).
         """
-        given, dims = dims, checks.whole_numbers(dims, 0)
-        if not dims or max(dims) >= self.z_dim:
-            raise ValueError(
-                f"dims must be a list of latent dimensions in [0, {self.z_dim}), at least one, got {given}"
-            )
+        dims = checked_dims(self, dims)
         delta = _deltas(delta, len(dims))
         z = self.encode(x, S).mean  # (B, Z) or (Z,)
         change = torch.zeros(len(dims), self.z_dim, device=z.device, dtype=z.dtype)
@@ -445,7 +441,7 @@ class BigLearnVAE:
         (Burda et al. 2016; with K = 1 it is Eq. 5's bound.) The observations are N(mu, variance I), constants
         included. Training with weight beta on the KL and unit variance is, up to scale, training with variance beta
         and weight 1: so the variance is that of the model, beta, unless another is given (`evaluation.fit_variance`
-        fits one). In expectation the bound grows with K, and never exceeds the truth.
+        fits one). In expectation the bound grows with K, and stays below the truth.
 
         Args:
             T: what is asked for, by default all patches that are not given; not empty, disjoint from S.
@@ -661,6 +657,14 @@ class BigLearnVAE:
         # Masks (B, L) may look like one of pixels, (H, W); what they are must not hang on B.
         patches = mask.ndim == 2 and mask.shape[1] == self.num_tokens
         return mask if not patches and mask.ndim in (2, 3) and tuple(mask.shape[-2:]) == self.image_shape[1:] else None
+
+
+def checked_dims(vae: BigLearnVAE, dims: Sequence[int]) -> list[int]:
+    """Which dimensions of z these are; a ValueError unless there are such."""
+    result = checks.whole_numbers(dims, 0)
+    if not result or max(result) >= vae.z_dim:
+        raise ValueError(f"dims must be a list of latent dimensions in [0, {vae.z_dim}), at least one, got {dims}")
+    return result
 
 
 def checked_variance(vae: BigLearnVAE, variance: float | None) -> float:

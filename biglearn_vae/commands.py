@@ -37,7 +37,7 @@ from biglearn_vae import (
 )
 from biglearn_vae import figures as pictures
 from biglearn_vae import probe as probing
-from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.capabilities import BigLearnVAE, checked_dims
 from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, pick_device, start, stop, under_torchrun
 from biglearn_vae.files import Busy, write_json, write_text
@@ -729,7 +729,12 @@ def _warn_of_shares(shares: Sequence[completion.Task], num_tokens: int, most: in
 
 def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
     """Draw figures of a trained run, of its test images, into its folder; returns the page that shows them."""
-    hints = {"figures": list[str] | str | None, "images": int | None, "delta": float | None}
+    hints = {
+        "figures": list[str] | str | None,
+        "images": int | None,
+        "delta": float | None,
+        "dims": list[int] | None,
+    }
     values = config.checked(cfg, hints)
     if values["images"] is not None:
         checks.whole_number("images", values["images"], 1)
@@ -739,6 +744,8 @@ def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
         raise ValueError(f"figures must be some of {', '.join(pictures.FIGURES)}, got {', '.join(names) or 'none'}")
     started = time.perf_counter()
     trained = _trained(cfg)
+    if values["dims"] is not None:  # said before anything is drawn
+        checked_dims(trained.vae, values["dims"])
     source = f"{trained.checkpoint} of step {trained.step}"
     page = draw(trained.vae, trained.splits, trained.run, names, source, seed=cfg.seed, **values)
     print(f"{page}: {', '.join(names)} ({time.perf_counter() - started:.0f} s)")

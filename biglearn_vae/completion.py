@@ -7,8 +7,9 @@ N images, K draws.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,11 +85,12 @@ class Plan:
 def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: int = 0) -> dict[str, dict[str, Any]]:
     """By task and by what completes, `evaluation.completion_scores` and seconds, or a PSNR.
 
-    "one pass" is the model itself, of which a joint VAE makes little: it never saw a part of an image. "several passes"
-    is a list by number of passes. The chains of a joint VAE are "pseudo-Gibbs" and "Metropolis-within-Gibbs", lists by
-    number of iterations. "training mean" and "10 nearest" are the floors. "nats" is log p(hidden | observed) under
-    N(mu, variance I) with the variance fitted on training images, by annealed importance sampling: in expectation a
-    lower bound for a BigLearn-VAE, for a joint VAE an estimate.
+    "one pass" is the model itself, of which a joint VAE makes little: it never saw a part of an image. "code alone" is
+    p(x_T | z) for the same z, decoded without the observed patches. "several passes" is a list by number of passes. The
+    chains of a joint VAE are "pseudo-Gibbs" and "Metropolis-within-Gibbs", lists by number of iterations. "training
+    mean" and "10 nearest" are the floors. "nats" is log p(hidden | observed) under N(mu, variance I) with the variance
+    fitted on training images, by annealed importance sampling: in expectation a lower bound for a BigLearn-VAE, for a
+    joint VAE an estimate.
 
     Args:
         images: N of them; all are made floats at once. Only what was recorded of them is given and scored.
@@ -112,9 +114,13 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     nats = _nats(vae, x, tasks, plan, variance, seed) if plan.likelihood_images else {}
     result = {}
     for task, (S, T) in tasks.items():
-        found: dict[str, Any] = {"one pass": _drawn(vae, x, S, T, plan.draws, seed)}
+        inpaint = partial(vae.inpaint, x, S, plan.draws, seed)
+        found: dict[str, Any] = {
+            "one pass": _drawn(vae, x, T, inpaint),
+            "code alone": _drawn(vae, x, T, partial(vae.reconstruct, x, S, plan.draws, seed)),
+        }
         if plan.passes:
-            several = {count: _drawn(vae, x, S, T, plan.draws, seed, count) for count in plan.passes}
+            several = {count: _drawn(vae, x, T, partial(inpaint, count)) for count in plan.passes}
             found["several passes"] = [{"passes": count} | scores for count, scores in several.items()]
         if task in of_chains:
             found |= _chains(vae, x, S, T, plan, variance, seed)
@@ -124,12 +130,10 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     return result
 
 
-def _drawn(
-    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, draws: int, seed: int, passes: int = 1
-) -> dict[str, float]:
+def _drawn(vae: BigLearnVAE, x: Tensor, T: Tensor, draw: Callable[[], Tensor]) -> dict[str, float]:
     """Scores of the model's own completions, and the seconds that they took."""
     start = time.perf_counter()
-    drawn = vae.inpaint(x, S, draws, seed, passes)
+    drawn = draw()
     synchronize(vae.device)
     seconds = time.perf_counter() - start
     return evaluation.completion_scores(drawn, x, vae.pixel_mask(T)) | {"seconds": seconds}

@@ -745,7 +745,7 @@ def network(cfg: "DictConfig", tokens: Patchify | PatchAE) -> torch.nn.Module:
 
 @functools.cache
 def paper_parameters() -> dict[str, int]:
-    """Number of parameters by case of the paper, counted in the networks themselves."""
+    """Number of parameters by case of the paper, and of the PatchAE, counted in the networks themselves."""
     result = {}
     for case in ("case1", "case2", "case3", "case4", "celeba"):
         cfg = compose([f"case={case}", f"data={'celeba' if case == 'celeba' else 'mnist'}"])
@@ -754,7 +754,8 @@ def paper_parameters() -> dict[str, int]:
         with torch.device("meta"):
             net = build(cfg.model, "model", grid=cut.grid, token_dim=token_dim)
         result[case] = count_parameters(net)
-    return result
+    with torch.device("meta"):
+        return result | {PATCH_AE: count_parameters(PatchAE())}
 
 
 def patch_ae(cfg: "DictConfig") -> PatchAE:

@@ -45,9 +45,9 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
     Returns:
         By name, means over the images: reconstruction, without the constant of N(mu, I); kl, as it is; elbo, which is
-        reconstruction - beta kl; and, unless the loss has terms of its own (`losses.is_gaussian`), elbo_nats, with the
-        constant, which is a bound on the log-likelihood under N(mu, I) from beta = 1 on alone (`BigLearnVAE.log_prob`
-        is one). Images of which nothing was recorded do not count.
+        reconstruction - beta kl; and, unless beta is 0 or the loss has terms of its own (`losses.is_gaussian`),
+        elbo_nats, a bound on the log-likelihood under N(mu, beta I), of one draw (`BigLearnVAE.log_prob` takes more).
+        Images of which nothing was recorded do not count.
 
     Raises:
         ValueError: if the loss has another prior than the model, or gives something else than an ELBO.
@@ -65,7 +65,7 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
         loss.masks = loss.masks.altered(ratios_per="sample")
     found = [part for tokens in _tokens(vae, images) for part in _elbos(vae, loss, tokens, joint, random)]
     _check_parts(found[0])
-    names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if is_gaussian(loss) else []))
+    names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if is_gaussian(loss) and loss.beta else []))
     return {name: _mean(found, name) for name in names}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from biglearn_vae import data, masks
-from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.capabilities import BigLearnVAE, checked_dims
 from biglearn_vae.sheets import DPI, Block, Columns, drawable, rendered, sheet
 
 HIDDEN = (0.80, 0.33, 0.27)  # the colour of what the model does not see
@@ -30,9 +30,10 @@ MOST_NAMED = 20  # classes whose numbers the map of codes shows
 TEXTS = {  # name: title, caption
     "inference": (
         "Inference with incomplete data",
-        "Upper rows: images of which fewer and fewer patches are observed, hidden ones in red. Lower rows: what the "
+        "First rows: images of which fewer and fewer patches are observed, hidden ones in red. Second rows: what the "
         "code alone holds of them, an image decoded from z ~ p(z | observed patches). Where it changes to the right, "
-        "the patches that are left no longer tell the model which image it is.",
+        "the patches that are left no longer tell the model which image it is. Third rows: the same code beside the "
+        "observed patches, which are kept; what it gains on the second are the details that they bring.",
     ),
     "inpainting": (
         "In-painting of arbitrary parts",
@@ -100,8 +101,8 @@ def inference(
     seed: int = 0,
     ratios: Sequence[float] = (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
 ) -> np.ndarray:
-    """Inference with incomplete data (Figures 3, 6, 7 and 8, a): x_S from left to right by S-ratio, each mask a part of
-    the one before, and below it x ~ p(x | z), z ~ p(z | x_S).
+    """Inference with incomplete data and in-painting (Figures 3, 6, 7 and 8): x_S from left to right by S-ratio, each
+    mask a part of the one before, and below it x ~ p(x | z) and x_T ~ p(x_T | z, x_S) for the same z ~ p(z | x_S).
 
     Args:
         images: (N, C, H, W); `rows` of them are drawn.
@@ -113,13 +114,14 @@ def inference(
     for ratio in ratios:
         S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
         # The same noise at every ratio, so that what changes from left to right is what is known.
-        cells.append(_by_image([see(vae, x, S), rgb(vae.reconstruct(x, S, seed=seed))]))  # (2 n, H, W, 3)
+        decoded, completed = vae.reconstruct(x, S, seed=seed), vae.inpaint(x, S, seed=seed)
+        cells.append(_by_image([see(vae, x, S), rgb(decoded), rgb(completed)]))  # (3 n, H, W, 3)
     block = Block(
         np.stack(cells, axis=1),
         "share of the patches observed",
         [f"{ratio:g}" for ratio in ratios],
-        ["observed", "decoded"] * len(x),
-        group=2,
+        ["observed", "decoded", "completed"] * len(x),
+        group=3,
     )
     return sheet(*text("inference", x), [block])
 
@@ -254,24 +256,27 @@ def decoding_sensitivity(
     rows: int = 3,
     seed: int = 0,
     delta: float | None = None,
-    dims: int = 4,
+    dims: int | Sequence[int] = 4,
     ratios: Sequence[float] = (0.1, 0.3, 0.5),
 ) -> np.ndarray:
-    """p(x_T | z + delta, x_S) beside p(x_T | z, x_S) (Figure 11) for the dimensions of z with the largest effect.
+    """p(x_T | z + delta, x_S) beside p(x_T | z, x_S) (Figure 11) for some dimensions of z.
 
     Args:
         images: (N, C, H, W); `rows` of them are drawn.
         labels: classes (N,).
         delta: how far a dimension is moved; by default 3 times the standard deviation of its means over the images.
-        dims: how many dimensions.
+        dims: which dimensions, or how many, then those with the largest effect.
         ratios: shares of the patches observed.
     """
     x, recorded = take(vae, images, labels, rows)
     S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
     moves = _moves(vae, images) if delta is None else torch.full((vae.z_dim,), float(delta), device=x.device)
-    everything = vae.decoding_sensitivity(x, S[0], range(vae.z_dim), moves)
-    effect = (everything.after - everything.before).square().mean(dim=(1, 2, 3, 4))  # (Z,)
-    chosen = effect.topk(min(dims, vae.z_dim)).indices.tolist()
+    if isinstance(dims, int):
+        everything = vae.decoding_sensitivity(x, S[0], range(vae.z_dim), moves)
+        effect = (everything.after - everything.before).square().mean(dim=(1, 2, 3, 4))  # (Z,)
+        chosen, which = effect.topk(min(dims, vae.z_dim)).indices.tolist(), " with the largest effect"
+    else:
+        chosen, which = checked_dims(vae, dims), ""
     results = [vae.decoding_sensitivity(x, mask, chosen, moves[chosen]) for mask in S]
     before = torch.stack([result.before for result in results], dim=1).flatten(0, 1)  # (n ratios, C, H, W)
     after = torch.stack([result.after for result in results], dim=2).flatten(1, 2)  # (dims, n ratios, C, H, W)
@@ -280,7 +285,7 @@ def decoding_sensitivity(
     change, limit = signed(after - before)
     for k, dim in enumerate(chosen):
         columns += [(f"z{dim} {moves[dim]:+.2g}", rgb(after[k])), ("difference", change[k])]
-    heading = f"the {len(chosen)} of {vae.z_dim} dimensions with the largest effect, moved by the number given; "
+    heading = f"{len(chosen)} of {vae.z_dim} dimensions{which}, moved by the number given; "
     heading += f"differences are in full colour at {limit:.2g} of the range of pixels"
     block = Block.of(columns, heading, [f"{ratio:g} observed" for ratio in ratios] * len(x), group=len(ratios))
     return sheet(*text("decoding_sensitivity", x), [block])

@@ -43,9 +43,20 @@ class ELBO:
 
     @property
     def elbo_nats(self) -> Tensor:
-        """The same with the constant -|T| D/2 log(2 pi) of N(mu, I)."""
+        """elbo / beta - |T| D/2 log(2 pi beta), a bound on log p(x_T | x_S) under N(mu, beta I), of one draw.
+
+        Of these, reconstruction - beta KL is the bound beta times, but for its constant: so what training maximises is,
+        for every beta, the likelihood of that model, and a KL that is weighted less is one of less noise. With N(mu, I)
+        and beta below 1 it would bound nothing.
+
+        Raises:
+            ValueError: for beta = 0, of which there is no such model.
+        """
+        if not isinstance(self.beta, Tensor) and self.beta == 0:
+            raise ValueError("with beta = 0 there is no N(mu, beta I): the bound in nats needs a positive beta")
+        beta = torch.as_tensor(self.beta, dtype=self.reconstruction.dtype, device=self.reconstruction.device)
         numbers = self.token_dim * self.num_targets.to(self.reconstruction.dtype)
-        return self.elbo - 0.5 * LOG_2PI * numbers
+        return self.elbo / beta - 0.5 * (LOG_2PI + beta.log()) * numbers
 
     @property
     def loss(self) -> Tensor:

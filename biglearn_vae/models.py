@@ -4,7 +4,7 @@
     net(x, S, z) -> (B, L, D)                          the mean of p(x_T | z, x_S), T being all that is not in S
     net(x, S, z, T)                                    the same for another T
 
-Whether z is given is the paper's switch "T = True/False" (Table 2). S is boolean, True = observed; what x holds
+Whether z is given is the paper's switch "T = True/False" (Section 3.2.2). S is boolean, True = observed; what x holds
 where S is False has no influence, and no gradient, whatever it is.
 
 B batch, L tokens, D token dimension, d embedding dimension, Z latent dimension, r MLP ratio.

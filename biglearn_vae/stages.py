@@ -231,6 +231,7 @@ def draw(
     source: str,
     images: int | None = None,
     delta: float | None = None,
+    dims: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Path:
     """Draw figures of the test images as PNG files into run/figures, and the page that shows all that are there.
@@ -239,7 +240,7 @@ def draw(
         names: of `figures.FIGURES`.
         source: which weights these are, for the page.
         images: at most so many in each; the map of codes takes its own number.
-        delta: of the decoding sensitivity.
+        delta, dims: of the decoding sensitivity.
     """
     some = splits.test.select(slice(1000))
     some = some.select(some.recorded_patches(vae.grid).any(-1))
@@ -248,7 +249,7 @@ def draw(
         labels = None
     page = run / FIGURES_PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
-    given = {"rows": images, "delta": delta, "names": splits.label_names}
+    given = {"rows": images, "delta": delta, "dims": dims, "names": splits.label_names}
     given = {name: value for name, value in given.items() if value is not None}
     for name in names:
         drawn = pictures.FIGURES[name]
@@ -285,7 +286,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
             *_head(result),
             "",
             f"{split} JointELBO {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}"
-            + ("" if nats is None else f"; {nats:.2f} nats with the constant of N(mu, I)"),
+            + ("" if nats is None else f"; {nats:.2f} nats under N(mu, beta I)"),
             "",
             "in-painting: PSNR in dB over the missing pixels",
             *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),

@@ -43,6 +43,8 @@ def test_every_number_is_that_of_its_own_function(prior):
         numbers, hidden = found[str(task)], vae.pixel_mask(~S)
         expected = evaluation.completion_scores(vae.inpaint(images, S, 3, seed=4), images, hidden)
         assert {k: v for k, v in numbers["one pass"].items() if k != "seconds"} == expected
+        expected = evaluation.completion_scores(vae.reconstruct(images, S, 3, seed=4), images, hidden)
+        assert {k: v for k, v in numbers["code alone"].items() if k != "seconds"} == expected
         assert [entry["passes"] for entry in numbers["several passes"]] == [2, 5]
         for entry in numbers["several passes"]:
             drawn = vae.inpaint(images, S, 3, seed=4, passes=entry["passes"])

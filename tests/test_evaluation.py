@@ -49,11 +49,11 @@ def direct_elbo(vae, x: Tensor, S: Tensor, T: Tensor, noise: Tensor, beta: float
     means = vae.net(x, S, q.mean + q.std * noise)
     for n in range(len(x)):
         target = x[n][T[n]].double()
-        likelihood = Normal(means[n][T[n]].double(), 1.0).log_prob(target).sum()
+        likelihood, nats = (Normal(means[n][T[n]].double(), std).log_prob(target).sum() for std in (1.0, beta**0.5))
         constant = -0.5 * target.numel() * math.log(2 * math.pi)
         other = Normal(p.mean[n], p.std[n]) if prior == "learned" else Normal(torch.zeros(Z), torch.ones(Z))
         kl = kl_divergence(Normal(q.mean[n], q.std[n]), other).sum()
-        rows.append((likelihood - constant - beta * kl, likelihood - constant, kl, likelihood - beta * kl))
+        rows.append((likelihood - constant - beta * kl, likelihood - constant, kl, nats - kl))
     values = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
     return dict(zip(("elbo", "reconstruction", "kl", "elbo_nats"), values, strict=True))
 
@@ -558,6 +558,7 @@ def test_nats_are_those_of_a_gaussian_alone(vae):
             return -(net(x, S, q.sample(noise), T) - x).abs().masked_fill(~T.unsqueeze(-1), 0).sum((1, 2)), q.kl(p)
 
     assert "elbo_nats" not in evaluation.elbo(vae, pictures(vae), Laplace(0.3))
+    assert "elbo_nats" not in evaluation.elbo(vae, pictures(vae), BigLearnELBO(0))
     with pytest.raises(ValueError, match=r"expected an objective, such as BigLearnELBO\(beta\), got 0.3"):
         evaluation.elbo(vae, pictures(vae), 0.3)
 

@@ -205,7 +205,7 @@ def test_inference(draw):
     vae = make()
     x, ratios = pictures(vae)[:3], (1, 0.6, 0.3, 0.1)
     (block,) = draw(figures.inference, vae, x, seed=4, ratios=ratios).blocks
-    observed, decoded = block.cells[0::2], block.cells[1::2]  # (n, ratios, H, W, 3)
+    observed, decoded, completed = (block.cells[row::3] for row in range(3))  # (n, ratios, H, W, 3)
     hidden = is_colour(observed, figures.HIDDEN)
     assert np.array_equal(hidden.mean((0, 2, 3)), [1 - round(16 * ratio) / 16 for ratio in ratios])
     assert (hidden[:, 1:] >= hidden[:, :-1]).all()  # each S is a part of the one before
@@ -214,6 +214,9 @@ def test_inference(draw):
     for k in range(len(ratios)):
         S = torch.from_numpy(~hidden[:, k])
         np.testing.assert_allclose(decoded[:, k], figures.rgb(vae.reconstruct(x, S, seed=4)), atol=1e-6)
+        z = vae.encode(x, S).sample(seed=4)  # of both
+        np.testing.assert_allclose(decoded[:, k], figures.rgb(vae.decode(z)), atol=1e-6)
+        np.testing.assert_allclose(completed[:, k], figures.rgb(vae.decode(z, x, S)), atol=1e-6)
 
 
 def test_inpainting(draw):
@@ -328,6 +331,15 @@ def test_decoding_sensitivity(draw):
             np.testing.assert_allclose(block.cells[k::2, 3 + 2 * d], figures.rgb(result.after[d]), atol=1e-5)
             kept = ~is_colour(drawn.column("observed")[k::2], figures.HIDDEN)
             assert is_colour(block.cells[k::2, 4 + 2 * d], figures.SAME)[kept].all()
+
+
+def test_dimensions_that_are_named(draw):
+    vae = make(z_dim=5)
+    (block,) = draw(figures.decoding_sensitivity, vae, pictures(vae)[:2], rows=2, dims=[3, 0], delta=5).blocks
+    assert [label for label in block.columns if label.startswith("z")] == ["z3 +5", "z0 +5"]
+    assert block.heading.startswith("2 of 5 dimensions, moved by")
+    with pytest.raises(ValueError, match=r"dims must be a list of latent dimensions in \[0, 5\), .* got \[5\]"):
+        figures.decoding_sensitivity(vae, pictures(vae), dims=[5])
 
 
 def test_by_default_dimensions_move_by_the_spread_of_their_means(draw):
@@ -509,6 +521,7 @@ def test_train_then_draw(tmp_path, monkeypatch, capsys):
         ("figures=3", "figures must be"),
         ("images=0", "images must be at least 1, got 0"),
         ("delta=far", "delta must be a number or null, got 'far'"),
+        ("dims=3", "dims must be a list, each a whole number or null, got 3"),
         ("seed=x", "seed must be a whole number"),
         ("checkpoint=worst", "checkpoint must be best or latest"),
         ("run=outputs/other", "there is no run in outputs/other"),

@@ -42,7 +42,7 @@ def tasks() -> tuple[torch.Tensor, torch.Tensor]:
     return S, T
 
 
-def by_hand(net, x, S, T, noise, prior="learned") -> tuple[torch.Tensor, torch.Tensor]:
+def by_hand(net, x, S, T, noise, prior="learned", variance=1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 6 and 7 image by image and target by target: log p(x_T | z, x_S) in nats, and the KL."""
     likelihoods, divergences = [], []
     for i in range(len(x)):
@@ -55,7 +55,7 @@ def by_hand(net, x, S, T, noise, prior="learned") -> tuple[torch.Tensor, torch.T
             p = Normal(torch.zeros_like(q.mean), torch.ones_like(q.mean))
         z = q.mean + q.stddev * noise[i]
         mean = net(image, observed, z.unsqueeze(0), T[i : i + 1])[0]
-        likelihoods.append(sum(Normal(mean[j], 1.0).log_prob(x[i, j]).sum() for j in range(6) if T[i, j]))
+        likelihoods.append(sum(Normal(mean[j], variance**0.5).log_prob(x[i, j]).sum() for j in range(6) if T[i, j]))
         divergences.append(kl_divergence(q, p).sum())
     return torch.stack(likelihoods), torch.stack(divergences)
 
@@ -81,7 +81,8 @@ def test_a_network_of_bfloat16_has_a_loss_of_more_digits():
     parts = BigLearnELBO(BETA)(Constant(), x, S, T, torch.zeros(2, 3).bfloat16())
     exact = -0.5 * (x.double() - 0.5).square().sum((1, 2)) - BETA * 1.5 * 33**2
     assert_close(parts.elbo.double(), exact, rtol=1e-6, atol=0)
-    assert_close(parts.elbo_nats.double(), exact - 0.5 * 64 * 48 * math.log(2 * math.pi), rtol=1e-6, atol=0)
+    exact_nats = exact / BETA - 0.5 * 64 * 48 * math.log(2 * math.pi * BETA)
+    assert_close(parts.elbo_nats.double(), exact_nats, rtol=1e-6, atol=0)
 
 
 def test_a_network_may_have_an_attribute_that_wrappers_have(tiny_net):
@@ -113,8 +114,8 @@ def test_all_parts_by_hand(tiny_net, prior):
     assert_close(parts.kl, kl, **CLOSE)
     assert_close(parts.reconstruction, log_likelihood + constant, **CLOSE)
     assert_close(parts.elbo, log_likelihood + constant - BETA * kl, **CLOSE)
-    assert_close(parts.elbo_nats, log_likelihood - BETA * kl, **CLOSE)
-    assert_close(parts.elbo_nats, parts.elbo - constant, **CLOSE)
+    of_variance, _ = by_hand(tiny_net, x, S, T, noise, prior, variance=BETA)
+    assert_close(parts.elbo_nats, of_variance - kl, **CLOSE)
     assert parts.num_targets.tolist() == [6, 1, 3, 4, 2, 1] and parts.token_dim == 5 and parts.beta == BETA
 
 
@@ -133,21 +134,21 @@ def normal(distribution) -> Normal:
 
 
 def test_joint_elbo(tiny_net):
-    """Eq. 1: E_{q(z|x)} log p(x|z) - beta KL[q(z|x) || p(z)]."""
+    """Eq. 1: E_{q(z|x)} log p(x|z) - KL[q(z|x) || p(z)], of N(mu, beta I)."""
     x, noise = data()
     everything = torch.ones(6, 6, dtype=torch.bool)
     q, prior = normal(tiny_net(x, everything)), normal(tiny_net(torch.zeros_like(x), ~everything))
     z = q.mean + q.stddev * noise
-    log_likelihood = Normal(tiny_net(torch.zeros_like(x), ~everything, z), 1.0).log_prob(x).sum((1, 2))
-    expected = log_likelihood - BETA * kl_divergence(q, prior).sum(-1)
+    log_likelihood = Normal(tiny_net(torch.zeros_like(x), ~everything, z), BETA**0.5).log_prob(x).sum((1, 2))
+    expected = log_likelihood - kl_divergence(q, prior).sum(-1)
     assert_close(BigLearnELBO(BETA)(tiny_net, x, ~everything, everything, noise).elbo_nats, expected, **CLOSE)
-    standard = log_likelihood - BETA * kl_divergence(q, Normal(0.0, 1.0)).sum(-1)  # the ordinary VAE
+    standard = log_likelihood - kl_divergence(q, Normal(0.0, 1.0)).sum(-1)  # the ordinary VAE
     vae = BigLearnELBO(BETA, prior="standard")(tiny_net, x, ~everything, everything, noise)
     assert_close(vae.elbo_nats, standard, **CLOSE)
 
 
 def test_margin_elbo(tiny_net):
-    """Eq. 4: E_{q(z|x_T)} log p(x_T|z) - beta KL[q(z|x_T) || p(z)]."""
+    """Eq. 4: E_{q(z|x_T)} log p(x_T|z) - KL[q(z|x_T) || p(z)], of N(mu, beta I)."""
     x, noise = data()
     targets = [1, 2, 5]
     T = torch.zeros(6, 6, dtype=torch.bool)
@@ -157,13 +158,13 @@ def test_margin_elbo(tiny_net):
     x_T[:, targets] = x[:, targets]
     q, prior = normal(tiny_net(x_T, T)), normal(tiny_net(torch.zeros_like(x), none))
     means = tiny_net(torch.zeros_like(x), none, q.mean + q.stddev * noise, T)[:, targets]
-    log_likelihood = Normal(means, 1.0).log_prob(x[:, targets]).sum((1, 2))
-    expected = log_likelihood - BETA * kl_divergence(q, prior).sum(-1)
+    log_likelihood = Normal(means, BETA**0.5).log_prob(x[:, targets]).sum((1, 2))
+    expected = log_likelihood - kl_divergence(q, prior).sum(-1)
     assert_close(BigLearnELBO(BETA)(tiny_net, x, none, T, noise).elbo_nats, expected, **CLOSE)
 
 
 def test_condition_elbo(tiny_net):
-    """Eq. 5: E_{q(z|x_SuT)} log p(x_T|z, x_S) - beta KL[q(z|x_SuT) || p(z|x_S)]."""
+    """Eq. 5: E_{q(z|x_SuT)} log p(x_T|z, x_S) - KL[q(z|x_SuT) || p(z|x_S)], of N(mu, beta I)."""
     x, noise = data()
     observed, targets = [0, 4], [1, 2]
     S, T = torch.zeros(2, 6, 6, dtype=torch.bool)
@@ -173,9 +174,15 @@ def test_condition_elbo(tiny_net):
     x_ST[:, observed + targets] = x[:, observed + targets]
     q, prior = normal(tiny_net(x_ST, S | T)), normal(tiny_net(x_S, S))
     means = tiny_net(x_S, S, q.mean + q.stddev * noise, T)[:, targets]
-    log_likelihood = Normal(means, 1.0).log_prob(x[:, targets]).sum((1, 2))
-    expected = log_likelihood - BETA * kl_divergence(q, prior).sum(-1)
+    log_likelihood = Normal(means, BETA**0.5).log_prob(x[:, targets]).sum((1, 2))
+    expected = log_likelihood - kl_divergence(q, prior).sum(-1)
     assert_close(BigLearnELBO(BETA)(tiny_net, x, S, T, noise).elbo_nats, expected, **CLOSE)
+
+
+def test_nats_need_a_beta(tiny_net):
+    parts = BigLearnELBO(0)(tiny_net, data()[0], *tasks(), data()[1])
+    with pytest.raises(ValueError, match=r"^with beta = 0 there is no N\(mu, beta I\)"):
+        _ = parts.elbo_nats
 
 
 def test_loss_and_scalars_are_batch_means(tiny_net):
