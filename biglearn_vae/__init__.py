@@ -2,7 +2,7 @@
 
 >>> import biglearn_vae as blv
 >>> vae = blv.load("outputs/digits-tiny-biglearn_u-seed0")
->>> x = blv.images("digits")[:8]
+>>> x = blv.images("digits", split="test")[:8]
 >>> S = blv.masks.random(8, vae.num_tokens, ratio=0.5, seed=0)
 >>> completed = vae.inpaint(x, S, seed=0)
 """

@@ -97,7 +97,10 @@ def doubts(parts: Mapping[str, Arrays], source: Path | str) -> Iterator[str]:
     """What may be meant otherwise than it is taken."""
     largest = max(int(part.pixels.max()) for part in parts.values())
     if largest < DARK:
-        yield f"{source} has no pixel above {largest} of 255, so that all is nearly black: is that meant?"
+        yield (
+            f"{source} has no pixel above {largest} of 255, so that all is nearly black: is that meant? Floats become "
+            "bytes, of which so few are left"
+        )
     labels = [part.labels for part in parts.values() if part.labels is not None and part.labels.ndim > 1]
     if labels and all((of >= 0).all() and (of.sum(1) == 1).all() for of in labels):
         yield (

@@ -748,7 +748,7 @@ def check_calls(net: nn.Module) -> None:
     finally:
         for part, before in training.items():
             part.training = before
-    if not isinstance(q, DiagGaussian) or q.mean.shape != (2, net.z_dim):
+    if type(q) is not DiagGaussian or q.mean.shape != (2, net.z_dim):  # of a subclass nothing more would be kept
         raise ValueError(f"{name}: net(x, S) must give a DiagGaussian over z, (B, {net.z_dim}), got {_described(q)}")
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         shape = (net.num_tokens, net.token_dim)

@@ -15,7 +15,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -604,6 +604,7 @@ def evaluate(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     _warn_of_shares(cfg.ratios, vae.num_tokens, vae.num_tokens - 1)
     print(f"measuring {run}: {len(getattr(splits, cfg.split)):,} {cfg.split} images ...", flush=True)
     result |= measure(vae, config.objective(settings, drawing=False), splits, cfg, cfg.split, cfg.seed)
+    cfg.likelihood_images = _likelihood_images(trained, cfg.likelihood_images)
     if cfg.likelihood_images:
         print(f"log-likelihoods and consistency of {cfg.likelihood_images} images ...", flush=True)
         result |= measure_likelihood(vae, splits, cfg, cfg.split, cfg.seed)
@@ -621,6 +622,7 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
     checks.check_choice("split", cfg.split, PARTS[1:])
     checks.whole_number("images", cfg.images, 1)
     trained = _trained(cfg)
+    plan = replace(plan, likelihood_images=_likelihood_images(trained, plan.likelihood_images))
     _warn_of_shares(plan.tasks, trained.vae.num_tokens, trained.vae.num_tokens - 1)
     images = getattr(trained.splits, cfg.split).select(slice(cfg.images))
     start = time.perf_counter()
@@ -667,7 +669,8 @@ def _regressor(trained: "_Trained", images: ImageSet, plan: completion.Plan, see
 
 
 class _Trained(NamedTuple):
-    """A run's folder, its settings, its model and data, the checkpoint that the model is from, and its step."""
+    """A run's folder, its settings, its model and data, the checkpoint that the model is from, its step, and whether
+    observations are N(mu, variance I) (`losses.is_gaussian`)."""
 
     run: Path
     settings: "DictConfig"
@@ -675,6 +678,7 @@ class _Trained(NamedTuple):
     splits: Splits
     checkpoint: str
     step: int
+    gaussian: bool
 
     def described(self, cfg: "DictConfig", **settings: Any) -> dict[str, Any]:
         """What a script measured: of which network, on which images, with which settings that its numbers depend on,
@@ -709,7 +713,20 @@ def _trained(cfg: "DictConfig") -> _Trained:
     if splits.train.fingerprint() != state["metadata"]["data"]:
         raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
     print(f"{run}: {path.name}, of step {state['step']}; the run has {settings.trainer.steps}", flush=True)
-    return _Trained(run, settings, vae, splits, path.name, state["step"])
+    gaussian = state["metadata"].get("gaussian", True)
+    return _Trained(run, settings, vae, splits, path.name, state["step"], gaussian)
+
+
+def _likelihood_images(trained: _Trained, asked: int) -> int:
+    """Of how many images log-likelihoods are bounded: as many as were asked for, and none under another objective's
+    observations, which is said."""
+    if asked and not trained.gaussian:
+        print(
+            "no log-likelihoods: the objective has terms of its own; gaussian = True in its class says that its "
+            "observations are N(mu, variance I) all the same"
+        )
+        return 0
+    return asked
 
 
 def _warn_of_shares(shares: Sequence[completion.Task], num_tokens: int, most: int) -> None:

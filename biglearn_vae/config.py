@@ -511,6 +511,9 @@ def _search_path_plugin() -> type:
 def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     """Call what `_target_` names, of this package or of another, with the other settings and what the program knows.
 
+    A function that takes a generator draws by itself, such as masks(batch_size, num_tokens, generator): it is returned
+    as it is, with these settings.
+
     Raises:
         ValueError: naming the setting, if there is no such target, or it doesn't take it, or not of this type or value.
     """
@@ -527,6 +530,8 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
             f"{where}: {kind} takes {takes}, not {', '.join(other)}; settings of the default are left out by {words}"
         )
     check_types(hints, values, where)
+    if "generator" in hints and not isinstance(target, type):
+        return functools.partial(target, **given, **values)
     try:
         return target(**given, **values)
     except (ValueError, TypeError) as error:

@@ -57,17 +57,20 @@ class StepGraph:
         Args:
             function: (batch, *numbers) -> Tensor, the same in all calls. It may change what it holds in place, such as
                 weights; what it holds must stay where it is, and nothing may be waited for.
-            batch: tensors on a GPU, of the same shapes and types in all calls.
+            batch: tensors on a GPU, of the same shapes and types in all calls; a list reaches the function as a tuple.
             numbers: they reach the function as tensors ().
 
         Raises:
             ValueError: for another batch.
             NotRecorded: if the function waits for the device.
         """
+        batch = tuple(batch) if isinstance(batch, list) else batch
         self.replays, parts = False, batch if isinstance(batch, tuple) else (batch,)
         if not all(isinstance(part, Tensor) and part.is_cuda for part in parts):
+            kinds = (f"Tensor on {part.device}" if isinstance(part, Tensor) else type(part).__name__ for part in parts)
             raise ValueError(
-                f"a CUDA graph takes a batch that is a tensor or a tuple of them, got {type(batch).__name__}"
+                f"a CUDA graph takes a batch that is a tensor on a GPU or several, got {', '.join(kinds)}; "
+                "cuda_graph=False takes any"
             )
         with torch.cuda.device_of(parts[0]):
             # From memory that is not pinned, which is read before the call returns; the device is not waited for.
@@ -111,7 +114,7 @@ class StepGraph:
             if part.shape != place.shape or part.dtype != place.dtype:
                 raise ValueError(
                     f"a CUDA graph takes batches of one shape and type, {tuple(place.shape)} of {place.dtype}, got "
-                    f"{tuple(part.shape)} of {part.dtype}"
+                    f"{tuple(part.shape)} of {part.dtype}; cuda_graph=False takes any"
                 )
             place.copy_(part)
         self._numbers.copy_(values)

@@ -443,7 +443,7 @@ def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed
 
 def images(
     name: str,
-    split: str = "test",
+    split: str,
     root: str | None = None,
     image_size: Size | None = None,
     channels: int | None = None,

@@ -6,7 +6,8 @@ A single process is `World()`, and needs of all this its device and its random n
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -269,3 +270,14 @@ class StepRandom:
         return self.rows(
             shape[0], lambda rows, _: torch.randn(rows, *shape[1:], dtype=dtype, device=g.device, generator=g)
         )
+
+
+@contextmanager
+def global_generator(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's global generators, of the CPU and of this device, and leave them as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from biglearn_vae import annealing, checks, masks
 from biglearn_vae.capabilities import BigLearnVAE, checked_variance
 from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
-from biglearn_vae.distributed import StepRandom, derive_seed
+from biglearn_vae.distributed import StepRandom, derive_seed, global_generator
 from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO, is_gaussian
 from biglearn_vae.masks import MaskSampler
@@ -39,7 +40,8 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
     Args:
         images: N of them.
-        loss: whose beta (the final one), prior and q(S, T) are used; the prior must be the model's.
+        loss: whose beta (the final one), prior and q(S, T) are used; the prior must be the model's. One whose
+            observations are no Gaussian (`losses.is_gaussian`) is computed as it is itself.
         joint: S empty and T everything, the JointELBO (Eq. 1); else (S, T) is drawn from the loss's q(S, T), with
             ratios of each image's own, whatever the batches of training share: one pair for all would be a single task.
 
@@ -59,11 +61,13 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
             f"the loss has the {loss.prior} prior, the model the {vae.prior} one, as it was trained: give the loss "
             f'prior="{vae.prior}"'
         )
-    random = StepRandom(torch.Generator(vae.device).manual_seed(checks.seed_or_drawn(seed)))
+    seed = checks.seed_or_drawn(seed)
+    random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
     loss = copy.copy(loss)
     if isinstance(getattr(loss, "masks", None), MaskSampler):
         loss.masks = loss.masks.altered(ratios_per="sample")
-    found = [part for tokens in _tokens(vae, images) for part in _elbos(vae, loss, tokens, joint, random)]
+    with global_generator(vae.device, derive_seed("global", seed)):  # from which one's own may draw
+        found = [part for tokens in _tokens(vae, images) for part in _elbos(vae, loss, tokens, joint, random)]
     _check_parts(found[0])
     names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if is_gaussian(loss) and loss.beta else []))
     return {name: _mean(found, name) for name in names}
@@ -71,15 +75,15 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
 def _elbos(vae: BigLearnVAE, loss: BigLearnELBO, tokens: Tensor, joint: bool, random: StepRandom) -> Iterator[ELBO]:
     """As many images at a time as pass through the network at once, with what is drawn for all of them."""
-    S = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    task = (S, ~S) if joint else ()
-    if not isinstance(loss, BigLearnELBO) or type(loss).__call__ is not BigLearnELBO.__call__:
-        yield loss(vae.net, tokens, *task, random=random)  # which draws as it likes
+    S, gaussian = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device), is_gaussian(loss)
+    if not gaussian and type(loss).__call__ is not BigLearnELBO.__call__:
+        yield loss(vae.net, tokens, *((S, ~S) if joint else ()), random=random)  # which draws as it likes
         return
-    task = task or loss.draw(tokens, random)
+    task = (S, ~S & masks.recorded(tokens)) if joint else loss.draw(tokens, random)
     noise = random.normal((len(tokens), vae.z_dim), tokens.dtype)
-    for own in zip(*(part.split(vae.rows) for part in (tokens, *task, noise)), strict=True):
-        yield loss(vae.net, *own)
+    terms = partial(BigLearnELBO.terms, loss) if gaussian else loss.terms
+    for x, S, T, own in zip(*(part.split(vae.rows) for part in (tokens, *task, noise)), strict=True):
+        yield ELBO(*terms(vae.net, x, S, T, own), loss.beta, T.sum(-1), x.shape[-1])
 
 
 def _check_parts(parts: Any) -> None:
@@ -354,6 +358,7 @@ def _squared_error(completed: Tensor, images: Tensor, hidden: Tensor) -> _Error:
             f"expected completions of the size of the images, {tuple(images.shape)}, and a boolean mask of pixels of "
             f"them, as vae.pixel_mask(~S) makes it, got {checks.described(completed)} and {checks.described(hidden)}"
         )
+    images, hidden = images.to(completed.device), hidden.to(completed.device)
     error = (checks.in_floats(completed) - checks.in_floats(images))[hidden.expand_as(images)].double().square()
     return error.sum().item(), error.numel()
 

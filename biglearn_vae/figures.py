@@ -612,7 +612,13 @@ def choose(total: int, labels: Tensor | None, count: int, repeat: bool = False) 
 def take(
     vae: BigLearnVAE, images: Tensor, labels: Tensor | None, count: int, repeat: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The chosen images (n, C, H, W) on the model's device, and which patches of them were recorded (n, L)."""
+    """The chosen images (n, C, H, W) on the model's device, and which patches of them were recorded (n, L).
+
+    Raises:
+        ValueError: for images that are neither grey nor in colours.
+    """
+    if vae.image_shape[0] not in (1, 3):
+        raise ValueError(f"pictures are of images of 1 or 3 channels, got {vae.image_shape[0]}: draw them one by one")
     x = data.take(images, choose(len(images), labels, count, repeat), vae.device)
     return x, masks.recorded(vae.tokenizer.encode(x))
 

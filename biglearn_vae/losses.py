@@ -91,9 +91,16 @@ class BigLearnELBO:
         beta_warmup_start: share of beta at which the warm-up starts, in [0, 1]. At 0 nothing ties the prior to the
             posterior at first; they part by thousands of nats, and when beta rises the latent is given up.
 
+    Attributes:
+        gaussian: whether observations are N(mean, I), as is known here. A subclass whose `terms` are its own is taken
+            for one of other observations, unless it sets this to True, as for another bound of the same, such as one of
+            importance weights. Then it is measured as all others are, by the ELBO above, and has bounds in nats.
+
     Raises:
         ValueError: on values outside these.
     """
+
+    gaussian: bool | None = None
 
     def __init__(
         self,
@@ -115,11 +122,13 @@ class BigLearnELBO:
     @property
     def settings(self) -> dict[str, Any]:
         """What tells this objective from another: its name, that of its q(S, T), and what either was made with."""
+        masks = getattr(self.masks, "func", self.masks)  # of a functools.partial
         return {
             **settings_of(self),
             "objective": type(self).__qualname__,
-            "masks": getattr(self.masks, "__qualname__", type(self.masks).__qualname__),
+            "masks": getattr(masks, "__qualname__", type(masks).__qualname__),
             **{f"masks.{name}": value for name, value in settings_of(self.masks).items()},
+            **{f"masks.{name}": value for name, value in getattr(self.masks, "keywords", {}).items()},
         }
 
     def compiled(self, **options: Any) -> "BigLearnELBO":
@@ -208,10 +217,11 @@ class BigLearnELBO:
 
 
 def is_gaussian(loss: Any) -> bool:
-    """Whether an objective's reconstruction is known to be log N(x_T; mean, I) without its constant, so that there are
-    bounds in nats and beta is a variance: of a BigLearnELBO whose subclass computes no terms of its own."""
-    own = (type(loss).terms, type(loss).__call__) if isinstance(loss, BigLearnELBO) else None
-    return own == (BigLearnELBO.terms, BigLearnELBO.__call__)
+    """Whether observations are known to be N(mean, I), so that there are bounds in nats and beta is a variance: of a
+    BigLearnELBO that says so, or whose subclass computes no terms of its own."""
+    if not isinstance(loss, BigLearnELBO) or loss.gaussian is not None:
+        return isinstance(loss, BigLearnELBO) and bool(loss.gaussian)
+    return (type(loss).terms, type(loss).__call__) == (BigLearnELBO.terms, BigLearnELBO.__call__)
 
 
 def check_prior(prior: str) -> None:

@@ -174,6 +174,9 @@ class Muon(torch.optim.Muon):
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
         if matrices:
             self._update(matrices, group)
+        for weight, matrix in zip(self._weights, group["params"], strict=True):
+            if matrix is not weight:
+                matrix.grad = None  # or it would keep a CUDA graph's memory, the network's own being let go
 
     def _update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
         gradients = [matrix.grad for matrix in matrices]

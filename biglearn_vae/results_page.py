@@ -280,7 +280,9 @@ def _runs(runs: Runs) -> str:
     if _of_grid(runs) and (evaluated := _common(runs, "evaluate")):
         settings += f", measured with `{evaluated}`"
     count = f"{len(runs)} runs" if len(runs) > 1 else "One run"
-    return f"{count} on {where}; {settings}.\n"
+    own = sorted({run["train"]["objective"] for run in runs if "objective" in run.get("train", {})})
+    note = f"JointELBO of {', '.join(own)} is that objective's own, not to be compared with others'.\n" if own else ""
+    return f"{count} on {where}; {settings}.\n{note}"
 
 
 def _where(environments: Runs) -> str:

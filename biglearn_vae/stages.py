@@ -217,6 +217,7 @@ def measure(
         f"{split}_joint_elbo": joint["elbo"],
         f"{split}_reconstruction": joint["reconstruction"],
         f"{split}_kl": joint["kl"],
+        **({} if is_gaussian(loss) else {"objective": type(loss).__qualname__}),
         **({f"{split}_joint_elbo_nats": joint["elbo_nats"]} if "elbo_nats" in joint else {}),
         "inpainting_psnr": {str(ratio): value for ratio, value in inpainting.items()},
         "nearest_psnr": {str(ratio): value for ratio, value in nearest.items()},
@@ -268,6 +269,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
     passes = result.get("passes", {})
     elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
     nats = result.get(f"{split}_joint_elbo_nats")
+    own = f" by {result['objective']}" if "objective" in result else ""
     rows = {
         "share of patches observed": [f"{float(ratio):g}" for ratio in result["inpainting_psnr"]],
         "mean of several completions": [f"{value:.2f}" for value in result["inpainting_psnr"].values()],
@@ -285,7 +287,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
         [
             *_head(result),
             "",
-            f"{split} JointELBO {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}"
+            f"{split} JointELBO{own} {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}"
             + ("" if nats is None else f"; {nats:.2f} nats under N(mu, beta I)"),
             "",
             "in-painting: PSNR in dB over the missing pixels",

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from biglearn_vae import checkpoint, checks, distributed
 from biglearn_vae.cuda_graph import NotRecorded, StepGraph
-from biglearn_vae.distributed import StepRandom, World, derive_seed
+from biglearn_vae.distributed import StepRandom, World, derive_seed, global_generator
 from biglearn_vae.files import followed
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16, optimizers_of
@@ -108,8 +108,11 @@ def choose_compile(compile: bool | str, net: nn.Module, steps: int) -> bool:
     return compile
 
 
-def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World) -> bool:
+def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World, optim: Optim | None = None) -> bool:
     """Whether steps are replayed as a CUDA graph: None does so wherever it can be done.
+
+    Optimizers of one's own may count in Python or make new tensors, of which a replay knows nothing; they are recorded
+    if it is asked for alone.
 
     Raises:
         ValueError: on another word, and where it is asked for and cannot be done.
@@ -124,7 +127,8 @@ def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World) -> 
             f"{device}, {world.size} process{'es' if world.size > 1 else ''}{'' if fixed else ', hidden=drop'}: "
             "cuda_graph=null takes one where it can"
         )
-    return possible if cuda_graph is None else cuda_graph
+    ours = optim is None or type(optim).optimizers is Optim.optimizers
+    return possible and ours if cuda_graph is None else cuda_graph
 
 
 class Interruption:
@@ -167,6 +171,16 @@ def _joined(world: World | None, net: nn.Module) -> World:
     if world.size > 1:
         distributed.take_from_first(net, world)
     return world
+
+
+def _check_device(net: nn.Module, world: World) -> None:
+    """Raise a ValueError unless a network is where the steps are taken."""
+    device, other = next(net.parameters()).device, world.device
+    if device.type != other.type or (None not in (device.index, other.index) and device.index != other.index):
+        raise ValueError(
+            f"the network is on {device} and would be trained on {other}: give world=World(device={str(device)!r}) to "
+            "Trainer and Batches, or move the network"
+        )
 
 
 def _checked_folder(folder: str | Path | None) -> Path | None:
@@ -312,6 +326,7 @@ class Trainer:
         self.steps, self.seed, self.monitor = steps, checks.whole_number("seed", seed), monitor
         self.folder = _checked_folder(folder)
         self.world, self.metadata = _joined(world, net), metadata
+        _check_device(net, self.world)
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
@@ -319,7 +334,7 @@ class Trainer:
         self.compiled = choose_compile(compile, net, steps)
         # Each part of a batch draws for all of it, and so has a generator of its own.
         self._generators = [torch.Generator(self.world.device) for _ in range(accumulate)]
-        self.on_graph = choose_cuda_graph(cuda_graph, net, self.world)
+        self.on_graph = choose_cuda_graph(cuda_graph, net, self.world, optim)
         self._graph: StepGraph | None = None
         self._forget_graph()
         self.loggers, self.interrupted, self._settings = [], False, _settings(loss, optim)
@@ -581,10 +596,20 @@ class Trainer:
 
     @contextmanager
     def _torn_if_it_counts(self) -> Iterator[None]:
-        """Note that what fails in here has left other statistics than it found."""
+        """Note that what fails in here has left other statistics than it found.
+
+        Raises:
+            ValueError: if they are other tensors than before and a CUDA graph, which has the old ones, is recorded.
+        """
         if self._graph is not None:  # in which nothing may be copied
+            places = {name: value.data_ptr() for name, value in self.net.named_buffers()}
             self._torn = bool(self._statistics)
             yield
+            if moved := [n for n, value in self.net.named_buffers() if value.data_ptr() != places.get(n)]:
+                raise ValueError(
+                    f"the network puts new tensors in the place of {', '.join(moved)}, and a CUDA graph would go on "
+                    "with the old ones: write into these (copy_), or take cuda_graph=False"
+                )
             return
         before = {name: value.clone() for name, value in self._buffers().items()}
         try:
@@ -625,16 +650,10 @@ class Trainer:
     @contextmanager
     def _global_generator(self) -> Iterator[None]:
         """Seed torch's global generator for the step, and leave it as it was."""
-        device = self.world.device
         if self._graph is not None:  # which has recorded what it draws from
             yield
             return
-        seed = derive_seed("global", self.seed, self.step, self.world.rank)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+        with global_generator(self.world.device, derive_seed("global", self.seed, self.step, self.world.rank)):
             yield
 
     def _batch(self) -> Any:

@@ -19,6 +19,7 @@ from biglearn_vae import (
     masks,
 )
 from biglearn_vae.distributed import StepRandom, derive_seed
+from biglearn_vae.losses import is_gaussian
 
 N, Z = 6, 3
 
@@ -559,8 +560,48 @@ def test_nats_are_those_of_a_gaussian_alone(vae):
 
     assert "elbo_nats" not in evaluation.elbo(vae, pictures(vae), Laplace(0.3))
     assert "elbo_nats" not in evaluation.elbo(vae, pictures(vae), BigLearnELBO(0))
+
+    class Weighted(BigLearnELBO):
+        """Of importance weights, say: of the same observations."""
+
+        gaussian = True
+
+        def terms(self, *arguments):
+            return tuple(2 * part for part in super().terms(*arguments))
+
+    for joint in (True, False):  # they are measured as all others are
+        expected = evaluation.elbo(vae, pictures(vae), BigLearnELBO(0.3), joint, seed=1)
+        assert evaluation.elbo(vae, pictures(vae), Weighted(0.3), joint, seed=1) == expected
+    assert is_gaussian(Weighted(0.3)) and not is_gaussian(Laplace(0.3)) and not is_gaussian(lambda *_: None)
     with pytest.raises(ValueError, match=r"expected an objective, such as BigLearnELBO\(beta\), got 0.3"):
         evaluation.elbo(vae, pictures(vae), 0.3)
+
+
+def test_an_objective_that_draws_by_itself_is_measured_alike(vae):
+    class Drawn(BigLearnELBO):
+        def terms(self, net, x, S, T, noise):
+            return super().terms(net, x, S, T, torch.randn_like(noise))
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, second, other = (evaluation.elbo(vae, pictures(vae), Drawn(0.3), seed=seed) for seed in (1, 1, 2))
+    assert first == second != other and torch.equal(torch.get_rng_state(), before)
+
+
+def test_masks_of_ones_own_on_incomplete_images(vae):
+    """T may be what was never recorded, which then counts for nothing."""
+    x = pictures(vae)
+    x[0, ..., : x.shape[-1] // 2] = torch.nan
+    recorded = masks.recorded(vae.tokenizer.encode(x))
+    T = ~recorded[:1]
+
+    def missing(batch_size, num_tokens, generator):
+        return ~T.expand(batch_size, -1), T.expand(batch_size, -1)
+
+    found = evaluation.elbo(vae, x, BigLearnELBO(0.3, masks=missing), joint=False, seed=2)
+    noise = StepRandom(torch.Generator().manual_seed(2)).normal((N, Z), x.dtype)
+    each = BigLearnELBO(0.3)(vae.net, vae.tokenizer.encode(x[1:]), ~T, T, noise[1:])
+    assert found["elbo"] == pytest.approx(each.elbo.double().mean().item())
 
 
 def slow_nearest_of_incomplete(x: Tensor, S: Tensor, train: Tensor, neighbours: int) -> Tensor:

@@ -333,6 +333,12 @@ def test_decoding_sensitivity(draw):
             assert is_colour(block.cells[k::2, 4 + 2 * d], figures.SAME)[kept].all()
 
 
+def test_images_of_two_channels_are_refused():
+    vae = make(channels=2)
+    with pytest.raises(ValueError, match="pictures are of images of 1 or 3 channels, got 2: draw them one by one"):
+        figures.inpainting(vae, pictures(vae))
+
+
 def test_dimensions_that_are_named(draw):
     vae = make(z_dim=5)
     (block,) = draw(figures.decoding_sensitivity, vae, pictures(vae)[:2], rows=2, dims=[3, 0], delta=5).blocks

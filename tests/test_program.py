@@ -239,6 +239,9 @@ def columns(first: int, path: Path = None, counts: typing.List = (), **others):
         raise IndexError("five")
     return Columns(first)
 
+def rows(batch_size, num_tokens, generator, first=1):
+    return Columns(first)(batch_size, num_tokens, generator)
+
 part = functools.partial(Columns, last=2)
 
 class Half(BigLearnELBO):
@@ -315,6 +318,10 @@ def test_masks_a_network_and_an_objective_of_ones_own(here, own_parts, monkeypat
         "+masks.counts=[1]",
     ]
     assert run_here(monkeypatch, *SMALL, *words, "trainer.steps=1") == 0
+    words = ["masks._target_=own_parts.rows", "+masks.first=2", *NO_MASKS, "trainer.steps=1", "name=rows"]
+    assert run_here(monkeypatch, *SMALL, *words) == 0
+    kept = torch.load("outputs/rows/checkpoints/latest.pt", weights_only=True)
+    assert (kept["loss"]["masks"], kept["loss"]["masks.first"]) == ("rows", 2)
     words = ["loss._target_=own_parts.Half", *NO_LOSS, "trainer.steps=1", "name=half"]
     assert run_here(monkeypatch, *SMALL, *words) == 0
     half = blv.load("outputs/half", device="cpu")
@@ -378,7 +385,12 @@ def test_a_likelihood_and_a_network_of_ones_own(here, own_parts, monkeypatch, ca
     words = ["run=outputs/own", "likelihood_images=2", "samples=2", "images=9"]
     assert run_here(monkeypatch, *words, script="evaluate") == 0
     found = json.loads(Path("outputs/own/evaluation.json").read_text())
-    assert "fitted" in found["likelihood"] and "model" not in found["likelihood"]
+    assert "likelihood" not in found and found["objective"] == "Bernoulli"
+    printed = capsys.readouterr().out
+    assert "no log-likelihoods: the objective has terms of its own" in printed and "JointELBO by Bernoulli" in printed
+    words = ["run=outputs/own", "tasks=[0.5]", "images=5", "likelihood_images=2", "iterations=[]", "draws=2"]
+    assert run_here(monkeypatch, *words, script="complete") == 0
+    assert "nats" not in json.loads(Path("outputs/own/completion.json").read_text())["tasks"]["0.5"]
     words = ["run=outputs/own", "draws=1", "ratios=[0.5]", "train_images=40", "test_images=20", "ceiling_steps=2"]
     assert run_here(monkeypatch, *words, script="probe") == 0
     capsys.readouterr()
@@ -939,7 +951,7 @@ def test_help_explains_the_settings(here, monkeypatch, capsys):
 def test_a_run_made_on_a_gpu_gives_the_same_numbers_on_a_cpu(here, monkeypatch):
     assert run_here(monkeypatch, *SMALL, "name=run", "device=cuda") == 0
     there, back = (blv.load("outputs/run", device=device) for device in ("cuda", "cpu"))
-    x = blv.images("digits")[:8]
+    x = blv.images("digits", split="test")[:8]
     S = blv.masks.random(8, back.num_tokens, ratio=0.5, seed=0)
     z = torch.randn(8, back.z_dim, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(there.encode(x, S).mean.cpu(), back.encode(x, S).mean, rtol=1e-3, atol=1e-4)

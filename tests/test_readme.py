@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from programs import ROOT, SMALL, run_here
+
+import biglearn_vae as blv
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/choices.md"]
 
@@ -26,10 +29,22 @@ def test_the_python_of_the_readme(here, monkeypatch):
 
 
 def test_the_python_of_the_docs(here):
-    found = blocks("docs/python.md")
-    assert len(found) == 3
+    found, names = blocks("docs/python.md"), {}
+    assert len(found) == 6
     for code in found:  # a network as small as the other tests', and all else as typed
-        exec(code.replace('["name=short"', f'[*{SMALL}, "name=short"'), {})
+        exec(code.replace('["name=short"', f'[*{SMALL}, "name=short"'), names)
+    net, tokens, x = names["net"].train(), names["tokens"], names["test"]
+    weighted, joint = names["ImportanceWeighted"](beta=0.01), names["loss"]
+    batches = blv.Batches(blv.ImageSet((255 * x).byte()), batch_size=16, transform=tokens.encode)
+    before = {name: weight.clone() for name, weight in net.state_dict().items()}
+    trainer = blv.Trainer(net, weighted, batches, names["FineTuning"](), steps=2, report_every=2)
+    trainer.fit([names["Told"]()])
+    same = {name for name, weight in net.state_dict().items() if weight.equal(before[name])}
+    assert {"token_in.weight", "token_in.bias"} <= same < before.keys()
+    S = torch.zeros(len(x), net.num_tokens, dtype=torch.bool)
+    noise, given = torch.randn(len(x), net.z_dim), (tokens.encode(x), S, ~S)
+    with torch.no_grad():
+        assert weighted(net, *given, noise).elbo.mean() > joint(net, *given, noise).elbo.mean()
 
 
 def anchors(path: Path) -> set[str]:

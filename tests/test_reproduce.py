@@ -63,6 +63,17 @@ def test_the_committed_page_is_made_of_the_committed_numbers():
         assert (ROOT / "results" / name).exists(), f"python scripts/reproduce.py makes {name}"
 
 
+def test_what_a_run_has_besides_is_said():
+    own, other = run_numbers(), run_numbers("vae")
+    own["train"]["objective"] = "Bernoulli"
+    own["complete"]["tasks"]["0.5"]["code alone"] = {"psnr_draw": 9.0, "psnr_mean": 10.0}
+    text = results_page.page({"p": [own, other]}, {})
+    assert "JointELBO of Bernoulli is that objective's own, not to be compared with others'." in text
+    assert "| digits | tiny | biglearn_u, code alone, mean | 10.00 |" in text
+    text = results_page.page({"p": [other]}, {})
+    assert "objective's own" not in text and "code alone" not in text
+
+
 def test_a_page_holds_its_numbers():
     runs = [run_numbers(seed=seed, elbo=elbo) for seed, elbo in enumerate((-1.0, -3.0))] + [
         run_numbers("vae", elbo=-5.0)

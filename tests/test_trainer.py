@@ -9,6 +9,7 @@ import signal
 import weakref
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from biglearn_vae import (
     data,
     layers,
 )
+from biglearn_vae.cuda_graph import StepGraph
 from biglearn_vae.data import Batches
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.loggers import Logger
@@ -792,6 +794,55 @@ def test_a_batch_that_is_taken_in_parts_is_of_tensors():
 
     with pytest.raises(ValueError, match=r"accumulate=2 takes a batch in parts, .* got dict"):
         make(batches=Named(), accumulate=2).fit()
+
+
+def test_a_cuda_graph_of_other_optimizers_is_asked_for():
+    """What they keep in Python, or put new tensors for, a replay would not see."""
+
+    class Own(Optim):
+        def optimizers(self, net, **_):
+            return [torch.optim.SGD(net.parameters(), self.lr)]
+
+    class Rate(Optim):
+        lr = 0.1
+
+    on_a_gpu = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    chosen = [choose_cuda_graph(asked, on_a_gpu, World(), of()) for of in (Optim, Rate, Own) for asked in (None, True)]
+    assert chosen == [True, True, True, True, False, True]
+
+
+def test_a_network_elsewhere_is_refused():
+    with pytest.raises(ValueError, match=r"the network is on meta and would be trained on cpu: give world=World\(dev"):
+        Trainer(nn.Linear(3, 3, device="meta"), noisy_squares, Points(), OPTIM, steps=1)
+
+
+def test_a_batch_that_a_cuda_graph_cannot_take_is_described():
+    for batch, got in ((torch.zeros(1), "Tensor on cpu"), ([torch.zeros(1), 3], "Tensor on cpu, int")):
+        with pytest.raises(ValueError, match=f"a tensor on a GPU or several, got {got}; cuda_graph=False takes any"):
+            StepGraph([])(lambda batch: batch, batch)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_cuda_graph_wants_statistics_where_they_were(in_place):
+    class Counted(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            new = self.seen + len(x)
+            self.seen = self.seen.copy_(new) if in_place else new
+            return super().forward(x)
+
+    trainer = Trainer(Counted(), noisy_squares, Points(), OPTIM, steps=2)
+    trainer._graph = lambda function, *step: function(*step)  # in place of a CUDA graph
+    trainer._graph.replays = False
+    if in_place:
+        trainer.fit()
+        assert trainer.net.seen > 0
+    else:
+        with pytest.raises(ValueError, match="puts new tensors in the place of seen, and a CUDA graph would go on"):
+            trainer.fit()
 
 
 @pytest.mark.parametrize("replays", [False, True])
