@@ -353,6 +353,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
     checks.whole_number("trainer.steps", cfg.trainer.steps, 1)
     hints = {"device": str, "name": str | int | None, "output_dir": str, "init_from": str | None}
     config.checked(cfg, hints)
+    own = _own_loggers(cfg)
     run = Path(cfg.output_dir).expanduser() / runs.name_of(cfg, overrides)
     say = functools.partial(print, flush=True) if _is_main() else lambda *_: None
     world = start(cfg.device)
@@ -377,7 +378,7 @@ def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | 
         say(f"{network_text(stage.net)}, {len(splits.train):,} images, on {world.device}, {trainer.how}")
         for warning in _unfinished_warm_ups(cfg):
             say(f"warning: {warning}")
-        loggers = _open(run, cfg, first) if world.is_main else []
+        loggers = _open(run, cfg, first, own) if world.is_main else []
         try:
             _fit(trainer, loggers)
         except Interrupted as stopped:
@@ -476,7 +477,28 @@ def _trainer_settings(cfg: "DictConfig") -> dict[str, Any]:
     return settings
 
 
-def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
+LoggerMaker = Callable[[Path, dict[str, Any]], Logger]  # of a run's folder and its settings
+
+
+def _own_loggers(cfg: "DictConfig") -> list[LoggerMaker]:
+    """What makes the loggers that `loggers` names."""
+    names = config.checked(cfg, {"loggers": list[str] | None})["loggers"] or []
+    return [config.named(name, "loggers") for name in names]
+
+
+def _made(maker: LoggerMaker, run: Path, cfg: "DictConfig") -> Logger:
+    from omegaconf import OmegaConf
+
+    logger = maker(run, OmegaConf.to_container(cfg, resolve=True))
+    if lacking := [name for name in ("scalars", "picture", "close") if not callable(getattr(logger, name, None))]:
+        raise ValueError(
+            f"loggers: {type(logger).__name__} lacks {', '.join(lacking)}, which a subclass of "
+            "biglearn_vae.loggers.Logger has"
+        )
+    return logger
+
+
+def _open(run: Path, cfg: "DictConfig", first_step: int, own: Sequence[LoggerMaker]) -> list[Logger]:
     """Write a run's settings and its machine into its folder, and make the loggers."""
     from omegaconf import OmegaConf
 
@@ -490,6 +512,7 @@ def _open(run: Path, cfg: "DictConfig", first_step: int) -> list[Logger]:
         TensorBoard(run / "tensorboard", first_step),
         Pictures(run / "pictures"),
         Progress(cfg.trainer.steps, first_step),
+        *(_made(maker, run, cfg) for maker in own),
     ]
 
 

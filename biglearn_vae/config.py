@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Settings that say where and how, not what is computed; the last two are those of scripts that measure a run.
 PLACE = ("device", "name", "output_dir", "data.root", "data.cache")
 PLACE += ("trainer.accumulate", "trainer.compile", "trainer.cuda_graph", "trainer.shard", "optimized_metric")
-PLACE += ("run", "data_root")
+PLACE += ("loggers", "run", "data_root")
 EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
 EVALUATION_COUNTS += ("statistics_images",)
 CONFIG_FILE = "config.yaml"
@@ -520,7 +520,7 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(settings, resolve=True)
-    target = _target(values.pop("_target_"), where)
+    target = named(values.pop("_target_"), f"{where}._target_")
     hints = _hints(target, values)
     if other := [name for name in values if name not in hints]:
         words = " ".join(f"'~{where}.{name}'" for name in other)
@@ -538,14 +538,18 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _target(name: str, where: str) -> Callable[..., Any]:
-    """A class or a function by its dotted name."""
+def named(name: str, setting: str) -> Callable[..., Any]:
+    """The class or the function that a setting names, MODULE.CLASS.
+
+    Raises:
+        ValueError: if there is none.
+    """
     try:
         target = pkgutil.resolve_name(name)
         inspect.signature(target)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{where}._target_ must name a class or a function of a module that Python finds (PYTHONPATH=FOLDER), "
+            f"{setting} must name a class or a function of a module that Python finds (PYTHONPATH=FOLDER), "
             f"got {name!r}: {error}"
         ) from None
     return target
@@ -733,7 +737,7 @@ def data_settings(cfg: "DictConfig") -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)
-    target = {"target": _target(values.pop("_target_"), "data")} if "_target_" in values else {}
+    target = {"target": named(values.pop("_target_"), "data._target_")} if "_target_" in values else {}
     return {name: value for name, value in values.items() if name != "patch_size"} | target
 
 

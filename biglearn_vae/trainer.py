@@ -160,7 +160,7 @@ def _joined(world: World | None, net: nn.Module) -> World:
     """The processes that train a network, all of which start from that of the first one.
 
     Raises:
-        ValueError: if there are several and it was not said how this one is one of them.
+        ValueError: if there are several and it was not said how this one is one of them, or the network is elsewhere.
     """
     if world is None and distributed.under_torchrun():
         raise ValueError(
@@ -168,6 +168,7 @@ def _joined(world: World | None, net: nn.Module) -> World:
             "would train alone"
         )
     world = world or World()
+    _check_device(net, world)
     if world.size > 1:
         distributed.take_from_first(net, world)
     return world
@@ -326,7 +327,6 @@ class Trainer:
         self.steps, self.seed, self.monitor = steps, checks.whole_number("seed", seed), monitor
         self.folder = _checked_folder(folder)
         self.world, self.metadata = _joined(world, net), metadata
-        _check_device(net, self.world)
         self.accumulate, share = accumulate, self.world.share(batches.batch_size)
         if share % accumulate:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")

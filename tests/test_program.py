@@ -223,6 +223,7 @@ import functools
 import typing
 import torch
 from biglearn_vae import BigLearnELBO, DiagGaussian, TwoStackViT
+from biglearn_vae.loggers import Logger
 if typing.TYPE_CHECKING:
     from pathlib import Path
 
@@ -238,6 +239,22 @@ def columns(first: int, path: Path = None, counts: typing.List = (), **others):
     if first == 5:
         raise IndexError("five")
     return Columns(first)
+
+class Told(Logger):
+    def __init__(self, run, settings):
+        self.file = open(run / "told.txt", "a")
+        print(settings["seed"], file=self.file)
+
+    def scalars(self, step, values):
+        print(step, *sorted(values), file=self.file)
+
+    def close(self):
+        print("closed", file=self.file)
+        self.file.close()
+
+class Deaf:
+    def __init__(self, *_):
+        self.scalars = print
 
 def rows(batch_size, num_tokens, generator, first=1):
     return Columns(first)(batch_size, num_tokens, generator)
@@ -334,6 +351,28 @@ def test_masks_a_network_and_an_objective_of_ones_own(here, own_parts, monkeypat
     capsys.readouterr()
     assert run_here(monkeypatch, *SMALL, *words, "+masks.last=2") == 2
     assert "other settings (masks.last: absent, now 2)" in capsys.readouterr().err
+
+
+def test_loggers_of_ones_own(here, own_parts, monkeypatch, capsys):
+    words = [*SMALL, "name=run", "trainer.steps=2", "trainer.report_every=1"]
+    assert run_here(monkeypatch, *words, "loggers=[own_parts.Told]") == 0
+    first, *lines, last = Path("outputs/run/told.txt").read_text().splitlines()
+    assert first == "0" and last == "closed"
+    assert [(line.split()[0], "valid/elbo" in line) for line in lines] == [
+        ("0", True),
+        ("1", False),
+        ("2", False),
+        ("2", True),
+    ]
+    words[-2] = "trainer.steps=3"
+    assert run_here(monkeypatch, *words) == 0  # they are no part of what the run is
+    assert Path("outputs/run/told.txt").read_text().splitlines() == [first, *lines, last]
+    for name, why in (
+        ("own_parts.Deaf", "loggers: Deaf lacks picture, close, which a subclass of biglearn_vae.loggers.Logger has"),
+        ("own_parts.Absent", "loggers must name a class or a function of a module that Python finds"),
+    ):
+        assert run_here(monkeypatch, *SMALL, "name=other", f"loggers=[{name}]") == 2
+        assert why in capsys.readouterr().err
 
 
 COLUMNS = "masks._target_=own_parts.Columns"
