@@ -42,7 +42,7 @@ from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, pick_device, start, stop, under_torchrun
 from biglearn_vae.files import Busy, write_json, write_text
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
-from biglearn_vae.losses import is_gaussian
+from biglearn_vae.losses import is_elbo
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import MaskedViT, count_parameters
 from biglearn_vae.optim import Optim
@@ -745,8 +745,8 @@ def _likelihood_images(trained: _Trained, asked: int) -> int:
     observations, which is said."""
     if asked and not trained.gaussian:
         print(
-            "no log-likelihoods: the objective has terms of its own; gaussian = True in its class says that its "
-            "observations are N(mu, variance I) all the same"
+            "no log-likelihoods and no consistency: the objective has terms of its own; gaussian = True in its class, "
+            "before it is trained by, says that observations are N(mu, beta I) all the same"
         )
         return 0
     return asked
@@ -852,7 +852,7 @@ def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timi
     net = config.network(cfg, tokens).to(pick_device(cfg.device))
     if not isinstance(net, MaskedViT):
         raise ValueError(f"the benchmark knows how UniversalViT and TwoStackViT work alone, got a {type(net).__name__}")
-    if not is_gaussian(loss) or type(loss.masks).__call__ is not MaskSampler.__call__:
+    if not is_elbo(loss) or type(loss.masks).__call__ is not MaskSampler.__call__:
         raise ValueError(
             "the benchmark compares with a plain BigLearnELBO and MaskSampler, which terms or masks of one's own are "
             f"not, got {type(loss).__name__} with {getattr(loss.masks, '__name__', type(loss.masks).__name__)}"

@@ -531,6 +531,8 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
         )
     check_types(hints, values, where)
     if "generator" in hints and not isinstance(target, type):
+        if drawn := [name for name in ("batch_size", "num_tokens", "generator") if name in values]:
+            raise ValueError(f"{where}: no settings, but given with each call: {', '.join(drawn)}")
         return functools.partial(target, **given, **values)
     try:
         return target(**given, **values)

@@ -43,7 +43,7 @@ class StepGraph:
     """
 
     def __init__(self, generators: Sequence[torch.Generator]):
-        self._generators, self._calls = generators, 0
+        self._generators, self.calls = generators, 0
         self.replays = False  # whether the last call got as far as replaying
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -66,17 +66,17 @@ class StepGraph:
         """
         batch = tuple(batch) if isinstance(batch, list) else batch
         self.replays, parts = False, batch if isinstance(batch, tuple) else (batch,)
-        if not all(isinstance(part, Tensor) and part.is_cuda for part in parts):
+        if not parts or not all(isinstance(part, Tensor) and part.is_cuda for part in parts):
             kinds = (f"Tensor on {part.device}" if isinstance(part, Tensor) else type(part).__name__ for part in parts)
             raise ValueError(
-                f"a CUDA graph takes a batch that is a tensor on a GPU or several, got {', '.join(kinds)}; "
+                f"a CUDA graph takes a batch that is a tensor on a GPU or several, got {', '.join(kinds) or 'none'}; "
                 "cuda_graph=False takes any"
             )
         with torch.cuda.device_of(parts[0]):
             # From memory that is not pinned, which is read before the call returns; the device is not waited for.
             values = torch.tensor(numbers).to(parts[0].device, non_blocking=True)
-            self._calls += 1
-            if self._calls <= FIRST:
+            self.calls += 1
+            if self.calls <= FIRST:
                 return self._aside(function, batch, values)
             if self._graph is None:
                 self._batch, self._numbers = tuple(torch.empty_like(part) for part in parts), torch.empty_like(values)

@@ -26,6 +26,9 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def __post_init__(self):
+        object.__setattr__(self, "device", torch.device(self.device))  # also by its name
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""

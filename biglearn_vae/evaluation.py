@@ -83,7 +83,7 @@ def _elbos(vae: BigLearnVAE, loss: BigLearnELBO, tokens: Tensor, joint: bool, ra
     noise = random.normal((len(tokens), vae.z_dim), tokens.dtype)
     terms = partial(BigLearnELBO.terms, loss) if gaussian else loss.terms
     for x, S, T, own in zip(*(part.split(vae.rows) for part in (tokens, *task, noise)), strict=True):
-        yield ELBO(*terms(vae.net, x, S, T, own), loss.beta, T.sum(-1), x.shape[-1])
+        yield ELBO(*terms(vae.net, x, S, T, own), loss.weight(None), T.sum(-1), x.shape[-1])
 
 
 def _check_parts(parts: Any) -> None:

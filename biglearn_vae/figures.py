@@ -271,7 +271,7 @@ def decoding_sensitivity(
     x, recorded = take(vae, images, labels, rows)
     S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
     moves = _moves(vae, images) if delta is None else torch.full((vae.z_dim,), float(delta), device=x.device)
-    if isinstance(dims, int):
+    if isinstance(dims, int | np.integer):
         everything = vae.decoding_sensitivity(x, S[0], range(vae.z_dim), moves)
         effect = (everything.after - everything.before).square().mean(dim=(1, 2, 3, 4))  # (Z,)
         chosen, which = effect.topk(min(dims, vae.z_dim)).indices.tolist(), " with the largest effect"

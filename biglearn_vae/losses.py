@@ -45,9 +45,8 @@ class ELBO:
     def elbo_nats(self) -> Tensor:
         """elbo / beta - |T| D/2 log(2 pi beta), a bound on log p(x_T | x_S) under N(mu, beta I), of one draw.
 
-        Of these, reconstruction - beta KL is the bound beta times, but for its constant: so what training maximises is,
-        for every beta, the likelihood of that model, and a KL that is weighted less is one of less noise. With N(mu, I)
-        and beta below 1 it would bound nothing.
+        Training maximises beta times this bound, up to a constant: to weight the KL by beta is to have observations of
+        variance beta. Under N(mu, I) and with beta below 1 it would bound nothing.
 
         Raises:
             ValueError: for beta = 0, of which there is no such model.
@@ -92,15 +91,15 @@ class BigLearnELBO:
             posterior at first; they part by thousands of nats, and when beta rises the latent is given up.
 
     Attributes:
-        gaussian: whether observations are N(mean, I), as is known here. A subclass whose `terms` are its own is taken
-            for one of other observations, unless it sets this to True, as for another bound of the same, such as one of
-            importance weights. Then it is measured as all others are, by the ELBO above, and has bounds in nats.
+        gaussian: of a subclass whose `terms` are its own: whether observations are N(mean, beta I) all the same, as for
+            another bound of the same, such as one of importance weights. With True it is measured as all others are, by
+            the ELBO above, and has bounds in nats; otherwise it is measured as it is itself.
 
     Raises:
         ValueError: on values outside these.
     """
 
-    gaussian: bool | None = None
+    gaussian: bool = False
 
     def __init__(
         self,
@@ -217,11 +216,15 @@ class BigLearnELBO:
 
 
 def is_gaussian(loss: Any) -> bool:
-    """Whether observations are known to be N(mean, I), so that there are bounds in nats and beta is a variance: of a
-    BigLearnELBO that says so, or whose subclass computes no terms of its own."""
-    if not isinstance(loss, BigLearnELBO) or loss.gaussian is not None:
-        return isinstance(loss, BigLearnELBO) and bool(loss.gaussian)
-    return (type(loss).terms, type(loss).__call__) == (BigLearnELBO.terms, BigLearnELBO.__call__)
+    """Whether observations are known to be N(mean, beta I), so that there are bounds in nats and beta is a variance: of
+    a BigLearnELBO without terms of its own, or one that says so."""
+    return is_elbo(loss) or (isinstance(loss, BigLearnELBO) and bool(loss.gaussian))
+
+
+def is_elbo(loss: Any) -> bool:
+    """Whether an objective computes what BigLearnELBO does: it is one, or a subclass without terms of its own."""
+    own = (type(loss).terms, type(loss).__call__) if isinstance(loss, BigLearnELBO) else None
+    return own == (BigLearnELBO.terms, BigLearnELBO.__call__)
 
 
 def check_prior(prior: str) -> None:

@@ -217,8 +217,8 @@ def measure(
         f"{split}_joint_elbo": joint["elbo"],
         f"{split}_reconstruction": joint["reconstruction"],
         f"{split}_kl": joint["kl"],
-        **({} if is_gaussian(loss) else {"objective": type(loss).__qualname__}),
-        **({f"{split}_joint_elbo_nats": joint["elbo_nats"]} if "elbo_nats" in joint else {}),
+        **({} if is_gaussian(loss) else {"objective": getattr(loss, "__qualname__", type(loss).__qualname__)}),
+        **({f"{split}_joint_bound_nats": joint["elbo_nats"]} if "elbo_nats" in joint else {}),
         "inpainting_psnr": {str(ratio): value for ratio, value in inpainting.items()},
         "nearest_psnr": {str(ratio): value for ratio, value in nearest.items()},
     }
@@ -268,7 +268,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
     """The numbers of a summary or an evaluation as a small table, where everything is, and what to type next."""
     passes = result.get("passes", {})
     elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
-    nats = result.get(f"{split}_joint_elbo_nats")
+    nats = result.get(f"{split}_joint_bound_nats")
     own = f" by {result['objective']}" if "objective" in result else ""
     rows = {
         "share of patches observed": [f"{float(ratio):g}" for ratio in result["inpainting_psnr"]],

@@ -602,10 +602,11 @@ class Trainer:
             ValueError: if they are other tensors than before and a CUDA graph, which has the old ones, is recorded.
         """
         if self._graph is not None:  # in which nothing may be copied
-            places = {name: value.data_ptr() for name, value in self.net.named_buffers()}
+            before = self._places() if self._graph.calls > 1 else {}  # the first may make what others find
             self._torn = bool(self._statistics)
             yield
-            if moved := [n for n, value in self.net.named_buffers() if value.data_ptr() != places.get(n)]:
+            now = self._places()
+            if moved := [name for name, place in before.items() if now.get(name) != place]:
                 raise ValueError(
                     f"the network puts new tensors in the place of {', '.join(moved)}, and a CUDA graph would go on "
                     "with the old ones: write into these (copy_), or take cuda_graph=False"
@@ -619,6 +620,10 @@ class Trainer:
             same = all(value.equal(now[name]) for name, value in before.items())
             self._torn = not (same and before.keys() == now.keys() == self._statistics)
             raise
+
+    def _places(self) -> dict[str, int]:
+        """Where in memory the network's buffers are."""
+        return {name: value.data_ptr() for name, value in self.net.named_buffers()}
 
     def _buffers(self) -> dict[str, Tensor]:
         named = self.net.named_buffers(remove_duplicate=False) if self._statistics else ()

@@ -230,6 +230,10 @@ def two_processes(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") | {"folder": folder} for rank in range(2)]
 
 
+def test_a_device_may_be_named():
+    assert World(device="cpu") == World() and World(device="cuda:1").device == torch.device("cuda", 1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_step_like_one(two_processes, method):
     expected = loss_and_gradients(method, World())

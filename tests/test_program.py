@@ -389,6 +389,10 @@ COLUMNS = "masks._target_=own_parts.Columns"
         ([COLUMNS, *NO_MASKS, "+masks.first=two"], "masks.first must be a whole number, got 'two'"),
         ([COLUMNS, *NO_MASKS, "masks.first=2"], "there is no masks.first yet: +masks.first=2 adds it"),
         ([COLUMNS, *NO_MASKS, "~masks.typo"], "there is no masks.typo to be left out"),
+        (
+            ["masks._target_=own_parts.rows", "+masks.batch_size=3", *NO_MASKS],
+            "masks: no settings, but given with each call: batch_size",
+        ),
         (["~masks"], "masks cannot be left out: masks._target_=MODULE.CLASS takes another"),
         (["~masks._target_"], "masks._target_ says what masks is and cannot be left out"),
         (["masks._target_=own_parts.part", "+masks.first=x", *NO_MASKS, "loss.beta=-1"], "loss: beta must be a number"),
@@ -419,7 +423,7 @@ def test_a_likelihood_and_a_network_of_ones_own(here, own_parts, monkeypatch, ca
     words += ["trainer.steps=2", "name=own"]
     assert run_here(monkeypatch, *SMALL, *words) == 0
     assert "nats" not in capsys.readouterr().out
-    assert "test_joint_elbo_nats" not in json.loads(Path("outputs/own/summary.json").read_text())
+    assert "test_joint_bound_nats" not in json.loads(Path("outputs/own/summary.json").read_text())
     assert blv.load("outputs/own", device="cpu").variance == 0  # beta is none of such a model
     words = ["run=outputs/own", "likelihood_images=2", "samples=2", "images=9"]
     assert run_here(monkeypatch, *words, script="evaluate") == 0

@@ -817,7 +817,7 @@ def test_a_network_elsewhere_is_refused():
 
 
 def test_a_batch_that_a_cuda_graph_cannot_take_is_described():
-    for batch, got in ((torch.zeros(1), "Tensor on cpu"), ([torch.zeros(1), 3], "Tensor on cpu, int")):
+    for batch, got in ((torch.zeros(1), "Tensor on cpu"), ([], "none"), ([torch.zeros(1), 3], "Tensor on cpu, int")):
         with pytest.raises(ValueError, match=f"a tensor on a GPU or several, got {got}; cuda_graph=False takes any"):
             StepGraph([])(lambda batch: batch, batch)
 
@@ -836,7 +836,7 @@ def test_a_cuda_graph_wants_statistics_where_they_were(in_place):
 
     trainer = Trainer(Counted(), noisy_squares, Points(), OPTIM, steps=2)
     trainer._graph = lambda function, *step: function(*step)  # in place of a CUDA graph
-    trainer._graph.replays = False
+    trainer._graph.replays, trainer._graph.calls = False, 2
     if in_place:
         trainer.fit()
         assert trainer.net.seen > 0
@@ -849,7 +849,7 @@ def test_a_cuda_graph_wants_statistics_where_they_were(in_place):
 def test_a_recorded_step_is_cut_off_once_it_is_replayed(tmp_path, replays):
     class Graph:  # in place of a CUDA graph
         def __init__(self):
-            self.replays = False
+            self.replays, self.calls = False, 1
 
         def __call__(self, function, *step):
             self.replays = replays and trainer.step == 14
@@ -1255,6 +1255,7 @@ def on_a_gpu(
     loss: BigLearnELBO | None = None,
     dim: int = 16,
     lr: float = OPTIM.lr,
+    optim: Optim = OPTIM,
     **settings,
 ) -> Trainer:
     """A Trainer for digits on the first GPU, or elsewhere."""
@@ -1264,7 +1265,7 @@ def on_a_gpu(
         world.device
     )
     batches = Batches(data.load("digits").train.to(world.device), 8, 0, world, transform=tokens.encode)
-    optim = replace(OPTIM, lr=lr, muon_lr=muon_lr)
+    optim = replace(optim, lr=lr, muon_lr=muon_lr)
     return Trainer(net, loss or BigLearnELBO(0.3), batches, optim, steps=steps, world=world, **settings)
 
 
@@ -1288,6 +1289,23 @@ def test_a_gpu_trains_the_same_however_a_step_is_taken(settings, muon_lr, tmp_pa
         assert again.resume() == step
         again.fit()
         assert again.step == step + 3
+
+
+class OfLion(Optim):
+    def optimizers(self, net, **_):
+        return [Lion(net.parameters(), self.lr)]
+
+
+@pytest.mark.gpu
+def test_an_optimizer_that_counts_in_python_counts_on_a_gpu():
+    trainers = [on_a_gpu(precision="float32", optim=OfLion(), cuda_graph=graph) for graph in (None, False)]
+    for trainer in trainers:
+        for _ in range(9):
+            trainer._train_step()
+    counts = {state["step"] for trainer in trainers for state in trainer.optimizers[0].state.values()}
+    assert counts == {9} and not trainers[0].on_graph
+    # Not the last: weights follow the signs of rounding.
+    torch.testing.assert_close(*(trainer._pending[0] for trainer in trainers), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
