@@ -33,7 +33,7 @@ TEXTS = {  # name: title, caption
         "First rows: images of which fewer and fewer patches are observed, hidden ones in red. Second rows: what the "
         "code alone holds of them, an image decoded from z ~ p(z | observed patches). Where it changes to the right, "
         "the patches that are left no longer tell the model which image it is. Third rows: the same code beside the "
-        "observed patches, which are kept; what it gains on the second are the details that they bring.",
+        "observed patches, which are kept; what differs from the second rows they add.",
     ),
     "inpainting": (
         "In-painting of arbitrary parts",
