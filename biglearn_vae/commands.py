@@ -42,7 +42,7 @@ from biglearn_vae.data import PARTS, Batches, ImageSet, Splits
 from biglearn_vae.distributed import World, in_group, pick_device, start, stop, under_torchrun
 from biglearn_vae.files import Busy, write_json, write_text
 from biglearn_vae.loggers import Logger, MetricsFile, Pictures, Progress, TensorBoard
-from biglearn_vae.losses import is_elbo
+from biglearn_vae.losses import is_elbo, name_of
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import MaskedViT, count_parameters
 from biglearn_vae.optim import Optim
@@ -855,7 +855,7 @@ def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timi
     if not is_elbo(loss) or type(loss.masks).__call__ is not MaskSampler.__call__:
         raise ValueError(
             "the benchmark compares with a plain BigLearnELBO and MaskSampler, which terms or masks of one's own are "
-            f"not, got {type(loss).__name__} with {getattr(loss.masks, '__name__', type(loss.masks).__name__)}"
+            f"not, got {name_of(loss)} with {name_of(loss.masks)}"
         )
     tokens = tokens.to(pick_device(cfg.device))
     precision = choose_precision(trainer["precision"], net, trainer["batch_size"])

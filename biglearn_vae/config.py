@@ -14,7 +14,7 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 from biglearn_vae import checkpoint, checks, data
 from biglearn_vae.capabilities import check_network
 from biglearn_vae.data import Splits
-from biglearn_vae.distributed import derive_seed
+from biglearn_vae.distributed import derive_seed, global_generator
 from biglearn_vae.losses import BigLearnELBO
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import count_parameters
@@ -782,11 +782,8 @@ def patch_ae_sizes(cfg: "DictConfig") -> dict[str, int]:
     return dict(image_size=cut.image_shape[1:], patch_size=cut.patch_size, channels=cut.image_shape[0])
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed("weights", seed))  # torch.manual_seed reseeds GPUs too
-        yield
+def _seeded(seed: int) -> AbstractContextManager[None]:
+    return global_generator(torch.device("cpu"), derive_seed("weights", seed))
 
 
 def objective(cfg: "DictConfig", drawing: bool = True) -> BigLearnELBO:

@@ -279,7 +279,7 @@ class StepRandom:
 def global_generator(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, of the CPU and of this device, and leave them as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds all GPUs, too
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)

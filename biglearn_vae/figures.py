@@ -114,8 +114,8 @@ def inference(
     for ratio in ratios:
         S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
         # The same noise at every ratio, so that what changes from left to right is what is known.
-        decoded, completed = vae.reconstruct(x, S, seed=seed), vae.inpaint(x, S, seed=seed)
-        cells.append(_by_image([see(vae, x, S), rgb(decoded), rgb(completed)]))  # (3 n, H, W, 3)
+        z = vae.encode(x, S).sample(seed=seed)
+        cells.append(_by_image([see(vae, x, S), rgb(vae.decode(z)), rgb(vae.decode(z, x, S))]))  # (3 n, H, W, 3)
     block = Block(
         np.stack(cells, axis=1),
         "share of the patches observed",

@@ -1,6 +1,7 @@
 """The objectives. B batch, L tokens, D token dimension, Z latent dimension, C channels, P patch size."""
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -121,13 +122,11 @@ class BigLearnELBO:
     @property
     def settings(self) -> dict[str, Any]:
         """What tells this objective from another: its name, that of its q(S, T), and what either was made with."""
-        masks = getattr(self.masks, "func", self.masks)  # of a functools.partial
         return {
             **settings_of(self),
-            "objective": type(self).__qualname__,
-            "masks": getattr(masks, "__qualname__", type(masks).__qualname__),
+            "objective": name_of(self),
+            "masks": name_of(self.masks),
             **{f"masks.{name}": value for name, value in settings_of(self.masks).items()},
-            **{f"masks.{name}": value for name, value in getattr(self.masks, "keywords", {}).items()},
         }
 
     def compiled(self, **options: Any) -> "BigLearnELBO":
@@ -307,8 +306,17 @@ def _check_masks(S: Tensor, T: Tensor, recorded: Tensor, values: bool) -> None:
         )
 
 
+def name_of(part: Any) -> str:
+    """That of a function, also in a functools.partial, or of an object's class."""
+    part = part.func if isinstance(part, functools.partial) else part
+    return getattr(part, "__qualname__", type(part).__qualname__)
+
+
 def settings_of(part: Any) -> dict[str, Any]:
-    """What was given to make an object, by name, as far as it keeps that under these names; nothing of a function."""
+    """What was given to make an object, by name, as far as it keeps that under these names; nothing of a function, and
+    of a functools.partial what it adds."""
+    if isinstance(part, functools.partial):
+        return part.keywords
     makers = [kind.__init__ for kind in type(part).__mro__ if "__init__" in vars(kind)]
     names = dict.fromkeys(name for maker in reversed(makers) for name in inspect.signature(maker).parameters)
     kept = vars(part) if hasattr(part, "__dict__") else {}

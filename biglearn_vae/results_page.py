@@ -393,17 +393,18 @@ def _inpainting(runs: Runs) -> str:
         return ""
     tasks, last, rows = _all_tasks(own), _last(own), []
     for data, case, method, of_method in groups(own):
-        entries = {"one pass, a draw": ("one pass", "psnr_draw"), "one pass, mean": ("one pass", "psnr_mean")}
-        entries["code alone, mean"] = ("code alone", "psnr_mean")
-        if method == last[data, case]:
-            entries |= {name: (name, "psnr") for name in ("regressor", "10 nearest", "training mean")}
-        for label, (name, key) in entries.items():
+        of_model = {
+            "one pass, a draw": ("one pass", "psnr_draw"),
+            "one pass, mean": ("one pass", "psnr_mean"),
+            "code alone, mean": ("code alone", "psnr_mean"),
+        }
+        floors = ("regressor", "10 nearest", "training mean") if method == last[data, case] else ()
+        for label, (name, key) in (of_model | {name: (name, "psnr") for name in floors}).items():
             found = [[_tasks(run).get(task, {}).get(name, {}) for run in of_method] for task in tasks]
             values = [[entry[key] for entry in of_task if key in entry] for of_task in found]
             # A floor need not be measured for each seed; a model may lack a task that another run has.
-            of_model = name in ("one pass", "code alone")
-            if all(values) or (of_model and any(values)):
-                who = f"{method}, {label}" if of_model else label
+            if all(values) or (label in of_model and any(values)):
+                who = f"{method}, {label}" if label in of_model else label
                 rows.append([data, case, who, *(_cell(of_task, 2) for of_task in values)])
     text = "PSNR in dB over hidden pixels, by what is observed; the mean is of the draws that `complete.py` took."
     regressors = [found["regressor"] for run in own for found in _tasks(run).values() if "regressor" in found]

@@ -15,7 +15,7 @@ from biglearn_vae.capabilities import BigLearnVAE, check_calls
 from biglearn_vae.data import Splits, parts
 from biglearn_vae.files import read_json, write_text
 from biglearn_vae.loggers import Pictures
-from biglearn_vae.losses import BigLearnELBO, is_gaussian
+from biglearn_vae.losses import BigLearnELBO, is_gaussian, name_of
 from biglearn_vae.patch_ae import PatchAE
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def measure(
         f"{split}_joint_elbo": joint["elbo"],
         f"{split}_reconstruction": joint["reconstruction"],
         f"{split}_kl": joint["kl"],
-        **({} if is_gaussian(loss) else {"objective": getattr(loss, "__qualname__", type(loss).__qualname__)}),
+        **({} if is_gaussian(loss) else {"objective": name_of(loss)}),
         **({f"{split}_joint_bound_nats": joint["elbo_nats"]} if "elbo_nats" in joint else {}),
         "inpainting_psnr": {str(ratio): value for ratio, value in inpainting.items()},
         "nearest_psnr": {str(ratio): value for ratio, value in nearest.items()},

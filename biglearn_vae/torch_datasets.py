@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 
 from biglearn_vae import array_files, checks
 from biglearn_vae.array_files import PART_WORDS, Arrays, Content
+from biglearn_vae.distributed import global_generator
 from biglearn_vae.image_files import first_line, plain
 
 IMAGES, LABELS = ("image", "img", "images", "pixels", "x"), ("label", "labels", "y")  # in items that are mappings
@@ -88,8 +89,7 @@ def _takes_any(takes: Mapping[str, inspect.Parameter]) -> bool:
 def repeatable(seed: int) -> Iterator[None]:
     """Let what draws at random, as a split or a crop may, draw the same whenever and in whichever process it is."""
     before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds GPUs too
+    with global_generator(torch.device("cpu"), seed):
         random.seed(seed)
         np.random.seed(seed)
         try:

@@ -596,21 +596,10 @@ class Trainer:
 
     @contextmanager
     def _torn_if_it_counts(self) -> Iterator[None]:
-        """Note that what fails in here has left other statistics than it found.
-
-        Raises:
-            ValueError: if they are other tensors than before and a CUDA graph, which has the old ones, is recorded.
-        """
+        """Note that what fails in here has left other statistics than it found."""
         if self._graph is not None:  # in which nothing may be copied
-            before = self._places() if self._graph.calls > 1 else {}  # the first may make what others find
             self._torn = bool(self._statistics)
             yield
-            now = self._places()
-            if moved := [name for name, place in before.items() if now.get(name) != place]:
-                raise ValueError(
-                    f"the network puts new tensors in the place of {', '.join(moved)}, and a CUDA graph would go on "
-                    "with the old ones: write into these (copy_), or take cuda_graph=False"
-                )
             return
         before = {name: value.clone() for name, value in self._buffers().items()}
         try:
@@ -620,6 +609,19 @@ class Trainer:
             same = all(value.equal(now[name]) for name, value in before.items())
             self._torn = not (same and before.keys() == now.keys() == self._statistics)
             raise
+
+    @contextmanager
+    def _buffers_stay(self) -> Iterator[None]:
+        """Raise a ValueError if buffers are other tensors afterwards, and a CUDA graph is to be recorded of these."""
+        recorded = self._graph is not None and self._graph.calls > 1  # the first call may make what others find
+        before = self._places() if recorded else {}
+        yield
+        now = self._places() if recorded else {}
+        if moved := [name for name, place in before.items() if now.get(name) != place]:
+            raise ValueError(
+                f"the network puts new tensors in the place of {', '.join(moved)}, and a CUDA graph would go on with "
+                "the old ones: write into these (copy_), or take cuda_graph=False"
+            )
 
     def _places(self) -> dict[str, int]:
         """Where in memory the network's buffers are."""
@@ -717,7 +719,7 @@ class Trainer:
         """
         self.optim.set_rates(self.optimizers, share)
         self.net.zero_grad()
-        with self._torn_if_it_counts():
+        with self._torn_if_it_counts(), self._buffers_stay():
             scalars = self._backward(batch, step)
             norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or math.inf)
             scalars["grad_norm"] = distributed.whole(norm)
