@@ -7,7 +7,7 @@
 >>> completed = vae.inpaint(x, S, seed=0)
 """
 
-from biglearn_vae import data, evaluation, figures, masks, probe
+from biglearn_vae import data, evaluation, figures, masks, observations, probe
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.commands import run_script
 from biglearn_vae.config import compose
@@ -50,6 +50,7 @@ __all__ = [
     "images",
     "load",
     "masks",
+    "observations",
     "probe",
     "run_script",
     "summaries",

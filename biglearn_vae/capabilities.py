@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from biglearn_vae import checkpoint, checks, gaussian, masks, states
 from biglearn_vae.distributed import derive_seed
-from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
-from biglearn_vae.losses import check_prior
+from biglearn_vae.gaussian import DiagGaussian, bits_per_dim
+from biglearn_vae.losses import check_prior, has_model
 from biglearn_vae.models import MaskedViT, TwoStackViT, UniversalViT
+from biglearn_vae.observations import KINDS, Observations, as_observations
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify, of_batch
 
@@ -59,19 +60,18 @@ class _Importance(NamedTuple):
     """What importance weights are made of, whatever the variance of the observations; float64.
 
     Attributes:
-        error: sum over T of (x - mu)^2, (K, B).
+        reconstruction: log p(x_T | z, x_S), of Gaussian observations without its constant and of variance 1, (K, B).
         ratio: log p(z | x_S) - log p(z | x_{S u T}), (K, B).
         numbers: how many T holds, (B,).
     """
 
-    error: Tensor
+    reconstruction: Tensor
     ratio: Tensor
     numbers: Tensor
 
-    def log_weights(self, variance: float) -> Tensor:
+    def log_weights(self, observations: Observations, variance: float) -> Tensor:
         """(K, B), 0 where T is empty."""
-        constant = 0.5 * self.numbers * (LOG_2PI + math.log(variance))
-        return -0.5 * self.error / variance - constant + self.ratio
+        return observations.nats(self.reconstruction, self.numbers, variance) + self.ratio
 
 
 class BigLearnVAE:
@@ -94,8 +94,9 @@ class BigLearnVAE:
         net: a network of `models`, unwrapped. It is put into evaluation mode.
         tokenizer: `Patchify`, or another module with its methods and sizes; it is put into evaluation mode, too.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
-        variance: of the observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); 0 if each call gives one.
+        variance: of Gaussian observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); 0 if each call gives one.
         chunk: most images that pass through the network at once, which bounds the memory; on a CPU they are fewer.
+        observations: what p(x_T | z, x_S) is, as of `BigLearnELBO`: "gaussian" (or None) or "bernoulli".
 
     Raises:
         ValueError: on anything else than these, and if network and tokenizer are of other sizes.
@@ -108,6 +109,7 @@ class BigLearnVAE:
         prior: str = "learned",
         variance: float = 1.0,
         chunk: int = 1024,
+        observations: str | Observations | None = None,
     ):
         check_prior(prior)
         chunk = checks.whole_number("chunk", chunk, 1)
@@ -121,23 +123,42 @@ class BigLearnVAE:
                 f"got {tokenizer.grid} of {tokenizer.token_dim}"
             )
         self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
+        self.observations = as_observations(observations)
         self.tokenizer = tokenizer.to(self.device).eval()
+
+    @classmethod
+    def of(cls, net: nn.Module, tokenizer: nn.Module, loss: Any, **options: Any) -> "BigLearnVAE":
+        """The model that an objective trained: with its prior and observations, and with beta as their variance.
+
+        Args:
+            loss: a `BigLearnELBO`, or what has `prior` and `beta`. Of one with terms of its own nothing is known of the
+                observations (`losses.has_model`): the variance is then 0, to be given by each call.
+            options: others, such as `chunk`.
+        """
+        variance = loss.beta if has_model(loss) else 0.0
+        return cls(net, tokenizer, loss.prior, variance, observations=getattr(loss, "observations", None), **options)
 
     def save(self, path: str | Path) -> None:
         """Write the model into one file, from which `biglearn_vae.load` makes it again, wherever it is.
 
-        It holds sizes and weights of network and tokenizer, prior and variance; no code, no data, no settings of the
-        training. Of a network or a tokenizer that is not of this library, of which it holds the weights alone, one
-        has to be given to `load`.
+        It holds sizes and weights of network and tokenizer, prior, observations and variance; no code, no data, no
+        settings of the training. Of a network or a tokenizer that is not of this library, of which it holds the weights
+        alone, one has to be given to `load`.
 
         Raises:
-            ValueError: if the path is that of a folder.
+            ValueError: if the path is that of a folder, or the observations are none of this library.
         """
         path = Path(path).expanduser()
         if path.is_dir():
             raise ValueError(f"expected the name of a file to write, such as {path / 'model.pt'}, got a folder, {path}")
+        if type(self.observations) not in KINDS.values():
+            raise ValueError(
+                f"observations of one's own, {type(self.observations).__name__}, cannot be written into a file: keep "
+                "the weights, vae.net.state_dict(), and make the model of them"
+            )
         parts = {"net": _state(self.net), "tokenizer": _state(self.tokenizer)}
-        checkpoint.save(path, parts | {"prior": self.prior, "variance": self.variance})
+        settings = {"prior": self.prior, "variance": self.variance, "observations": self.observations.name}
+        checkpoint.save(path, parts | settings)
 
     @classmethod
     def from_file(
@@ -159,7 +180,8 @@ class BigLearnVAE:
         state = checkpoint.load(path)
         try:
             net, tokenizer = _made("net", state["net"], net), _made("tokenizer", state["tokenizer"], tokenizer)
-            return cls(net.to(device), tokenizer, prior=state["prior"], variance=state["variance"])
+            settings = {"prior": state["prior"], "variance": state["variance"]}
+            return cls(net.to(device), tokenizer, **settings, observations=state.get("observations"))
         except (KeyError, TypeError):
             hint = ""
             if isinstance(state, dict) and "metadata" in state:
@@ -438,7 +460,7 @@ class BigLearnVAE:
 
             log 1/K sum_k p(x_T | z_k, x_S) p(z_k | x_S) / p(z_k | x_{S u T}),  z_k ~ p(z | x_{S u T})
 
-        (Burda et al. 2016; with K = 1 it is Eq. 5's bound.) The observations are N(mu, variance I), constants
+        (Burda et al. 2016; with K = 1 it is Eq. 5's bound.) Gaussian observations are N(mu, variance I), constants
         included. Training with weight beta on the KL and unit variance is, up to scale, training with variance beta
         and weight 1: so the variance is that of the model, beta, unless another is given (`evaluation.fit_variance`
         fits one). In expectation the bound grows with K, and stays below the truth.
@@ -449,7 +471,7 @@ class BigLearnVAE:
                 that of one of which some pixels are given, all are asked for. Of parts of an image a network that was
                 trained with method=vae knows nothing: see `evaluation.conditional_log_prob_joint`.
             samples: K.
-            variance: of the observations.
+            variance: of Gaussian observations.
             unit: "nats", or "bits_per_dim": the negative bound in bits for each of the |T| D numbers.
             passes: in how many parts of T, in random order, each given S and the parts before it: the sum of their
                 bounds is one on log p(x_T | x_S) of that order, by the chain rule. It is that of data, with the noise
@@ -462,7 +484,8 @@ class BigLearnVAE:
         variance = checked_variance(self, variance)
         tokens, S, T, single = self._tasks(x, T, given)
         of_passes = self._importance_by_pass(tokens, S, T, samples, seed, passes)
-        bound = sum(part.log_weights(variance).logsumexp(0) - math.log(samples) for part in of_passes)
+        weights = (part.log_weights(self.observations, variance) for part in of_passes)
+        bound = sum(of_pass.logsumexp(0) - math.log(samples) for of_pass in weights)
         if unit == "bits_per_dim":
             bound = bits_per_dim(bound, T.sum(-1).double() * self.net.token_dim)
         return bound[0] if single else bound
@@ -483,7 +506,7 @@ class BigLearnVAE:
         """
         variance = checked_variance(self, variance)
         tokens, S, T, single = self._tasks(x, T, given)
-        weights = self._importance(tokens, S, T, samples, seed).log_weights(variance)
+        weights = self._importance(tokens, S, T, samples, seed).log_weights(self.observations, variance)
         return weights[:, 0] if single else weights
 
     def _importance_by_pass(
@@ -497,12 +520,12 @@ class BigLearnVAE:
         samples = checks.whole_number("samples", samples, 1)
         checks.check_seed(seed)
         q, p = self._encode(tokens, S | T).double(), self._encode(tokens, S).double()
-        errors, ratios = [], []
+        found, ratios = [], []
         for noise in _noise(samples, q.mean, max(1, self.rows // len(tokens)), seed):
             z = q.sample(noise)  # (k, B, Z)
-            errors.append(self._squared_error(z.to(tokens), tokens, S, T))
+            found.append(self._reconstruction(z.to(tokens), tokens, S, T))
             ratios.append(p.log_prob(z) - q.log_prob(z))
-        return _Importance(torch.cat(errors), torch.cat(ratios), T.sum(-1).double() * self.net.token_dim)
+        return _Importance(torch.cat(found), torch.cat(ratios), T.sum(-1).double() * self.net.token_dim)
 
     def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Tokens, S, T and whether there was no batch axis, of a question for log p(x_T | x_S)."""
@@ -513,7 +536,9 @@ class BigLearnVAE:
             raise ValueError(f"T and given must be disjoint, {int((S & T).sum())} patches are in both")
         if not T.any(-1).all():
             raise ValueError("T must hold at least one patch of each image; a patch counts if all of its pixels do")
-        return self._seen(tokens, images, S | T, "T or given"), S, T, single
+        tokens = self._seen(tokens, images, S | T, "T or given")
+        self.observations.check(tokens, T)
+        return tokens, S, T, single
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> DiagGaussian:
         parts = [self.net(*part) for part in zip(tokens.split(self.rows), mask.split(self.rows), strict=True)]
@@ -526,7 +551,7 @@ class BigLearnVAE:
     def _decode(
         self, z: Tensor, tokens: Tensor, mask: Tensor, T: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The network's mean (n, L, D) for z (..., Z), and whose tokens it belongs to (n,), a part at a time.
+        """The network's output (n, L, D) for z (..., Z), and whose tokens it belongs to (n,), a part at a time.
 
         Tokens are those of the last axis but one of z, or of one image for all. T is what is asked for, by default
         all that is not observed.
@@ -540,10 +565,14 @@ class BigLearnVAE:
     def _complete(self, z: Tensor, data: Observed) -> Tensor:
         """The mean of p(x_T | z, x_S) with x_S in its place, as images (..., C, H, W)."""
         images = [
-            torch.where(data.kept[rows], data.images[rows], self.tokenizer.decode(mean).clamp(0, 1))
-            for mean, rows in self._decode(z, data.tokens, data.mask)
+            torch.where(data.kept[rows], data.images[rows], self._image(output))
+            for output, rows in self._decode(z, data.tokens, data.mask)
         ]
         return torch.cat(images).view(*z.shape[:-1], *self.image_shape)
+
+    def _image(self, output: Tensor) -> Tensor:
+        """The network's output (n, L, D) as images (n, C, H, W) in [0, 1], the means of observations."""
+        return self.tokenizer.decode(self.observations.mean(output)).clamp(0, 1)
 
     def _drawn(self, data: Observed, draws: int | None, seed: int | None, passes: int) -> Tensor:
         """What `inpaint` gives for data: a first pass, and others that go on from it."""
@@ -568,13 +597,13 @@ class BigLearnVAE:
             tokens.append(torch.where(data.mask[own].unsqueeze(-1), data.tokens[own], completed))
         return torch.cat(tokens)
 
-    def _squared_error(self, z: Tensor, tokens: Tensor, S: Tensor, T: Tensor) -> Tensor:
-        """Sum over T of (x - mu)^2 for z (k, B, Z): float64 (k, B)."""
-        errors = [
-            (tokens[rows] - mean).masked_fill(~T[rows].unsqueeze(-1), 0).double().square().sum((-2, -1))
-            for mean, rows in self._decode(z, masks.seen(tokens, S), S, T)
+    def _reconstruction(self, z: Tensor, tokens: Tensor, S: Tensor, T: Tensor) -> Tensor:
+        """`Observations.reconstruction` of x_T for z (k, B, Z): float64 (k, B)."""
+        found = [
+            self.observations.reconstruction(tokens[rows].double(), output.double(), T[rows])
+            for output, rows in self._decode(z, masks.seen(tokens, S), S, T)
         ]
-        return torch.cat(errors).view(z.shape[:-1])
+        return torch.cat(found).view(z.shape[:-1])
 
     def _observed(self, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         """As in `Observed`: tokens, mask, the images if it was images, and whether there was no batch axis."""
@@ -668,9 +697,20 @@ def checked_dims(vae: BigLearnVAE, dims: Sequence[int]) -> list[int]:
 
 
 def checked_variance(vae: BigLearnVAE, variance: float | None) -> float:
-    """A variance of observations, by default the model's own; a ValueError unless it is positive and finite."""
+    """A variance of observations, by default the model's own; a ValueError unless it is positive and finite. Where they
+    have none, 1, of which nothing is made, and a ValueError if one is given."""
+    if not vae.observations.scaled:
+        if variance is not None:
+            raise ValueError(f"{vae.observations.name} observations have no variance: leave variance={variance} out")
+        return 1.0
     variance = vae.variance if variance is None else variance
     return checks.real_number("variance", variance, "(0, inf)", ": give one, such as variance=0.01")
+
+
+def check_scaled(vae: BigLearnVAE) -> None:
+    """Raise a ValueError unless the observations of a model have a variance."""
+    if not vae.observations.scaled:
+        raise ValueError(f"{vae.observations.name} observations have no variance to be fitted")
 
 
 @torch.no_grad()
@@ -684,11 +724,16 @@ def best_variance(vae: BigLearnVAE, x: Tensor, passes: int = 1, samples: int = 6
     Args:
         x: of which everything was recorded.
         passes, samples, seed: as of `vae.log_prob`.
+
+    Raises:
+        ValueError: if the observations of the model have no variance.
     """
+    check_scaled(vae)
     tokens, S, T, _ = vae._tasks(x, None, None)
-    error, ratio, numbers = (
+    reconstruction, ratio, numbers = (
         torch.cat(part, -1) for part in zip(*vae._importance_by_pass(tokens, S, T, samples, seed, passes), strict=True)
     )
+    error = -2 * reconstruction
     variance = (error.mean(0).sum() / numbers.sum()).item()
     for _ in range(200):
         share = (ratio - error / (2 * variance)).softmax(0)

@@ -575,7 +575,8 @@ def _finish(run: Path, stage: stages.Stage, trainer: Trainer, splits: Splits) ->
 def measure_likelihood(
     vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int
 ) -> dict[str, Any]:
-    """Bounds on log-likelihoods, with the model's variance and with one fitted on training images, and consistency.
+    """Bounds on log-likelihoods, with the model's variance and with one fitted on training images, if observations have
+    such, and consistency.
 
     They are of whole images; nothing if, of these, something was never recorded in each.
     """
@@ -584,19 +585,19 @@ def measure_likelihood(
     if not len(images):
         print(f"none of these {count} images was recorded as a whole: no log-likelihoods and no consistency of them")
         return {}
-    fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed)
-    variances = {"model": vae.variance, "fitted": fitted}
+    of_model: dict[str, dict[str, float]] = {"model": {}}
+    if vae.observations.scaled:
+        fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed)
+        found = {"model": vae.variance, "fitted": fitted}  # the former is beta, and may be 0
+        of_model = {name: {"variance": variance} for name, variance in found.items() if variance > 0}
     counts = {"samples": settings.samples, "annealing_steps": settings.annealing_steps}
     bounds = {
-        name: {"variance": variance} | evaluation.likelihood(vae, images, variance=variance, seed=seed, **counts)
-        for name, variance in variances.items()
-        if variance > 0  # it is beta, and a run may have been trained without a KL
+        name: own | evaluation.likelihood(vae, images, seed=seed, **own, **counts) for name, own in of_model.items()
     }
     agreement = {}
     if vae.num_tokens > 1:
-        variance = vae.variance or fitted
-        found = evaluation.consistency(vae, images, variance=variance, seed=seed, **counts)
-        agreement = {"variance": variance} | found
+        own = next(iter(of_model.values()))
+        agreement = own | evaluation.consistency(vae, images, seed=seed, **own, **counts)
     return {"likelihood": {"images": len(images), "prior": vae.prior} | counts | bounds, "consistency": agreement}
 
 
@@ -693,7 +694,7 @@ def _regressor(trained: "_Trained", images: ImageSet, plan: completion.Plan, see
 
 class _Trained(NamedTuple):
     """A run's folder, its settings, its model and data, the checkpoint that the model is from, its step, and whether
-    observations are N(mu, variance I) (`losses.is_gaussian`)."""
+    likelihood that was bounded is known (`losses.has_model`)."""
 
     run: Path
     settings: "DictConfig"
@@ -701,7 +702,7 @@ class _Trained(NamedTuple):
     splits: Splits
     checkpoint: str
     step: int
-    gaussian: bool
+    has_model: bool
 
     def described(self, cfg: "DictConfig", **settings: Any) -> dict[str, Any]:
         """What a script measured: of which network, on which images, with which settings that its numbers depend on,
@@ -736,17 +737,16 @@ def _trained(cfg: "DictConfig") -> _Trained:
     if splits.train.fingerprint() != state["metadata"]["data"]:
         raise ValueError(f"{run} was trained on other images than its data settings give now: point data_root at those")
     print(f"{run}: {path.name}, of step {state['step']}; the run has {settings.trainer.steps}", flush=True)
-    gaussian = state["metadata"].get("gaussian", True)
-    return _Trained(run, settings, vae, splits, path.name, state["step"], gaussian)
+    return _Trained(run, settings, vae, splits, path.name, state["step"], runs.has_model(state))
 
 
 def _likelihood_images(trained: _Trained, asked: int) -> int:
     """Of how many images log-likelihoods are bounded: as many as were asked for, and none under another objective's
     observations, which is said."""
-    if asked and not trained.gaussian:
+    if asked and not trained.has_model:
         print(
-            "no log-likelihoods and no consistency: the objective has terms of its own; gaussian = True in its class, "
-            "before it is trained by, says that observations are N(mu, beta I) all the same"
+            "no log-likelihoods and no consistency: the objective has terms of its own; same_model = True in its "
+            "class, before it is trained by, says that they bound the likelihood of the same model"
         )
         return 0
     return asked

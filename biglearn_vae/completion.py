@@ -110,7 +110,9 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
         "training mean": evaluation.training_mean_psnr(vae, images, train, plan.tasks, seed),
         "10 nearest": evaluation.nearest_psnr(vae, images, train, plan.tasks, seed=seed),
     }
-    variance = evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)
+    variance = None
+    if vae.observations.scaled:
+        variance = evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)
     nats = _nats(vae, x, tasks, plan, variance, seed) if plan.likelihood_images else {}
     result = {}
     for task, (S, T) in tasks.items():
@@ -140,7 +142,7 @@ def _drawn(vae: BigLearnVAE, x: Tensor, T: Tensor, draw: Callable[[], Tensor]) -
 
 
 def _chains(
-    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, variance: float, seed: int
+    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, variance: float | None, seed: int
 ) -> dict[str, list]:
     """The two samplers of a joint VAE, with the variance that training images have."""
     hidden, result = vae.pixel_mask(T), {}
@@ -156,7 +158,12 @@ def _chains(
 
 
 def _nats(
-    vae: BigLearnVAE, x: Tensor, tasks: Mapping[Task, tuple[Tensor, Tensor]], plan: Plan, variance: float, seed: int
+    vae: BigLearnVAE,
+    x: Tensor,
+    tasks: Mapping[Task, tuple[Tensor, Tensor]],
+    plan: Plan,
+    variance: float | None,
+    seed: int,
 ) -> dict[Task, dict[str, Any]]:
     """Mean log p(hidden | observed) of an image by task, over the first images that have it in all; {} without any."""
     options = dict(samples=plan.samples, variance=variance, seed=seed, steps=plan.annealing_steps)
@@ -177,8 +184,9 @@ def _nats(
         nats = evaluation.conditional_log_prob_joint(vae, x.repeat(count, 1, 1, 1), S, joint=whole, **options)
     means = nats.nats.view(count, -1).mean(-1).tolist()
     errors = nats.error.view(count, -1).square().mean(-1).sqrt().tolist()
+    of_all = {"images": len(x)} | ({} if variance is None else {"variance": variance})
     return {
-        task: {"mean": mean, "error": None if math.isnan(error) else error, "variance": variance, "images": len(x)}
+        task: {"mean": mean, "error": None if math.isnan(error) else error} | of_all
         for task, mean, error in zip(tasks, means, errors, strict=True)
     }
 
@@ -250,7 +258,8 @@ def table(result: dict[str, Any]) -> str:
         label = f"log p(hidden | observed) in nats, {some['images']} images"
         cells = "".join(f"{nats[task]['mean']:.1f}".rjust(9) if task in nats else " " * 9 for task in tasks)
         lines.append(f"  {label:<46}{cells}")
-        lines.append(f"  under N(mu, {some['variance']:.4g} I), the variance fitted on training images")
+        if "variance" in some:
+            lines.append(f"  under N(mu, {some['variance']:.4g} I), the variance fitted on training images")
     return "\n".join(lines)
 
 

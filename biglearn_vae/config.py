@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -522,6 +523,7 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     values = OmegaConf.to_container(settings, resolve=True)
     target = named(values.pop("_target_"), f"{where}._target_")
     hints = _hints(target, values)
+    values = {name: value for name, value in values.items() if name in hints or value is not None}
     if other := [name for name in values if name not in hints]:
         words = " ".join(f"'~{where}.{name}'" for name in other)
         kind = getattr(target, "__name__", target)
@@ -724,11 +726,15 @@ def _what_is_there(run: Path) -> str:
 
 
 def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
-    """The data of these settings, from another root if one is given, less what `missing` says was never recorded."""
-    share, unit = cfg.get("missing", 0.0), cfg.get("missing_unit", "patch")
-    check_types({"missing": float, "missing_unit": str}, {"missing": share, "missing_unit": unit}, "")
+    """The data of these settings, from another root if one is given, in black and white if `binarize` says so, less
+    what `missing` says was never recorded."""
+    share, unit, how = cfg.get("missing", 0.0), cfg.get("missing_unit", "patch"), cfg.get("binarize")
+    hints = {"missing": float, "missing_unit": str, "binarize": str | None}
+    check_types(hints, {"missing": share, "missing_unit": unit, "binarize": how}, "")
     grid = patches(cfg).grid
     splits = data.load(**data_settings(cfg) | ({"root": root} if root else {}))
+    if how is not None:
+        splits = replace(splits, **{part: data.binarized(getattr(splits, part), how) for part in data.PARTS})
     splits = data.with_missing(splits, share, grid, unit)
     data.check_recorded(splits, grid)
     return splits

@@ -405,6 +405,26 @@ def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str 
     return replace(splits, **parts)
 
 
+def binarized(images: ImageSet, how: str) -> ImageSet:
+    """The same images in black and white.
+
+    Args:
+        how: "threshold" makes a pixel white where its grey, the mean of its channels, is 1/2 or more; "sample" with
+            its grey as probability, drawn once, the same at each call.
+
+    Raises:
+        ValueError: for another word.
+    """
+    checks.check_choice("binarize", how, ("threshold", "sample"))
+    generator = torch.Generator().manual_seed(derive_seed("binarize", SPLIT_SEED, len(images)))
+    white = []
+    for pixels in images.pixels.split(CHUNK):
+        grey = pixels.float().mean(1, keepdim=True) / 255
+        at = torch.rand(grey.shape, generator=generator).to(grey.device) if how == "sample" else 0.5
+        white.append((grey > at if how == "sample" else grey >= at).expand_as(pixels))
+    return replace(images, pixels=torch.cat(white).to(torch.uint8) * 255)
+
+
 def check_recorded(splits: Splits, grid: tuple[int, int]) -> None:
     """Raise a ValueError if a part has no patch that was recorded as a whole; warn if NaN costs most of what was."""
     for part in PARTS:

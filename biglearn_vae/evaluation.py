@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from biglearn_vae import annealing, checks, masks
-from biglearn_vae.capabilities import BigLearnVAE, checked_variance
+from biglearn_vae.capabilities import BigLearnVAE, check_scaled, checked_variance
 from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed, global_generator
-from biglearn_vae.gaussian import LOG_2PI, DiagGaussian, bits_per_dim
-from biglearn_vae.losses import ELBO, BigLearnELBO, is_gaussian
+from biglearn_vae.gaussian import DiagGaussian, bits_per_dim
+from biglearn_vae.losses import ELBO, BigLearnELBO, has_model
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.patches import Patchify
 
@@ -40,19 +40,20 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
     Args:
         images: N of them.
-        loss: whose beta (the final one), prior and q(S, T) are used; the prior must be the model's. One whose
-            observations are no Gaussian (`losses.is_gaussian`) is computed as it is itself.
+        loss: whose beta (the final one), prior and q(S, T) are used; prior and observations must be the model's. One
+            with terms of its own (`losses.has_model`) is computed as it is itself.
         joint: S empty and T everything, the JointELBO (Eq. 1); else (S, T) is drawn from the loss's q(S, T), with
             ratios of each image's own, whatever the batches of training share: one pair for all would be a single task.
 
     Returns:
-        By name, means over the images: reconstruction, without the constant of N(mu, I); kl, as it is; elbo, which is
-        reconstruction - beta kl; and, unless beta is 0 or the loss has terms of its own (`losses.is_gaussian`),
-        elbo_nats, a bound on the log-likelihood under N(mu, beta I), of one draw (`BigLearnVAE.log_prob` takes more).
-        Images of which nothing was recorded do not count.
+        By name, means over the images: reconstruction, of Gaussian observations without the constant of N(mu, I); kl,
+        as it is; elbo, which is reconstruction - beta kl; and, unless beta is 0 for these or the loss has terms of its
+        own (`losses.has_model`), elbo_nats, a bound on the log-likelihood of one draw, for these under N(mu, beta I)
+        (`BigLearnVAE.log_prob` takes more). Images of which nothing was recorded do not count.
 
     Raises:
-        ValueError: if the loss has another prior than the model, or gives something else than an ELBO.
+        ValueError: if the loss has another prior or other observations than the model, or gives something else than an
+            ELBO, and for images that cannot be observed so.
     """
     if not callable(loss):
         raise ValueError(f"expected an objective, such as BigLearnELBO(beta), got {loss!r:.80}")
@@ -60,6 +61,12 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
         raise ValueError(
             f"the loss has the {loss.prior} prior, the model the {vae.prior} one, as it was trained: give the loss "
             f'prior="{vae.prior}"'
+        )
+    own = getattr(loss, "observations", vae.observations)
+    if own.name != vae.observations.name:
+        raise ValueError(
+            f"the loss has {own.name} observations, the model {vae.observations.name} ones: give the loss "
+            f'observations="{vae.observations.name}"'
         )
     seed = checks.seed_or_drawn(seed)
     random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
@@ -69,21 +76,24 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     with global_generator(vae.device, derive_seed("global", seed)):  # from which one's own may draw
         found = [part for tokens in _tokens(vae, images) for part in _elbos(vae, loss, tokens, joint, random)]
     _check_parts(found[0])
-    names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if is_gaussian(loss) and loss.beta else []))
+    bounded = has_model(loss) and (loss.beta or not own.scaled)
+    names = ("elbo", "reconstruction", "kl", *(["elbo_nats"] if bounded else []))
     return {name: _mean(found, name) for name in names}
 
 
 def _elbos(vae: BigLearnVAE, loss: BigLearnELBO, tokens: Tensor, joint: bool, random: StepRandom) -> Iterator[ELBO]:
     """As many images at a time as pass through the network at once, with what is drawn for all of them."""
-    S, gaussian = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device), is_gaussian(loss)
-    if not gaussian and type(loss).__call__ is not BigLearnELBO.__call__:
+    S, known = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device), has_model(loss)
+    if known:
+        loss.observations.check(tokens, masks.recorded(tokens))
+    if not known and type(loss).__call__ is not BigLearnELBO.__call__:
         yield loss(vae.net, tokens, *((S, ~S) if joint else ()), random=random)  # which draws as it likes
         return
     task = (S, ~S & masks.recorded(tokens)) if joint else loss.draw(tokens, random)
     noise = random.normal((len(tokens), vae.z_dim), tokens.dtype)
-    terms = partial(BigLearnELBO.terms, loss) if gaussian else loss.terms
+    terms = partial(BigLearnELBO.terms, loss) if known else loss.terms
     for x, S, T, own in zip(*(part.split(vae.rows) for part in (tokens, *task, noise)), strict=True):
-        yield ELBO(*terms(vae.net, x, S, T, own), loss.weight(None), T.sum(-1), x.shape[-1])
+        yield ELBO(*terms(vae.net, x, S, T, own), loss.weight(None), T.sum(-1), x.shape[-1], loss.observations)
 
 
 def _check_parts(parts: Any) -> None:
@@ -383,20 +393,23 @@ def _decibels(parts: Sequence[_Error]) -> float:
 
 @torch.no_grad()
 def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
-    """The variance of N(mu, variance I) under which images are likeliest, as their JointELBO sees it.
+    """The variance of N(mu, variance I) under which images are likeliest, as their JointELBO sees it; of Gaussian
+    observations.
 
     That is the mean squared error of a reconstruction, z ~ p(z | x), over all numbers that were recorded. Fit it on
     training images; `vae.log_prob(..., variance=)` takes it.
 
     Raises:
-        ValueError: if nothing of the images was recorded.
+        ValueError: if nothing of the images was recorded, or the observations have no variance.
     """
+    check_scaled(vae)
     total, count = 0.0, 0
     for k, tokens in enumerate(_tokens(vae, images)):
         recorded = masks.recorded(tokens)
         tokens = masks.seen(tokens, recorded)
         z = vae._encode(tokens, recorded).sample(seed=derive_seed("variance", seed, k))
-        total += vae._squared_error(z.unsqueeze(0), tokens, torch.zeros_like(recorded), recorded).sum().item()
+        nothing = torch.zeros_like(recorded)
+        total -= 2 * vae._reconstruction(z.unsqueeze(0), tokens, nothing, recorded).sum().item()
         count += int(recorded.sum()) * vae.net.token_dim
     if not count:
         raise ValueError("expected images of which something was recorded, all numbers are NaN")
@@ -828,14 +841,14 @@ def _log_joint(
     vae: BigLearnVAE, tokens: Tensor, S: Tensor, T: Tensor, asked: Tensor, prior: DiagGaussian, variance: float
 ) -> Callable[[Tensor], Tensor]:
     """log p(z | x_S) p(x_T | z, x_S) as a function of z (k, N, Z): float64 (k, N); T is part of what is `asked`."""
-    constant = 0.5 * T.sum(-1).double() * tokens.shape[-1] * (LOG_2PI + math.log(variance))  # (N,)
+    numbers = T.sum(-1).double() * tokens.shape[-1]  # (N,)
     prior, seen = prior.double(), masks.seen(tokens, S)
 
     def log_joint(z: Tensor) -> Tensor:
         x, s, t = (part.repeat(len(z), *[1] * (part.ndim - 1)) for part in (seen, S, asked))
-        mean = vae.net(x, s, z.flatten(0, 1).to(tokens.dtype), t).view(len(z), *tokens.shape)
-        error = (tokens - mean).masked_fill(~T.unsqueeze(-1), 0).double().square().sum((-2, -1))
-        return prior.log_prob(z) - 0.5 * error / variance - constant
+        output = vae.net(x, s, z.flatten(0, 1).to(tokens.dtype), t).view(len(z), *tokens.shape)
+        reconstruction = vae.observations.reconstruction(tokens.double(), output.double(), T)
+        return prior.log_prob(z) + vae.observations.nats(reconstruction, numbers, variance)
 
     return log_joint
 

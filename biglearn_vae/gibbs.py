@@ -1,7 +1,7 @@
 """Conditional samples from a jointly trained VAE by Markov chains: what completion costs without training for it.
 
-A joint VAE has p(z), p(x | z) = N(mu(z), variance I) and an encoder q(z | x) of whole images alone. Both chains draw
-from p(z, x_hid | x_obs), x_hid being all that S leaves, by one encoding and one decoding an iteration:
+A joint VAE has p(z), p(x | z), such as N(mu(z), variance I), and an encoder q(z | x) of whole images alone. Both chains
+draw from p(z, x_hid | x_obs), x_hid being all that S leaves, by one encoding and one decoding an iteration:
 
     z' ~ q(z | x_obs, x_hid),  then  x_hid ~ p(x_hid | z)
 
@@ -13,7 +13,6 @@ K chains of each image, N images, C channels, H x W pixels, L tokens, D token di
 """
 
 import itertools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,12 +34,14 @@ class State:
 
     Attributes:
         z: (K, N, Z)
+        output: what the network says of p(x | z), tokens (K, N, L, D); see `observations`.
         mean: of p(x | z), tokens (K, N, L, D).
         x: tokens (K, N, L, D), x_obs in its place and x_hid drawn for this z.
         accepted: boolean (K, N), whether the z' of this iteration was taken.
     """
 
     z: Tensor
+    output: Tensor
     mean: Tensor
     x: Tensor
     accepted: Tensor
@@ -133,7 +134,7 @@ def chain(
         draws: K, chains of each image.
         pseudo: how many of the first iterations are pseudo-Gibbs; the others are Metropolis-within-Gibbs.
         noisy: whether x_hid is drawn from p(x_hid | z), or is its mean; Metropolis is right for the former alone.
-        variance: of the observations, by default that of `vae`.
+        variance: of Gaussian observations, by default that of `vae`.
         start: images or tokens whose hidden patches the chains start from, (N, ...), (K, N, ...) or one for all. z is
             then unknown, and the first iteration pseudo-Gibbs in any case. By default z ~ p(z), x_hid ~ p(x_hid | z).
         seed: makes the chains repeatable.
@@ -158,6 +159,7 @@ class _Chains:
         self.vae, self.noisy, self.variance = vae, noisy, variance
         observed = vae.observe(x, S)
         self.known, self.mask = observed.tokens, observed.mask
+        vae.observations.check(self.known, self.mask)
         self.blank, self.nothing = torch.zeros_like(self.known[0]), torch.zeros_like(self.mask[0])
         self.prior = vae.encode(self.blank, self.nothing)  # (Z,)
         self.generator = gaussian.generator(vae.device, seed)
@@ -176,27 +178,28 @@ class _Chains:
 
     def from_prior(self, draws: int) -> State:
         z = self.prior.sample(self._normal((draws, len(self.known), self.vae.z_dim)))
-        return self._state(z, self.mean(z), torch.ones_like(z[..., 0], dtype=torch.bool))
+        return self._state(z, self.output(z), torch.ones_like(z[..., 0], dtype=torch.bool))
 
     def pseudo_step(self, x: Tensor) -> State:
         q = self.posterior(x)
         z = q.sample(self._normal(q.mean.shape))
-        return self._state(z, self.mean(z), torch.ones_like(z[..., 0], dtype=torch.bool))
+        return self._state(z, self.output(z), torch.ones_like(z[..., 0], dtype=torch.bool))
 
     def metropolis_step(self, state: State) -> State:
         q = self.posterior(state.x)
         z = q.sample(self._normal(q.mean.shape))
-        mean = self.mean(z)
-        gain = self.log_weight(z, mean, state.x, q) - self.log_weight(state.z, state.mean, state.x, q)
+        output = self.output(z)
+        gain = self.log_weight(z, output, state.x, q) - self.log_weight(state.z, state.output, state.x, q)
         uniform = torch.rand(gain.shape, dtype=gain.dtype, device=gain.device, generator=self.generator)
         accepted = uniform.log() < gain
         z = torch.where(accepted.unsqueeze(-1), z, state.z)
-        return self._state(z, torch.where(accepted[..., None, None], mean, state.mean), accepted)
+        return self._state(z, torch.where(accepted[..., None, None], output, state.output), accepted)
 
-    def _state(self, z: Tensor, mean: Tensor, accepted: Tensor) -> State:
+    def _state(self, z: Tensor, output: Tensor, accepted: Tensor) -> State:
         """With x_hid drawn for this z."""
-        drawn = mean + math.sqrt(self.variance) * self._normal(mean.shape) if self.noisy else mean
-        return State(z, mean, torch.where(self.mask.unsqueeze(-1), self.known, drawn), accepted)
+        mean = self.vae.observations.mean(output)
+        drawn = self.vae.observations.sample(output, self.variance, self.generator) if self.noisy else mean
+        return State(z, output, mean, torch.where(self.mask.unsqueeze(-1), self.known, drawn), accepted)
 
     def posterior(self, x: Tensor) -> DiagGaussian:
         """q(z | x) of tokens (K, N, L, D): (K, N, Z)."""
@@ -204,15 +207,17 @@ class _Chains:
         q = self.vae._encode(rows, ~self.nothing.expand(len(rows), -1))
         return DiagGaussian(q.mean.view(*x.shape[:2], -1), q.logvar.view(*x.shape[:2], -1))
 
-    def mean(self, z: Tensor) -> Tensor:
-        """The mean of p(x | z), tokens (K, N, L, D), for z (K, N, Z)."""
-        parts = [mean for mean, _ in self.vae._decode(z, self.blank.unsqueeze(0), self.nothing.unsqueeze(0))]
+    def output(self, z: Tensor) -> Tensor:
+        """What the network says of p(x | z), tokens (K, N, L, D), for z (K, N, Z)."""
+        parts = [output for output, _ in self.vae._decode(z, self.blank.unsqueeze(0), self.nothing.unsqueeze(0))]
         return torch.cat(parts).view(*z.shape[:2], *self.blank.shape)
 
-    def log_weight(self, z: Tensor, mean: Tensor, x: Tensor, q: DiagGaussian) -> Tensor:
-        """log p(x | z) p(z) / q(z | x), float64 (K, N), without the constant of N(mean, variance I)."""
-        error = (x - mean).double().square().sum((-2, -1))
-        return self.prior.double().log_prob(z) - q.double().log_prob(z) - 0.5 * error / self.variance
+    def log_weight(self, z: Tensor, output: Tensor, x: Tensor, q: DiagGaussian) -> Tensor:
+        """log p(x | z) p(z) / q(z | x), float64 (K, N)."""
+        observations, everything = self.vae.observations, torch.ones_like(self.nothing)
+        reconstruction = observations.reconstruction(x.double(), output.double(), everything)
+        likelihood = observations.nats(reconstruction, reconstruction.new_tensor(self.blank.numel()), self.variance)
+        return self.prior.double().log_prob(z) - q.double().log_prob(z) + likelihood
 
     def filled(self, start: Tensor, draws: int) -> Tensor:
         """Tokens (K, N, L, D): those observed, and those of `start` where nothing is."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from biglearn_vae import checks, masks
 from biglearn_vae.distributed import StepRandom
-from biglearn_vae.gaussian import LOG_2PI
 from biglearn_vae.masks import MaskSampler
+from biglearn_vae.observations import GAUSSIAN, Gaussian, Observations, as_observations
 
 Masks = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]  # q(S, T): a MaskSampler, or what is like one
 
@@ -24,11 +24,13 @@ class ELBO:
     """The parts of a BigLearnELBO, one number per image: (B,).
 
     Attributes:
-        reconstruction: log p(x_T | z, x_S) without its constant, -1/2 sum over T of squared errors.
+        reconstruction: log p(x_T | z, x_S); of Gaussian observations without its constant, -1/2 sum over T of squared
+            errors.
         kl: KL[p(z | x_{S u T}) || p(z | x_S)] in nats, not weighted.
         beta: weight of the KL, a number or a tensor ().
         num_targets: |T|, how many tokens the reconstruction sums over.
         token_dim: D.
+        observations: what p(x_T | z, x_S) is.
     """
 
     reconstruction: Tensor
@@ -36,27 +38,29 @@ class ELBO:
     beta: float | Tensor
     num_targets: Tensor
     token_dim: int
+    observations: Observations = GAUSSIAN
 
     @property
     def elbo(self) -> Tensor:
-        """reconstruction - beta kl, without the constant: what training maximises."""
+        """reconstruction - beta kl: what training maximises."""
         return self.reconstruction - self.beta * self.kl
 
     @property
     def elbo_nats(self) -> Tensor:
-        """elbo / beta - |T| D/2 log(2 pi beta), a bound on log p(x_T | x_S) under N(mu, beta I), of one draw.
+        """A bound on log p(x_T | x_S), of one draw.
 
-        Training maximises beta times this bound, up to a constant: to weight the KL by beta is to have observations of
-        variance beta. Under N(mu, I) and with beta below 1 it would bound nothing.
+        Of Gaussian observations under N(mu, beta I), elbo / beta - |T| D/2 log(2 pi beta). Training maximises beta
+        times this bound, up to a constant: to weight the KL by beta is to have observations of variance beta. Under
+        N(mu, I) and with beta below 1 it would bound nothing. Of Bernoulli ones, which have no variance, it is
+        reconstruction - kl, whatever beta is.
 
         Raises:
-            ValueError: for beta = 0, of which there is no such model.
+            ValueError: for Gaussian observations and beta = 0, of which there is no such model.
         """
-        if not isinstance(self.beta, Tensor) and self.beta == 0:
+        if self.observations.scaled and not isinstance(self.beta, Tensor) and self.beta == 0:
             raise ValueError("with beta = 0 there is no N(mu, beta I): the bound in nats needs a positive beta")
-        beta = torch.as_tensor(self.beta, dtype=self.reconstruction.dtype, device=self.reconstruction.device)
         numbers = self.token_dim * self.num_targets.to(self.reconstruction.dtype)
-        return self.elbo / beta - 0.5 * (LOG_2PI + beta.log()) * numbers
+        return self.observations.nats(self.reconstruction, numbers, self.beta) - self.kl
 
     @property
     def loss(self) -> Tensor:
@@ -90,17 +94,20 @@ class BigLearnELBO:
         beta_warmup_steps: steps over which training raises beta linearly (see `weight`).
         beta_warmup_start: share of beta at which the warm-up starts, in [0, 1]. At 0 nothing ties the prior to the
             posterior at first; they part by thousands of nats, and when beta rises the latent is given up.
+        observations: what p(x_T | z, x_S) is: "gaussian" (or None), N(mu, I), mu being what the network gives, or
+            "bernoulli", of pixels that are 0 or 1, whose log-odds it then gives (beta = 1 is the ELBO itself); or an
+            `Observations` of one's own.
 
     Attributes:
-        gaussian: of a subclass whose `terms` are its own: whether observations are N(mean, beta I) all the same, as for
-            another bound of the same, such as one of importance weights. With True it is measured as all others are, by
-            the ELBO above, and has bounds in nats; otherwise it is measured as it is itself.
+        same_model: of a subclass whose `terms` are its own: whether they are another bound on the likelihood of the
+            same model, with these observations, such as one of importance weights. With True it is measured as all
+            others are, by the ELBO above, and has bounds in nats; otherwise it is measured as it is itself.
 
     Raises:
         ValueError: on values outside these.
     """
 
-    gaussian: bool = False
+    same_model: bool = False
 
     def __init__(
         self,
@@ -109,6 +116,7 @@ class BigLearnELBO:
         prior: str = "learned",
         beta_warmup_steps: int = 0,
         beta_warmup_start: float = 0.0,
+        observations: str | Observations | None = None,
     ):
         checks.real_number("beta", beta, "[0, inf)")
         check_prior(prior)
@@ -116,7 +124,7 @@ class BigLearnELBO:
         checks.real_number("beta_warmup_start", beta_warmup_start, "[0, 1]", ": a share of beta")
         self.beta, self.prior = beta, prior
         self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
-        self.masks = _sampler(masks)
+        self.masks, self.observations = _sampler(masks), as_observations(observations)
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -124,6 +132,7 @@ class BigLearnELBO:
         """What tells this objective from another: its name, that of its q(S, T), and what either was made with."""
         return {
             **settings_of(self),
+            "observations": self.observations.name if type(self.observations) is not Gaussian else None,
             "objective": name_of(self),
             "masks": name_of(self.masks),
             **{f"masks.{name}": value for name, value in settings_of(self.masks).items()},
@@ -187,7 +196,7 @@ class BigLearnELBO:
                 f"expected noise, a tensor of standard normal numbers of shape {shape}, got {checks.described(noise)}"
             )
         reconstruction, kl = (self._compiled or self.terms)(net, x, S, T, noise)
-        return ELBO(reconstruction, kl, self.weight(step), T.sum(-1), x.shape[-1])
+        return ELBO(reconstruction, kl, self.weight(step), T.sum(-1), x.shape[-1], self.observations)
 
     def draw(self, x: Tensor | tuple[Tensor, Tensor], random: StepRandom) -> tuple[Tensor, Tensor]:
         """S and T (B, L) of q(S, T), of what was recorded of x, as a call without them draws them before the noise."""
@@ -200,9 +209,9 @@ class BigLearnELBO:
         at what it is to predict.
         """
         q, p = self._posterior_and_prior(net, x, S, T)
-        mean = _asked(net, x, S, q.sample(noise), T)  # (B, L, D)
+        output = _asked(net, x, S, q.sample(noise), T)  # (B, L, D)
         nothing = ~(S | T).any(-1)  # was recorded, and N(0, I) would still be asked of what the network says of it
-        return _log_likelihood(x, mean, T), q.kl(p).masked_fill(nothing, 0)
+        return self.observations.reconstruction(x, output, T), q.kl(p).masked_fill(nothing, 0)
 
     def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""
@@ -214,10 +223,10 @@ class BigLearnELBO:
         return both[: len(x)], both[len(x) :]
 
 
-def is_gaussian(loss: Any) -> bool:
-    """Whether observations are known to be N(mean, beta I), so that there are bounds in nats and beta is a variance: of
-    a BigLearnELBO without terms of its own, or one that says so."""
-    return is_elbo(loss) or (isinstance(loss, BigLearnELBO) and bool(loss.gaussian))
+def has_model(loss: Any) -> bool:
+    """Whether the likelihood is known that an objective bounds, so that there are bounds in nats: of a BigLearnELBO
+    without terms of its own, or one that says so."""
+    return is_elbo(loss) or (isinstance(loss, BigLearnELBO) and bool(loss.same_model))
 
 
 def is_elbo(loss: Any) -> bool:
@@ -321,12 +330,6 @@ def settings_of(part: Any) -> dict[str, Any]:
     names = dict.fromkeys(name for maker in reversed(makers) for name in inspect.signature(maker).parameters)
     kept = vars(part) if hasattr(part, "__dict__") else {}
     return {name: kept[name] for name in names if name in kept}
-
-
-def _log_likelihood(x: Tensor, mean: Tensor, T: Tensor) -> Tensor:
-    """log N(x_T; mean, I) without its constant, (B,), in float32 at least: a sum of thousands has more digits."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return -0.5 * (x.to(dtype) - mean.to(dtype)).masked_fill(~T.unsqueeze(-1), 0).square().sum((-2, -1))
 
 
 def _recorded(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -464,7 +467,7 @@ class InpaintingRegression:
         _check_call(net, random)
         x, S, T = _task(self.masks, x, S, T, random, step)
         mean = _asked(net, x, S, x.new_zeros(len(x), _unwrapped(net).z_dim), T)
-        reconstruction = _log_likelihood(x, mean, T)
+        reconstruction = GAUSSIAN.reconstruction(x, mean, T)
         return ELBO(reconstruction, torch.zeros_like(reconstruction), 0.0, T.sum(-1), x.shape[-1])
 
     @staticmethod

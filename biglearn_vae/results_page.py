@@ -280,8 +280,10 @@ def _runs(runs: Runs) -> str:
     if _of_grid(runs) and (evaluated := _common(runs, "evaluate")):
         settings += f", measured with `{evaluated}`"
     count = f"{len(runs)} runs" if len(runs) > 1 else "One run"
-    own = sorted({run["train"]["objective"] for run in runs if "objective" in run.get("train", {})})
-    note = f"JointELBO of {', '.join(own)} is that objective's own, not to be compared with others'.\n" if own else ""
+    trained = [run.get("train", {}) for run in runs]
+    own = sorted({train["objective"] for train in trained if "objective" in train})
+    own += sorted({f"{train['observations']} observations" for train in trained if "observations" in train})
+    note = f"JointELBO of {', '.join(own)} is their own, not to be compared with others'.\n" if own else ""
     return f"{count} on {where}; {settings}.\n{note}"
 
 
@@ -552,10 +554,10 @@ def _bounds(runs: Runs) -> str:
     rows = []
     for data, case, method, of in groups(own):
         found = [run["evaluate"]["likelihood"] for run in of]
-        fitted = [likelihood["fitted"] for likelihood in found]
+        fitted = [likelihood.get("fitted") or likelihood["model"] for likelihood in found]  # of Bernoulli no variance
         nats = [spread([bounds[name] for bounds in fitted if name in bounds], 1) for name in BOUNDS]
         counts = [str(max(one.get(name) or 0 for one in found)) for name in ("images", "samples", "annealing_steps")]
-        rows.append([data, case, method, *counts, spread([bounds["variance"] for bounds in fitted], 5), *nats])
+        rows.append([data, case, method, *counts, spread([b["variance"] for b in fitted if "variance" in b], 5), *nats])
     text = (
         "In nats an image, under N(mu, variance I) with the variance fitted on training images, as the mean squared\n"
         "error of their reconstructions; importance-weighted bounds (annealed, where there are steps of it), samples\n"

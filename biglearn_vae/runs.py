@@ -327,8 +327,14 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     net = net.to(pick_device(device)).requires_grad_(False)
     # One's own objective may have no such settings; only then is it made, which needs the code of it.
     loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() else config.objective(cfg, drawing=False)
-    variance = loss.beta if state["metadata"].get("gaussian", True) else 0.0
-    return BigLearnVAE(net, tokens, prior=loss.prior, variance=variance), state, path
+    variance, observations = loss.beta if has_model(state) else 0.0, getattr(loss, "observations", None)
+    return BigLearnVAE(net, tokens, loss.prior, variance, observations=observations), state, path
+
+
+def has_model(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of an objective that bounds a known likelihood (`losses.has_model`)."""
+    metadata = state["metadata"]
+    return metadata.get("has_model", metadata.get("gaussian", True))  # as it was called
 
 
 def check_which(which: str) -> None:

@@ -69,8 +69,8 @@ def by_passes(
 
     Args:
         images: whole ones (N, C, H, W), in [0, 1].
-        train: whole training images, of which the first `likelihood_images` give the variance of the observations, for
-            each number of passes (`best_variance`).
+        train: whole training images, of which the first `likelihood_images` give the variance of the observations, if
+            they have one, for each number of passes (`best_variance`).
         likelihood_images: of so many images the bound (`BigLearnVAE.log_prob`) is taken, "joint_nats", mean an image;
             0, or no training images, leaves it out.
         samples: of the bound, for each image and pass.
@@ -87,9 +87,11 @@ def by_passes(
         synchronize(vae.device)
         scores = {"seconds": time.perf_counter() - start} | precision_recall(drawn, images)
         if likelihood_images and train is not None and len(train):
-            variance = best_variance(vae, train[:likelihood_images], count, samples, seed)
+            variance = None
+            if vae.observations.scaled:
+                variance = best_variance(vae, train[:likelihood_images], count, samples, seed)
             nats = vae.log_prob(images[:likelihood_images], None, None, samples, variance, seed, passes=count)
-            scores |= {"joint_nats": nats.mean().item(), "variance": variance}
+            scores |= {"joint_nats": nats.mean().item()} | ({} if variance is None else {"variance": variance})
         result[str(count)] = scores
     return result
 

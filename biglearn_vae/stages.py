@@ -15,7 +15,7 @@ from biglearn_vae.capabilities import BigLearnVAE, check_calls
 from biglearn_vae.data import Splits, parts
 from biglearn_vae.files import read_json, write_text
 from biglearn_vae.loggers import Pictures
-from biglearn_vae.losses import BigLearnELBO, is_gaussian, name_of
+from biglearn_vae.losses import BigLearnELBO, has_model, name_of
 from biglearn_vae.patch_ae import PatchAE
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class VAEStage:
             self._start_from(cfg.init_from)
         self.loss = config.objective(cfg)
         self.metadata = {"tokenizer": self.tokens.state()} if isinstance(self.tokens, PatchAE) else {}
-        self.metadata["gaussian"] = is_gaussian(self.loss)
+        self.metadata["has_model"] = has_model(self.loss)
 
     def _start_from(self, source: str) -> None:
         """Take the weights of a trained model, which may be of another method and of images of another size."""
@@ -98,7 +98,7 @@ class VAEStage:
         return self.tokens.encode(images)
 
     def validate(self, net: nn.Module, images: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
-        vae = BigLearnVAE(net, self.tokens, prior=self.loss.prior)
+        vae = BigLearnVAE.of(net, self.tokens, self.loss)
         return validate(vae, images, self.loss, self.cfg.evaluation.valid_draws)
 
     def finish(self, run: Path, splits: Splits) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -217,7 +217,8 @@ def measure(
         f"{split}_joint_elbo": joint["elbo"],
         f"{split}_reconstruction": joint["reconstruction"],
         f"{split}_kl": joint["kl"],
-        **({} if is_gaussian(loss) else {"objective": name_of(loss)}),
+        **({} if has_model(loss) else {"objective": name_of(loss)}),
+        **({} if vae.observations.name == "gaussian" else {"observations": vae.observations.name}),
         **({f"{split}_joint_bound_nats": joint["elbo_nats"]} if "elbo_nats" in joint else {}),
         "inpainting_psnr": {str(ratio): value for ratio, value in inpainting.items()},
         "nearest_psnr": {str(ratio): value for ratio, value in nearest.items()},
@@ -270,6 +271,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
     elbo, reconstruction, kl = (result[f"{split}_{name}"] for name in ("joint_elbo", "reconstruction", "kl"))
     nats = result.get(f"{split}_joint_bound_nats")
     own = f" by {result['objective']}" if "objective" in result else ""
+    under = _under(result) or "under N(mu, beta I)"
     rows = {
         "share of patches observed": [f"{float(ratio):g}" for ratio in result["inpainting_psnr"]],
         "mean of several completions": [f"{value:.2f}" for value in result["inpainting_psnr"].values()],
@@ -288,7 +290,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
             *_head(result),
             "",
             f"{split} JointELBO{own} {elbo:.3f} = reconstruction {reconstruction:.3f} - beta x KL {kl:.2f}"
-            + ("" if nats is None else f"; {nats:.2f} nats under N(mu, beta I)"),
+            + ("" if nats is None else f"; {nats:.2f} nats {under}"),
             "",
             "in-painting: PSNR in dB over the missing pixels",
             *(f"  {name:<40}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items()),
@@ -305,6 +307,11 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
     )
 
 
+def _under(result: dict[str, Any]) -> str:
+    """What other observations than Gaussian ones a measured run has; nothing for these."""
+    return f"of {result['observations'].capitalize()} observations" if "observations" in result else ""
+
+
 def _likelihood_lines(result: dict[str, Any]) -> list[str]:
     """The log-likelihoods and the consistency of an evaluation, as a table; nothing if they were not measured."""
     if "likelihood" not in result:
@@ -312,8 +319,9 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
     likelihood, agreement = result["likelihood"], result["consistency"]
     measured = [bounds for bounds in likelihood.values() if isinstance(bounds, dict)]
     tasks = [task for task in ("joint", "marginal", "conditional") if all(f"{task}_nats" in b for b in measured)]
+    under = _under(result) or "under N(mu, variance I)"
     lines = [
-        f"bounds on log p under N(mu, variance I), {likelihood['images']} images, {likelihood['samples']} samples each"
+        f"bounds on log p {under}, {likelihood['images']} images, {likelihood['samples']} samples each"
         + (f", annealed in {steps} steps" if (steps := likelihood.get("annealing_steps")) else ""),
         f"  {'':<45}" + "".join(f"{task:>13}" for task in tasks),
     ]
@@ -321,13 +329,14 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
         for name, origin in (("model", "beta"), ("fitted", "fitted")):
             if bounds := likelihood.get(name):
                 cells = "".join(f"{bounds[f'{task}_{unit}']:>13.{digits}f}" for task in tasks)
-                head = f"{words}, variance {bounds['variance']:.4g} ({origin})"
+                head = words + (f", variance {bounds['variance']:.4g} ({origin})" if "variance" in bounds else "")
                 lines.append(f"  {head:<45}" + cells)
     if likelihood.get("prior") == "standard" and len(tasks) > 1:
         lines.append("  conditional and consistency: by an encoder and a decoder that never saw a part of an image")
     if agreement:
+        of_variance = f", variance {agreement['variance']:.4g}" if "variance" in agreement else ""
         lines += [
-            f"consistency, variance {agreement['variance']:.4g}: log p(a) + log p(b | a) and log p(b) + log p(a | b)",
+            f"consistency{of_variance}: log p(a) + log p(b | a) and log p(b) + log p(a | b)",
             f"  differ by {agreement['order_gap']:.2f} nats, two estimates of the first by "
             f"{agreement['order_noise']:.2f};",
             f"  p(z | x_S) is at least {agreement['posterior_gap']:.2f} nats from the posterior of Bayes' rule "

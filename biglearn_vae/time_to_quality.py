@@ -79,7 +79,7 @@ def _point(
     seconds = 0.0
     if before:
         seconds = before[-1].seconds + seconds_of(step, mark - before[-1].step, work.device)
-    vae = BigLearnVAE(step.result, tokenizer, prior=work.loss.prior, variance=work.loss.beta)
+    vae = BigLearnVAE.of(step.result, tokenizer, work.loss)
     parts = evaluation.elbo(vae, images, work.loss, seed=work.seed)
     if not math.isfinite(parts["elbo"]):
         raise TrainingError(f"the JointELBO is not finite after {mark} steps: try a smaller optim.lr")

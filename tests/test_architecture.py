@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "biglearn_vae"
 FLOORS = [
     {"files", "checks", "array_files", "kernels", "cuda_graph", "workers", "states", "sheets"},
     {"patches", "gaussian", "attention", "biases", "norms", "distributed", "masks", "image_files", "checkpoint"},
-    {"layers", "torch_datasets", "patch_ae", "annealing", "optim"},
+    {"layers", "torch_datasets", "patch_ae", "annealing", "optim", "observations"},
     {"data"},
     {"models", "losses"},
     {"capabilities", "loggers"},

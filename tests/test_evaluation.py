@@ -19,7 +19,7 @@ from biglearn_vae import (
     masks,
 )
 from biglearn_vae.distributed import StepRandom, derive_seed
-from biglearn_vae.losses import is_gaussian
+from biglearn_vae.losses import has_model
 
 N, Z = 6, 3
 
@@ -564,7 +564,7 @@ def test_nats_are_those_of_a_gaussian_alone(vae):
     class Weighted(BigLearnELBO):
         """Of importance weights, say: of the same observations."""
 
-        gaussian = True
+        same_model = True
 
         def terms(self, *arguments):
             return tuple(2 * part for part in super().terms(*arguments))
@@ -572,7 +572,7 @@ def test_nats_are_those_of_a_gaussian_alone(vae):
     for joint in (True, False):  # they are measured as all others are
         expected = evaluation.elbo(vae, pictures(vae), BigLearnELBO(0.3), joint, seed=1)
         assert evaluation.elbo(vae, pictures(vae), Weighted(0.3), joint, seed=1) == expected
-    assert is_gaussian(Weighted(0.3)) and not is_gaussian(Laplace(0.3)) and not is_gaussian(lambda *_: None)
+    assert has_model(Weighted(0.3)) and not has_model(Laplace(0.3)) and not has_model(lambda *_: None)
     with pytest.raises(ValueError, match=r"expected an objective, such as BigLearnELBO\(beta\), got 0.3"):
         evaluation.elbo(vae, pictures(vae), 0.3)
 

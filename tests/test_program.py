@@ -443,6 +443,36 @@ def test_a_likelihood_and_a_network_of_ones_own(here, own_parts, monkeypatch, ca
     assert "expected of the loss an ELBO, or what has its parts" in capsys.readouterr().err
 
 
+def test_binary_images_from_training_to_every_measure(here, monkeypatch, capsys):
+    words = [*SMALL, "loss.observations=bernoulli", "loss.beta=1", "name=run"]
+    assert run_here(monkeypatch, *words) == 2
+    assert "error: Bernoulli observations are pixels that are 0 or 1" in capsys.readouterr().err
+    assert run_here(monkeypatch, *words, "binarize=threshold", "name=binary") == 0
+    assert " nats of Bernoulli observations" in capsys.readouterr().out
+    summary = json.loads(Path("outputs/binary/summary.json").read_text())
+    assert summary["observations"] == "bernoulli" and "objective" not in summary
+    # Of beta = 1 and no constant, it is the ELBO itself.
+    assert summary["test_joint_bound_nats"] == pytest.approx(summary["test_joint_elbo"])
+    vae, x = blv.load("outputs/binary", device="cpu"), (blv.images("digits", "test") >= 0.5).float()
+    found = blv.evaluation.elbo(vae, x, blv.BigLearnELBO(1.0, observations="bernoulli"))
+    assert found["elbo"] == pytest.approx(summary["test_joint_elbo"])
+    few = ["run=outputs/binary", "images=9", "draws=2", "samples=2"]
+    assert run_here(monkeypatch, *few, "likelihood_images=3", "passes=[2]", script="evaluate") == 0
+    found = json.loads(Path("outputs/binary/evaluation.json").read_text())
+    assert "variance" not in found["likelihood"]["model"] and "fitted" not in found["likelihood"]
+    assert found["likelihood"]["model"]["joint_nats"] == pytest.approx(
+        blv.evaluation.likelihood(vae, x[:3], samples=2)["joint_nats"]
+    )
+    assert found["passes"]["scores"]["2"].keys() == {"precision", "recall", "seconds", "joint_nats"}
+    assert "bounds on log p of Bernoulli observations" in capsys.readouterr().out
+    assert run_here(monkeypatch, *few, "tasks=[0.5]", "likelihood_images=2", "iterations=[]", script="complete") == 0
+    nats = json.loads(Path("outputs/binary/completion.json").read_text())["tasks"]["0.5"]["nats"]
+    assert nats["mean"] < 0 and "variance" not in nats and "variance" not in capsys.readouterr().out
+    words = ["run=outputs/binary", "draws=1", "ratios=[0.5]", "train_images=40", "test_images=20"]
+    assert run_here(monkeypatch, *words, script="probe") == 0
+    assert run_here(monkeypatch, "run=outputs/binary", "figures=[passes]", script="figures") == 0
+
+
 @pytest.mark.parametrize(
     ("word", "expected"),
     [

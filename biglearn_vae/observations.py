@@ -1,0 +1,122 @@
+"""What is observed, given what a network says of it: p(x_T | z, x_S), each number for itself.
+
+B images, L tokens, D token dimension. What a network gives at a position of T is an output (D,): the mean of a normal
+distribution, or the log-odds of a pixel that is 1.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from biglearn_vae import checks
+from biglearn_vae.gaussian import LOG_2PI
+
+
+class Observations:
+    """p(x | output) of single numbers. Subclasses say which.
+
+    Attributes:
+        name: that of the setting.
+        scaled: whether a variance belongs to it. Training then weights the KL by beta where it is beta.
+    """
+
+    name: str
+    scaled: bool
+
+    def reconstruction(self, x: Tensor, output: Tensor, T: Tensor) -> Tensor:
+        """What training maximises: the sum over T of `terms`, in float32 at least, as thousands are summed.
+
+        Args:
+            x: tokens (..., L, D); outside T they may be anything.
+            output: of a network, (..., L, D).
+            T: (..., L)
+        """
+        dtype, others = torch.promote_types(x.dtype, torch.float32), ~T.unsqueeze(-1)
+        # Hidden twice: a NaN of x must reach neither the sum nor a gradient.
+        terms = self.terms(x.to(dtype).masked_fill(others, 0), output.to(dtype))
+        return terms.masked_fill(others, 0).sum((-2, -1))
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        """log p(x | output) of each number, of variance 1 where there is one and without its constant."""
+        raise NotImplementedError
+
+    def nats(self, reconstruction: Tensor, numbers: Tensor, variance: float | Tensor) -> Tensor:
+        """log p(x_T | output) of a sum of `terms` over so many numbers."""
+        raise NotImplementedError
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x | output]"""
+        raise NotImplementedError
+
+    def sample(self, output: Tensor, variance: float, generator: torch.Generator | None = None) -> Tensor:
+        """x ~ p(x | output)"""
+        raise NotImplementedError
+
+    def check(self, x: Tensor, T: Tensor) -> None:
+        """Raise a ValueError unless the tokens x (..., L, D) at T (..., L) are what can be observed."""
+
+
+class Gaussian(Observations):
+    """N(output, variance I)."""
+
+    name, scaled = "gaussian", True
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        return -0.5 * (x - output).square()
+
+    def nats(self, reconstruction: Tensor, numbers: Tensor, variance: float | Tensor) -> Tensor:
+        log = variance.log() if isinstance(variance, Tensor) else math.log(variance)
+        return reconstruction / variance - 0.5 * numbers * (LOG_2PI + log)
+
+    def mean(self, output: Tensor) -> Tensor:
+        return output
+
+    def sample(self, output: Tensor, variance: float, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
+        return output + math.sqrt(variance) * noise
+
+
+class Bernoulli(Observations):
+    """1 with probability sigmoid(output), else 0: pixels of black and white images."""
+
+    name, scaled = "bernoulli", False
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        return x * output - F.softplus(output)
+
+    def nats(self, reconstruction: Tensor, numbers: Tensor, variance: float | Tensor) -> Tensor:
+        return reconstruction
+
+    def mean(self, output: Tensor) -> Tensor:
+        return output.sigmoid()
+
+    def sample(self, output: Tensor, variance: float, generator: torch.Generator | None = None) -> Tensor:
+        uniform = torch.rand(output.shape, dtype=output.dtype, device=output.device, generator=generator)
+        return (uniform < output.sigmoid()).to(output.dtype)
+
+    def check(self, x: Tensor, T: Tensor) -> None:
+        if others := int((((x != 0) & (x != 1)).any(-1) & T).sum()):
+            raise ValueError(
+                f"Bernoulli observations are pixels that are 0 or 1, got other numbers in {others} patches: of images "
+                "(x > 0.5).float() are such, of a data set binarize=threshold makes them"
+            )
+
+
+GAUSSIAN = Gaussian()
+KINDS = {kind.name: kind for kind in (Gaussian, Bernoulli)}
+
+
+def as_observations(given: Any) -> Observations:
+    """Observations by their name, or themselves; None are Gaussian.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(given, Observations):
+        return given
+    name = "gaussian" if given is None else given
+    checks.check_choice("observations", name, tuple(KINDS))
+    return KINDS[name]()

@@ -1,0 +1,278 @@
+"""Gaussian and Bernoulli observations; of the latter against a model whose likelihoods are found by integration."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Normal
+
+from biglearn_vae import (
+    BigLearnELBO,
+    BigLearnVAE,
+    DiagGaussian,
+    ImageSet,
+    Patchify,
+    UniversalViT,
+    evaluation,
+    gibbs,
+    load,
+)
+from biglearn_vae.capabilities import best_variance
+from biglearn_vae.data import binarized
+from biglearn_vae.losses import InpaintingRegression
+from biglearn_vae.observations import Gaussian, Observations, as_observations
+
+ALL = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64).view(16, 2, 2)  # (N, L, D)
+
+
+class Pixels(nn.Module):
+    """Two patches of two pixels that are white with probability sigmoid(w z + b), z ~ N(0, 1) of one dimension.
+
+    What it says of p(z | x_S) is near Bayes' posterior and not it.
+    """
+
+    grid, num_tokens, token_dim, z_dim = (1, 2), 2, 2, 1
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([[2.0, -1.5], [1.0, 2.5]], dtype=torch.float64))
+        self.b = torch.tensor([[-0.5, 0.3], [0.2, -1.0]], dtype=torch.float64)
+
+    def forward(self, x: Tensor, S: Tensor, z: Tensor | None = None, T=None) -> DiagGaussian | Tensor:
+        if z is not None:
+            return z.unsqueeze(-1) * self.w + self.b
+        seen = S.unsqueeze(-1)
+        mean = 0.5 * ((x - 0.5) * self.w).masked_fill(~seen, 0).sum((1, 2))
+        precision = 1 + 0.15 * (self.w.square() * seen).sum((1, 2))
+        return DiagGaussian(mean.unsqueeze(-1), -precision.log().unsqueeze(-1))
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor, T: Tensor) -> Tensor:
+        """The truth, log p(x_T), by Simpson's rule over z."""
+        z = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+        weights = torch.tensor([1.0] + [4.0, 2.0] * 1999 + [4.0, 1.0], dtype=torch.float64) * (24 / 4000 / 3)
+        of_pixels = Bernoulli(logits=z.view(-1, 1, 1, 1) * self.w + self.b).log_prob(x)
+        of_images = (of_pixels * T.unsqueeze(-1)).sum((-2, -1)) + Normal(0.0, 1.0).log_prob(z).unsqueeze(-1)
+        return (of_images + weights.log().unsqueeze(-1)).logsumexp(0)
+
+
+def model(prior: str = "learned") -> BigLearnVAE:
+    return BigLearnVAE(Pixels(), Rows(), prior, observations="bernoulli", chunk=10**6)
+
+
+class Rows(nn.Module):
+    """Images (B, 1, 1, 4) as two tokens of two pixels."""
+
+    grid, token_dim, image_shape = (1, 2), 2, (1, 1, 4)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.reshape(-1, 2, 2)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return tokens.reshape(-1, 1, 1, 4)
+
+
+BOTH = torch.ones(1, 2, dtype=torch.bool)
+FIRST = torch.tensor([[True, False]])
+
+
+def test_terms_are_those_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    x, output = (torch.rand(3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    T = x[..., 0] > 0.4
+    for name, variance, truth in (
+        ("gaussian", 0.3, Normal(output, 0.3**0.5).log_prob(x)),
+        ("bernoulli", 1.0, Bernoulli(logits=output).log_prob(x.round())),
+    ):
+        kind = as_observations(name)
+        own = x.round() if name == "bernoulli" else x
+        expected = (truth * T.unsqueeze(-1)).sum((1, 2))
+        found = kind.nats(kind.reconstruction(own, output, T), 5 * T.sum(-1).double(), variance)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    far = torch.tensor([800.0, -800.0])  # log-odds of what is all but certain
+    terms = as_observations("bernoulli").terms(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), far)
+    assert terms.tolist() == [[0, 0], [-800, -800]]
+
+
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli"])
+def test_what_is_not_asked_for_may_be_nan_and_has_no_gradient(name):
+    x, T = torch.rand(2, 3, 4).round(), torch.tensor([True, False, True])
+    x[:, 1] = torch.nan
+    output = torch.rand(2, 3, 4, requires_grad=True)
+    as_observations(name).reconstruction(x, output, T).sum().backward()
+    assert output.grad.isfinite().all() and not output.grad[:, 1].any() and output.grad[:, 0].all()
+
+
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli"])
+def test_samples_have_the_mean_and_the_variance(name):
+    kind, output = as_observations(name), torch.tensor([-2.0, 0.0, 0.7], dtype=torch.float64)
+    drawn = kind.sample(output.expand(200_000, 3), 0.3, torch.Generator().manual_seed(0))
+    p = output.sigmoid()
+    expected = (p, p * (1 - p)) if name == "bernoulli" else (output, torch.full((3,), 0.3).double())
+    torch.testing.assert_close(kind.mean(output), expected[0])
+    torch.testing.assert_close(drawn.mean(0), expected[0], rtol=0, atol=5e-3)
+    torch.testing.assert_close(drawn.var(0), expected[1], rtol=0, atol=5e-3)
+
+
+def test_probabilities_of_all_images_are_those_of_integration_and_sum_to_1():
+    vae = model()
+    truth = vae.net.log_prob(ALL, BOTH)
+    torch.testing.assert_close(truth.logsumexp(0), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-10)
+    found = vae.log_prob(ALL, samples=60_000, seed=0)
+    torch.testing.assert_close(found, truth, rtol=0, atol=0.02)
+    annealed = evaluation.annealed_log_prob(vae, ALL, samples=64, steps=50)
+    assert ((annealed.nats - truth).abs() < 5 * annealed.error + 1e-3).all()
+    few = torch.stack([vae.log_prob(ALL, samples=1, seed=seed) for seed in range(2000)]).mean(0)
+    assert (few < truth).all()  # the bound of one draw
+
+
+def test_conditionals_and_marginals_are_those_of_integration():
+    vae = model()
+    marginal = vae.log_prob(ALL, FIRST, samples=20_000, seed=1)
+    torch.testing.assert_close(marginal, vae.net.log_prob(ALL, FIRST), rtol=0, atol=0.02)
+    assert vae.log_prob(ALL[:3], FIRST, unit="bits_per_dim", samples=2, seed=1).shape == (3,)
+    conditional = evaluation.conditional_log_prob_joint(vae, ALL, FIRST, samples=64, steps=100)
+    truth = vae.net.log_prob(ALL, BOTH) - vae.net.log_prob(ALL, FIRST)
+    assert ((conditional.nats - truth).abs() < 5 * conditional.error + 1e-3).all()
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1, 0.0])
+def test_the_elbo_bounds_the_likelihood_whatever_beta_is(beta):
+    vae, loss = model(), BigLearnELBO(beta, observations="bernoulli")
+    few = [evaluation.elbo(vae, ALL, loss, seed=seed) for seed in range(300)]
+    for numbers in few[:3]:
+        assert numbers["elbo"] == pytest.approx(numbers["reconstruction"] - beta * numbers["kl"])
+        assert numbers["elbo_nats"] == pytest.approx(numbers["reconstruction"] - numbers["kl"])
+    mean = sum(numbers["elbo_nats"] for numbers in few) / 300
+    bound = torch.stack([vae.log_prob(ALL, samples=1, seed=seed) for seed in range(300)]).mean()
+    assert mean == pytest.approx(bound.item(), abs=0.05) and mean < vae.net.log_prob(ALL, BOTH).mean()
+
+
+@pytest.mark.parametrize("pseudo", [0, 10**6], ids=["metropolis", "pseudo-gibbs"])
+def test_chains_end_in_the_conditional_distribution_if_they_weigh(pseudo):
+    """Hidden are two pixels, so four cases; the encoder is not Bayes' posterior, and pseudo-Gibbs is off."""
+    vae, count = model(), 20_000
+    x = ALL[12]  # white, white, black, black
+    states = gibbs.chain(vae, x, FIRST[0], count, pseudo, seed=0)
+    state = next(itertools.islice(states, 60, None))
+    cases = (state.x[:, 0, 1] * torch.tensor([2.0, 1.0])).sum(-1).long()
+    found = torch.bincount(cases, minlength=4).double() / count
+    same = ALL[12:16]  # all that agree with what is observed
+    truth = (vae.net.log_prob(same, BOTH) - vae.net.log_prob(same[:1], FIRST)).exp()
+    errors = ((found - truth) / (truth * (1 - truth) / count).sqrt()).abs()
+    assert errors.max() < 4.5 if pseudo == 0 else errors.max() > 8
+    assert torch.equal(state.mean, state.output.sigmoid())
+
+
+def test_what_comes_back_are_probabilities():
+    vae = model()
+    z = torch.tensor([[0.3], [-1.0]], dtype=torch.float64)
+    expected = (z.unsqueeze(-1) * vae.net.w + vae.net.b).sigmoid()
+    torch.testing.assert_close(vae.decode(z).view(2, 2, 2), expected.detach())
+    completed = vae.decode(z, ALL[[12, 12]], FIRST).view(2, 2, 2)
+    torch.testing.assert_close(completed[:, 1], expected[:, 1].detach())
+    assert torch.equal(completed[:, 0], ALL[[12, 12], 0])
+
+
+def test_a_file_keeps_what_observations_are(tmp_path):
+    tokens = Patchify(4, 2, 1)
+    net = UniversalViT(grid=tokens.grid, token_dim=4, dim=8, depth=1, z_dim=2)
+    loss = BigLearnELBO(0.5, observations="bernoulli")
+    vae = BigLearnVAE.of(net, tokens, loss)
+    assert (vae.prior, vae.variance, vae.observations) == ("learned", 0.5, loss.observations)
+    vae.save(tmp_path / "model.pt")
+    other, x = load(tmp_path / "model.pt", device="cpu"), torch.rand(3, 1, 4, 4).round()
+    assert other.observations.name == "bernoulli"
+    assert torch.equal(other.log_prob(x, seed=0), vae.log_prob(x, seed=0))
+    assert BigLearnVAE.of(net, tokens, BigLearnELBO(0.5)).observations.name == "gaussian"
+
+    class Own(Gaussian):
+        """N(output, I) by another name."""
+
+    own = BigLearnVAE(net, tokens, observations=Own())
+    assert torch.equal(own.log_prob(x, seed=0), BigLearnVAE(net, tokens).log_prob(x, seed=0))
+    with pytest.raises(ValueError, match="observations of one's own, Own, cannot be written"):
+        own.save(tmp_path / "own.pt")
+
+
+def test_settings_tell_bernoulli_from_gaussian_ones_which_are_those_of_before():
+    assert BigLearnELBO(1.0).settings["observations"] is None
+    assert BigLearnELBO(1.0, observations="gaussian").settings == BigLearnELBO(1.0).settings
+    assert BigLearnELBO(1.0, observations="bernoulli").settings["observations"] == "bernoulli"
+    with pytest.raises(ValueError, match="observations must be gaussian or bernoulli, got 'poisson'"):
+        BigLearnELBO(1.0, observations="poisson")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda vae, x: vae.log_prob(x, variance=0.1), "bernoulli observations have no variance: leave variance=0.1"),
+        (lambda vae, x: evaluation.fit_variance(vae, x), "bernoulli observations have no variance to be fitted"),
+        (lambda vae, x: best_variance(vae, x), "bernoulli observations have no variance to be fitted"),
+        (lambda vae, x: vae.log_prob(x / 2), "0 or 1, got other numbers in 24 patches: of images"),
+        (lambda vae, x: gibbs.pseudo_gibbs(vae, x / 2, FIRST), "0 or 1, got other numbers in 12 patches"),
+        (
+            lambda vae, x: evaluation.elbo(vae, x / 2, BigLearnELBO(1.0, observations="bernoulli")),
+            "0 or 1, got other numbers in 24 patches",
+        ),
+        (
+            lambda vae, x: evaluation.elbo(vae, x, BigLearnELBO(1.0)),
+            'the loss has gaussian observations, the model bernoulli ones: give the loss observations="bernoulli"',
+        ),
+    ],
+)
+def test_what_has_no_meaning_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(model(), ALL)
+
+
+def test_hidden_and_unrecorded_pixels_may_be_anything():
+    vae, x = model(), ALL.clone()
+    x[:, 1] = torch.nan
+    assert torch.equal(vae.log_prob(x, FIRST, samples=4, seed=0), vae.log_prob(ALL, FIRST, samples=4, seed=0))
+    x[:, 1] = 0.5
+    assert vae.log_prob(x, FIRST, samples=4, seed=0).isfinite().all()
+
+
+def test_the_regressor_has_squared_errors_whatever_the_model():
+    vae, x = model(), ALL
+    found = InpaintingRegression()(vae.net, x, FIRST.expand(16, -1), ~FIRST.expand(16, -1))
+    error = (x - vae.net.b).square()[:, 1].sum(-1)
+    torch.testing.assert_close(found.reconstruction, -0.5 * error)
+
+
+def test_observations_of_ones_own():
+    class Laplace(Observations):
+        name, scaled = "laplace", False
+
+        def terms(self, x, output):
+            return -(x - output).abs() - math.log(2)
+
+        def nats(self, reconstruction, numbers, variance):
+            return reconstruction
+
+        def mean(self, output):
+            return output
+
+    vae = BigLearnVAE(Pixels(), Rows(), observations=Laplace(), chunk=10**6)
+    x = torch.linspace(-1, 2, 8, dtype=torch.float64).view(2, 2, 2)
+    z = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    density = torch.distributions.Laplace(z.view(-1, 1, 1, 1) * vae.net.w + vae.net.b, 1.0).log_prob(x).sum((-2, -1))
+    truth = (density + Normal(0.0, 1.0).log_prob(z).unsqueeze(-1)).logsumexp(0) + math.log(24 / 4000)
+    torch.testing.assert_close(vae.log_prob(x, samples=50_000, seed=0), truth.detach(), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_in_black_and_white(channels):
+    grey = torch.tensor([0, 51, 127, 128, 255], dtype=torch.uint8)
+    images = ImageSet(grey.view(1, 1, 1, 5).expand(20_000, channels, 1, 5), labels=torch.arange(20_000))
+    white = binarized(images, "threshold")
+    assert white[:1].flatten(0, 2)[0].tolist() == [0, 0, 0, 1, 1] and torch.equal(white.labels, images.labels)
+    drawn = binarized(images, "sample")
+    assert drawn.pixels.unique().tolist() == [0, 255] and torch.equal(drawn.pixels, binarized(images, "sample").pixels)
+    torch.testing.assert_close(drawn[:].mean((0, 1, 2)), grey / 255, rtol=0, atol=0.02)
+    assert (drawn.pixels == drawn.pixels[:, :1]).all()  # grey images stay grey
+    with pytest.raises(ValueError, match="binarize must be threshold or sample, got 'otsu'"):
+        binarized(images, "otsu")
