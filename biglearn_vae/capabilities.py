@@ -57,7 +57,7 @@ class Observed(NamedTuple):
 
 
 class _Importance(NamedTuple):
-    """What importance weights are made of, whatever the variance of the observations; float64.
+    """What importance weights are made of, whatever the variance of Gaussian observations; float64.
 
     Attributes:
         reconstruction: log p(x_T | z, x_S), of Gaussian observations without its constant and of variance 1, (K, B).
@@ -265,7 +265,8 @@ class BigLearnVAE:
 
     @torch.no_grad()
     def decode(self, z: Tensor, x: Tensor | None = None, S: Tensor | None = None) -> Tensor:
-        """The mean of p(x | z), or with data of p(x_T | z, x_S), T being all that S is not.
+        """The mean of p(x | z), or with data of p(x_T | z, x_S), T being all that S is not; of Bernoulli observations a
+        probability.
 
         Observed patches come back as they are in x, and so do single pixels that a mask S of pixels names.
 
@@ -332,7 +333,7 @@ class BigLearnVAE:
             passes: P; in each a P-th of what is missing, in random order, is completed and from then on observed. At
                 most one a missing patch is made; P take P times as long. Like all observed patches they are given to
                 the network as they are, means without the noise of observations, so draws differ less than by p(x_T |
-                x_S).
+                x_S); of Bernoulli ones they are grey, which the network never saw.
         """
         draws = _draws(draws, seed)
         return self._drawn(self.observe(x, S), draws, seed, passes)
