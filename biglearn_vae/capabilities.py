@@ -18,7 +18,7 @@ from biglearn_vae.distributed import derive_seed
 from biglearn_vae.gaussian import DiagGaussian, bits_per_dim
 from biglearn_vae.losses import check_prior, has_model
 from biglearn_vae.models import MaskedViT, TwoStackViT, UniversalViT
-from biglearn_vae.observations import KINDS, Observations, as_observations
+from biglearn_vae.observations import Observations, as_observations, is_own
 from biglearn_vae.patch_ae import PatchAE
 from biglearn_vae.patches import Patchify, of_batch
 
@@ -133,10 +133,11 @@ class BigLearnVAE:
         Args:
             loss: a `BigLearnELBO`, or what has `prior` and `beta`. Of one with terms of its own nothing is known of the
                 observations (`losses.has_model`): the variance is then 0, to be given by each call.
-            options: others, such as `chunk`.
+            options: others, such as `chunk`, and what is to be otherwise.
         """
         variance = loss.beta if has_model(loss) else 0.0
-        return cls(net, tokenizer, loss.prior, variance, observations=getattr(loss, "observations", None), **options)
+        settings = {"prior": loss.prior, "variance": variance, "observations": getattr(loss, "observations", None)}
+        return cls(net, tokenizer, **settings | options)
 
     def save(self, path: str | Path) -> None:
         """Write the model into one file, from which `biglearn_vae.load` makes it again, wherever it is.
@@ -151,7 +152,7 @@ class BigLearnVAE:
         path = Path(path).expanduser()
         if path.is_dir():
             raise ValueError(f"expected the name of a file to write, such as {path / 'model.pt'}, got a folder, {path}")
-        if type(self.observations) not in KINDS.values():
+        if is_own(self.observations):
             raise ValueError(
                 f"observations of one's own, {type(self.observations).__name__}, cannot be written into a file: keep "
                 "the weights, vae.net.state_dict(), and make the model of them"

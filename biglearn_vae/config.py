@@ -15,7 +15,6 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -734,7 +733,7 @@ def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
     grid = patches(cfg).grid
     splits = data.load(**data_settings(cfg) | ({"root": root} if root else {}))
     if how is not None:
-        splits = replace(splits, **{part: data.binarized(getattr(splits, part), how) for part in data.PARTS})
+        splits = data.binarized(splits, how)
     splits = data.with_missing(splits, share, grid, unit)
     data.check_recorded(splits, grid)
     return splits

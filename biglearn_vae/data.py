@@ -405,24 +405,31 @@ def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str 
     return replace(splits, **parts)
 
 
-def binarized(images: ImageSet, how: str) -> ImageSet:
-    """The same images in black and white.
+def binarized(splits: Splits, how: str) -> Splits:
+    """The same data in black and white.
 
     Args:
-        how: "threshold" makes a pixel white where its grey, the mean of its channels, is 1/2 or more; "sample" with
-            its grey as probability, drawn once, the same at each call.
+        how: "threshold" makes a pixel white where its brightness, the mean of its channels, is 1/2 or more; "sample"
+            with its brightness as probability, drawn once, the same at each call.
 
     Raises:
         ValueError: for another word.
     """
     checks.check_choice("binarize", how, ("threshold", "sample"))
+    return replace(splits, **{part: _binarized(getattr(splits, part), how) for part in PARTS})
+
+
+def _binarized(images: ImageSet, how: str) -> ImageSet:
     generator = torch.Generator().manual_seed(derive_seed("binarize", SPLIT_SEED, len(images)))
-    white = []
-    for pixels in images.pixels.split(CHUNK):
-        grey = pixels.float().mean(1, keepdim=True) / 255
-        at = torch.rand(grey.shape, generator=generator).to(grey.device) if how == "sample" else 0.5
-        white.append((grey > at if how == "sample" else grey >= at).expand_as(pixels))
-    return replace(images, pixels=torch.cat(white).to(torch.uint8) * 255)
+    white = [torch.zeros_like(images.pixels[:0])]
+    for pixels in images.pixels.split(CHUNK) if len(images) else ():
+        brightness = pixels.float().mean(1, keepdim=True) / 255
+        if how == "sample":
+            is_white = brightness > torch.rand(brightness.shape, generator=generator).to(brightness.device)
+        else:
+            is_white = brightness >= 0.5
+        white.append(255 * is_white.expand_as(pixels).to(torch.uint8))
+    return replace(images, pixels=torch.cat(white))
 
 
 def check_recorded(splits: Splits, grid: tuple[int, int]) -> None:

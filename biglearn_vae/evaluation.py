@@ -24,6 +24,7 @@ from biglearn_vae.distributed import StepRandom, derive_seed, global_generator
 from biglearn_vae.gaussian import DiagGaussian, bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO, has_model
 from biglearn_vae.masks import MaskSampler
+from biglearn_vae.observations import as_observations
 from biglearn_vae.patches import Patchify
 
 Task = float | str  # what is observed: a random share of the patches, or a shape
@@ -62,8 +63,8 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
             f"the loss has the {loss.prior} prior, the model the {vae.prior} one, as it was trained: give the loss "
             f'prior="{vae.prior}"'
         )
-    own = getattr(loss, "observations", vae.observations)
-    if own.name != vae.observations.name:
+    own = as_observations(getattr(loss, "observations", vae.observations))
+    if type(own) is not type(vae.observations):
         raise ValueError(
             f"the loss has {own.name} observations, the model {vae.observations.name} ones: give the loss "
             f'observations="{vae.observations.name}"'
@@ -84,8 +85,7 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 def _elbos(vae: BigLearnVAE, loss: BigLearnELBO, tokens: Tensor, joint: bool, random: StepRandom) -> Iterator[ELBO]:
     """As many images at a time as pass through the network at once, with what is drawn for all of them."""
     S, known = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device), has_model(loss)
-    if known:
-        loss.observations.check(tokens, masks.recorded(tokens))
+    vae.observations.check(tokens, masks.recorded(tokens))
     if not known and type(loss).__call__ is not BigLearnELBO.__call__:
         yield loss(vae.net, tokens, *((S, ~S) if joint else ()), random=random)  # which draws as it likes
         return

@@ -132,7 +132,7 @@ class BigLearnELBO:
         """What tells this objective from another: its name, that of its q(S, T), and what either was made with."""
         return {
             **settings_of(self),
-            "observations": self.observations.name if type(self.observations) is not Gaussian else None,
+            "observations": self.observations.name if type(self.observations) is not Gaussian else None,  # as of old
             "objective": name_of(self),
             "masks": name_of(self.masks),
             **{f"masks.{name}": value for name, value in settings_of(self.masks).items()},
@@ -181,13 +181,15 @@ class BigLearnELBO:
 
         Raises:
             ValueError: if something is to be drawn and there is no `random`, on arguments of another shape or type,
-                and, unless `step` is given, if S and T are not disjoint or T is empty. (A step of training does not
-                ask: on a GPU the answer would have to be waited for.)
+                and, unless `step` is given, if S and T are not disjoint, T is empty or x_T cannot be observed. (A step
+                of training does not ask: on a GPU the answer would have to be waited for.)
         """
         if random is None and (S is None or T is None or noise is None):
             raise ValueError("give S, T and noise, or random to draw them from")
         _check_call(net, random)
         x, S, T = _task(self.masks, x, S, T, random, step)
+        if step is None and not torch.compiler.is_compiling():
+            self.observations.check(x, T)
         shape = (len(x), _unwrapped(net).z_dim)
         if noise is None:
             noise = random.normal(shape, x.dtype)

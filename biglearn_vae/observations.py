@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from biglearn_vae import checks
 from biglearn_vae.gaussian import LOG_2PI
 
 
@@ -19,12 +18,17 @@ class Observations:
     """p(x | output) of single numbers. Subclasses say which.
 
     Attributes:
-        name: that of the setting.
-        scaled: whether a variance belongs to it. Training then weights the KL by beta where it is beta.
+        name: that of the class, in small letters.
+        scaled: whether they are N(output, variance I), of a variance that may be fitted, and which is beta where
+            training weights the KL by beta.
     """
 
     name: str
-    scaled: bool
+    scaled: bool = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls.name = cls.__name__.lower()
 
     def reconstruction(self, x: Tensor, output: Tensor, T: Tensor) -> Tensor:
         """What training maximises: the sum over T of `terms`, in float32 at least, as thousands are summed.
@@ -62,7 +66,7 @@ class Observations:
 class Gaussian(Observations):
     """N(output, variance I)."""
 
-    name, scaled = "gaussian", True
+    scaled = True
 
     def terms(self, x: Tensor, output: Tensor) -> Tensor:
         return -0.5 * (x - output).square()
@@ -81,8 +85,6 @@ class Gaussian(Observations):
 
 class Bernoulli(Observations):
     """1 with probability sigmoid(output), else 0: pixels of black and white images."""
-
-    name, scaled = "bernoulli", False
 
     def terms(self, x: Tensor, output: Tensor) -> Tensor:
         return x * output - F.softplus(output)
@@ -118,5 +120,11 @@ def as_observations(given: Any) -> Observations:
     if isinstance(given, Observations):
         return given
     name = "gaussian" if given is None else given
-    checks.check_choice("observations", name, tuple(KINDS))
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"observations must be {' or '.join(KINDS)}, or an object of Observations, got {given!r}")
     return KINDS[name]()
+
+
+def is_own(observations: Observations) -> bool:
+    """Whether they are none of this library, so that their name does not make them again."""
+    return type(observations) not in KINDS.values()

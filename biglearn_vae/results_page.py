@@ -437,7 +437,15 @@ def _nats(runs: Runs) -> str:
         "the root mean square over images, at its largest. It cannot exceed 1 (root 2 for a difference): near that,\n"
         "one sample outweighs all others and the estimate is as far off as may be.\n"
     )
-    return f"### Likelihood of the hidden part\n\n{text}\n" + table(["data", "case", "method", *tasks, "error"], rows)
+    return f"### Likelihood of the hidden part\n\n{text}{_without_variance(own)}\n" + table(
+        ["data", "case", "method", *tasks, "error"], rows
+    )
+
+
+def _without_variance(runs: Runs) -> str:
+    """A line on those whose observations have no variance; nothing if there are none."""
+    others = sorted({run["train"]["observations"] for run in runs if "observations" in run.get("train", {})})
+    return f"Of {', '.join(others)} observations, which have no variance, it is under these.\n" if others else ""
 
 
 def _chains(runs: Runs) -> str:
@@ -491,11 +499,13 @@ def _samples(runs: Runs) -> str:
         found = [run["evaluate"]["passes"]["scores"] for run in of]
         for count in sorted(set().union(*found), key=int):
             scores = [of_run[count] for of_run in found if count in of_run]
-            values = ([score[name] for score in scores if name in score] for name in digits)
+            values = {name: [score[name] for score in scores if name in score] for name in digits}
+            cells = [spread(values[name], number) for name, number in digits.items()]
+            cells[3] = cells[3] if values["variance"] else ""  # Bernoulli observations have none
             devices = _devices(
                 _device(run, "evaluate") for run, scores in zip(of, found, strict=True) if count in scores
             )
-            rows.append([data, case, method, count, *map(spread, values, digits.values()), devices])
+            rows.append([data, case, method, count, *cells, devices])
         if real := [passes["real"] for run in of if (passes := run["evaluate"]["passes"]).get("real")]:
             cells = [spread([one[name] for one in real], 3) for name in ("precision", "recall")]
             rows.append([data, case, "training images", "", *cells, "", "", "", ""])
@@ -557,7 +567,7 @@ def _bounds(runs: Runs) -> str:
         fitted = [likelihood.get("fitted") or likelihood["model"] for likelihood in found]  # of Bernoulli no variance
         nats = [spread([bounds[name] for bounds in fitted if name in bounds], 1) for name in BOUNDS]
         counts = [str(max(one.get(name) or 0 for one in found)) for name in ("images", "samples", "annealing_steps")]
-        rows.append([data, case, method, *counts, spread([b["variance"] for b in fitted if "variance" in b], 5), *nats])
+        rows.append([data, case, method, *counts, _cell([b["variance"] for b in fitted if "variance" in b], 5), *nats])
     text = (
         "In nats an image, under N(mu, variance I) with the variance fitted on training images, as the mean squared\n"
         "error of their reconstructions; importance-weighted bounds (annealed, where there are steps of it), samples\n"
@@ -567,7 +577,7 @@ def _bounds(runs: Runs) -> str:
         'nothing (`results/choices.md` of the library, "Fifty epochs" and "One pass or several").\n'
     )
     head = ["data", "case", "method", "images", "samples", "annealing steps", "variance", *BOUNDS.values()]
-    return f"### Bounds on log-likelihoods\n\n{text}\n" + table(head, rows) if rows else ""
+    return f"### Bounds on log-likelihoods\n\n{text}{_without_variance(own)}\n" + table(head, rows) if rows else ""
 
 
 def _consistency(runs: Runs) -> str:
@@ -587,7 +597,7 @@ def _consistency(runs: Runs) -> str:
         "asking it all the same, not that p(x) of the joint VAE, whose own conditionals are the same in any order,\n"
         "contradicts itself.\n"
     )
-    return f"### Consistency, in nats\n\n{text}\n" + table(head, rows) if rows else ""
+    return f"### Consistency, in nats\n\n{text}{_without_variance(own)}\n" + table(head, rows) if rows else ""
 
 
 def _costs(runs: Runs) -> str:

@@ -30,6 +30,7 @@ MEASUREMENT = ("checkpoint", "step", "data", "settings")
 # Settings of the measurement at the end of training.
 MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
 # Settings in which a run may differ from what it was started with, and still go on.
+OWN_OBSERVATIONS = "own"  # in a checkpoint, of what none of this library's `observations` are
 FREE = (*config.PLACE, "trainer.steps", "trainer.report_every", "trainer.checkpoint_every", *MEASURED_WITH)
 IN_NAME = ("data", "data._target_", "case", "method", "seed")
 FOLDER = ("name", "output_dir")  # settings that say where a run is
@@ -325,9 +326,13 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     net = config.network(cfg, tokens)
     checkpoint.load_weights(net, state.get("average") or state["net"], path)
     net = net.to(pick_device(device)).requires_grad_(False)
-    # One's own objective may have no such settings; only then is it made, which needs the code of it.
-    loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() else config.objective(cfg, drawing=False)
-    variance, observations = loss.beta if has_model(state) else 0.0, getattr(loss, "observations", None)
+    # One's own objective may have no such settings, or observations of its own; only then is it made, which needs the
+    # code of it.
+    observations = state["metadata"].get("observations", cfg.loss.get("observations"))
+    of_settings = {"prior", "beta"} <= cfg.loss.keys() and observations != OWN_OBSERVATIONS
+    loss = cfg.loss if of_settings else config.objective(cfg, drawing=False)
+    observations = loss.observations if observations == OWN_OBSERVATIONS else observations
+    variance = loss.beta if has_model(state) else 0.0
     return BigLearnVAE(net, tokens, loss.prior, variance, observations=observations), state, path
 
 

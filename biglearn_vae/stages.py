@@ -16,6 +16,7 @@ from biglearn_vae.data import Splits, parts
 from biglearn_vae.files import read_json, write_text
 from biglearn_vae.loggers import Pictures
 from biglearn_vae.losses import BigLearnELBO, has_model, name_of
+from biglearn_vae.observations import Observations, as_observations, is_own
 from biglearn_vae.patch_ae import PatchAE
 
 if TYPE_CHECKING:
@@ -74,14 +75,20 @@ class VAEStage:
         self.tokens = config.tokenizer(cfg, _own_tokenizer(cfg, run)).to(device)
         self.net = config.network(cfg, self.tokens).to(device)
         check_calls(self.net)
+        self.loss = config.objective(cfg)
+        observed = as_observations(getattr(self.loss, "observations", None))
+        if isinstance(self.tokens, PatchAE) and not observed.scaled:
+            raise ValueError(
+                f"codes of a PatchAE (tokens=patch_ae) are no {observed.name} observations: leave these out"
+            )
         fresh = not checkpoint.is_resumable(run / "checkpoints")  # which have weights of its own
         if fresh and cfg.get("init_from") is not None:
-            self._start_from(cfg.init_from)
-        self.loss = config.objective(cfg)
+            self._start_from(cfg.init_from, observed)
         self.metadata = {"tokenizer": self.tokens.state()} if isinstance(self.tokens, PatchAE) else {}
         self.metadata["has_model"] = has_model(self.loss)
+        self.metadata["observations"] = runs.OWN_OBSERVATIONS if is_own(observed) else observed.name
 
-    def _start_from(self, source: str) -> None:
+    def _start_from(self, source: str, observed: Observations) -> None:
         """Take the weights of a trained model, which may be of another method and of images of another size."""
         other = runs.load(source, "cpu")
         checkpoint.load_weights(self.net, other.net.state_dict(), source)
@@ -92,6 +99,11 @@ class VAEStage:
             checks.warn(
                 f"{source} was trained on tokens of another kind or another PatchAE than that of tokens=: its weights "
                 "are of little use for these"
+            )
+        if type(other.observations) is not type(observed):
+            checks.warn(
+                f"{source} was trained for {other.observations.name} observations, these settings are for "
+                f"{observed.name} ones, of which the last layer says something else: that has to be learned anew"
             )
 
     def transform(self, images: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from biglearn_vae import (
     load,
 )
 from biglearn_vae.capabilities import best_variance
-from biglearn_vae.data import binarized
+from biglearn_vae.data import Splits, binarized
 from biglearn_vae.losses import InpaintingRegression
+from biglearn_vae.observations import Bernoulli as BernoulliObservations
 from biglearn_vae.observations import Gaussian, Observations, as_observations
 
 ALL = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64).view(16, 2, 2)  # (N, L, D)
@@ -201,7 +202,9 @@ def test_settings_tell_bernoulli_from_gaussian_ones_which_are_those_of_before():
     assert BigLearnELBO(1.0).settings["observations"] is None
     assert BigLearnELBO(1.0, observations="gaussian").settings == BigLearnELBO(1.0).settings
     assert BigLearnELBO(1.0, observations="bernoulli").settings["observations"] == "bernoulli"
-    with pytest.raises(ValueError, match="observations must be gaussian or bernoulli, got 'poisson'"):
+    with pytest.raises(
+        ValueError, match="observations must be gaussian or bernoulli, or an object of Observations, got 'poisson'"
+    ):
         BigLearnELBO(1.0, observations="poisson")
 
 
@@ -245,8 +248,6 @@ def test_the_regressor_has_squared_errors_whatever_the_model():
 
 def test_observations_of_ones_own():
     class Laplace(Observations):
-        name, scaled = "laplace", False
-
         def terms(self, x, output):
             return -(x - output).abs() - math.log(2)
 
@@ -268,11 +269,28 @@ def test_observations_of_ones_own():
 def test_images_in_black_and_white(channels):
     grey = torch.tensor([0, 51, 127, 128, 255], dtype=torch.uint8)
     images = ImageSet(grey.view(1, 1, 1, 5).expand(20_000, channels, 1, 5), labels=torch.arange(20_000))
-    white = binarized(images, "threshold")
-    assert white[:1].flatten(0, 2)[0].tolist() == [0, 0, 0, 1, 1] and torch.equal(white.labels, images.labels)
-    drawn = binarized(images, "sample")
-    assert drawn.pixels.unique().tolist() == [0, 255] and torch.equal(drawn.pixels, binarized(images, "sample").pixels)
-    torch.testing.assert_close(drawn[:].mean((0, 1, 2)), grey / 255, rtol=0, atol=0.02)
-    assert (drawn.pixels == drawn.pixels[:, :1]).all()  # grey images stay grey
+    splits = Splits(train=images, valid=images.select(slice(100)), test=images.select(slice(0)), note="a note")
+    white = binarized(splits, "threshold")
+    assert white.train[:1].flatten(0, 2)[0].tolist() == [0, 0, 0, 1, 1] and white.note == "a note"
+    assert torch.equal(white.train.labels, images.labels) and len(white.test) == 0
+    drawn, again = binarized(splits, "sample"), binarized(splits, "sample")
+    assert drawn.train.pixels.unique().tolist() == [0, 255] and torch.equal(drawn.valid.pixels, again.valid.pixels)
+    torch.testing.assert_close(drawn.train[:].mean((0, 1, 2)), grey / 255, rtol=0, atol=0.02)
+    assert (drawn.train.pixels == drawn.train.pixels[:, :1]).all()  # grey images stay grey
     with pytest.raises(ValueError, match="binarize must be threshold or sample, got 'otsu'"):
-        binarized(images, "otsu")
+        binarized(splits, "otsu")
+
+
+def test_other_observations_have_other_names():
+    class Noisy(BernoulliObservations):
+        pass
+
+    assert (Noisy().name, Gaussian().name) == ("noisy", "gaussian")
+    vae = model()
+    with pytest.raises(ValueError, match="the loss has noisy observations, the model bernoulli ones"):
+        evaluation.elbo(vae, ALL, BigLearnELBO(1.0, observations=Noisy()))
+    with pytest.raises(ValueError, match="gaussian or bernoulli, or an object of Observations, got <class"):
+        BigLearnELBO(1.0, observations=Noisy)
+    with pytest.raises(ValueError, match="0 or 1, got other numbers in 24 patches"):
+        BigLearnELBO(1.0, observations="bernoulli")(vae.net, ALL / 2, ~BOTH, BOTH, torch.zeros(16, 1).double())
+    assert BigLearnVAE.of(vae.net, Rows(), BigLearnELBO(1.0), variance=0.3).variance == 0.3

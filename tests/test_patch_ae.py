@@ -322,6 +322,9 @@ def test_errors_of_the_pipeline_say_what_to_do(here, monkeypatch, capsys):
     )
     assert run_here(monkeypatch, *STAGE_2, "data.patch_size=2", "tokens.run=outputs/stage1") == 2
     assert "is for patches of 4 x 4 with 1 channels, the data has 2 x 2" in capsys.readouterr().err
+    words = [*STAGE_2, "tokens.run=outputs/stage1", "loss.observations=bernoulli", "binarize=threshold"]
+    assert run_here(monkeypatch, *words) == 2
+    assert "codes of a PatchAE (tokens=patch_ae) are no bernoulli observations" in capsys.readouterr().err
     (here / "outputs/stage1/patch_ae.pt").write_bytes(b"rubbish")
     assert run_here(monkeypatch, *STAGE_2, "tokens.run=outputs/stage1") == 2
     assert "patch_ae.pt is not a readable checkpoint" in capsys.readouterr().err

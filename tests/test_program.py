@@ -222,7 +222,7 @@ from __future__ import annotations
 import functools
 import typing
 import torch
-from biglearn_vae import BigLearnELBO, DiagGaussian, TwoStackViT
+from biglearn_vae import BigLearnELBO, DiagGaussian, TwoStackViT, observations
 from biglearn_vae.loggers import Logger
 if typing.TYPE_CHECKING:
     from pathlib import Path
@@ -303,6 +303,17 @@ class Bernoulli(BigLearnELBO):
         logits = net(x, S, q.sample(noise), T)
         error = torch.nn.functional.binary_cross_entropy_with_logits(logits, x.clamp(0, 1), reduction="none")
         return -error.masked_fill(~T.unsqueeze(-1), 0).sum((1, 2)), q.kl(p)
+
+class Sharp(observations.Bernoulli):
+    pass
+
+class Binary(BigLearnELBO):
+    def __init__(self, beta, masks=None, **others):
+        super().__init__(beta, masks, **others | {"observations": "bernoulli"})
+
+class Binary_by_its_own(BigLearnELBO):
+    def __init__(self, beta, masks=None, **others):
+        super().__init__(beta, masks, **others | {"observations": Sharp()})
 
 class Bare_parts(BigLearnELBO):
     def __call__(self, net, x, *arguments, **options):
@@ -473,9 +484,25 @@ def test_binary_images_from_training_to_every_measure(here, monkeypatch, capsys)
     assert run_here(monkeypatch, "run=outputs/binary", "figures=[passes]", script="figures") == 0
 
 
+@pytest.mark.parametrize("loss", ["Binary", "Binary_by_its_own"])
+def test_an_objective_of_ones_own_that_fixes_its_observations(here, own_parts, monkeypatch, loss):
+    words = ["binarize=threshold", f"loss._target_=own_parts.{loss}", "loss.beta=1", "name=own"]
+    assert run_here(monkeypatch, *SMALL, *words) == 0
+    words = ["binarize=threshold", "loss.observations=bernoulli", "loss.beta=1", "name=usual"]
+    assert run_here(monkeypatch, *SMALL, *words) == 0
+    x = (blv.images("digits", "test")[:20] >= 0.5).float()
+    own, usual = (blv.load(f"outputs/{name}", device="cpu").log_prob(x, seed=0) for name in ("own", "usual"))
+    assert torch.equal(own, usual)
+    few = ["run=outputs/own", "images=9", "draws=2", "likelihood_images=2", "samples=2"]
+    assert run_here(monkeypatch, *few, script="evaluate") == 0
+    with pytest.warns(match="observations, these settings are for gaussian ones"):
+        assert run_here(monkeypatch, *SMALL, "init_from=outputs/own", "name=grey", "trainer.steps=2") == 0
+
+
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
+        ("loss.observations=bernoulli", "the benchmark is of Gaussian observations, which take as long"),
         ("model._target_=own_parts.Bare", "knows how UniversalViT and TwoStackViT work alone, got a Bare"),
         ("loss._target_=own_parts.Bernoulli", "which terms or masks of one's own are not, got Bernoulli with MaskSam"),
         (

@@ -71,7 +71,24 @@ def test_what_a_run_has_besides_is_said():
     assert "JointELBO of Bernoulli is their own, not to be compared with others'." in text
     assert "| digits | tiny | biglearn_u, code alone, mean | 10.00 |" in text
     text = results_page.page({"p": [other]}, {})
-    assert "objective's own" not in text and "code alone" not in text
+    assert "is their own" not in text and "code alone" not in text
+
+
+def test_runs_without_a_variance_are_told_so():
+    run = run_numbers()
+    drawn = {"precision": 0.5, "recall": 0.25, "joint_nats": 7.0, "seconds": 1.0}
+    bounds = {"joint_nats": -41.0, "marginal_nats": -19.0, "conditional_nats": -20.0}
+    run["train"]["observations"] = "bernoulli"
+    run["evaluate"] = {
+        "passes": {"scores": {"1": drawn}},
+        "likelihood": {"images": 50, "samples": 64, "model": bounds},
+        "consistency": {"order_gap": 1.0, "order_noise": 0.5, "posterior_gap": 2.0},
+    }
+    text = results_page.page({"p": [run]}, {})
+    assert "JointELBO of bernoulli observations is their own, not to be compared" in text
+    assert "| digits | tiny | biglearn_u | 1 | 0.500 | 0.250 | 7.0 |  | 1.00 |" in text
+    assert "| digits | tiny | biglearn_u | 50 | 64 | 0 |  | -41.0 | -19.0 | -20.0 |" in text
+    assert text.count("Of bernoulli observations, which have no variance, it is under these.") == 2
 
 
 def test_a_page_holds_its_numbers():
