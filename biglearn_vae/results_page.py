@@ -445,7 +445,9 @@ def _nats(runs: Runs) -> str:
 def _without_variance(runs: Runs) -> str:
     """A line on those whose observations have no variance; nothing if there are none."""
     others = sorted({run["train"]["observations"] for run in runs if "observations" in run.get("train", {})})
-    return f"Of {', '.join(others)} observations, which have no variance, it is under these.\n" if others else ""
+    return (
+        f"Runs of {', '.join(others)} observations have no variance and are measured under these.\n" if others else ""
+    )
 
 
 def _chains(runs: Runs) -> str:
