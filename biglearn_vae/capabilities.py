@@ -332,9 +332,9 @@ class BigLearnVAE:
             S: what is observed.
             draws: how many completions of each image, along a new leading axis: (K, B, C, H, W).
             passes: P; in each a P-th of what is missing, in random order, is completed and from then on observed. At
-                most one a missing patch is made; P take P times as long. Like all observed patches they are given to
-                the network as they are, means without the noise of observations, so draws differ less than by p(x_T |
-                x_S); of Bernoulli ones they are grey, which the network never saw.
+                most one a missing patch is made; P take P times as long. Gaussian observations are given to the network
+                as means without noise, so draws differ less than by p(x_T | x_S); Bernoulli ones are drawn, 0 or 1, and
+                so what all passes but the last completed comes back.
         """
         draws = _draws(draws, seed)
         return self._drawn(self.observe(x, S), draws, seed, passes)
@@ -582,13 +582,28 @@ class BigLearnVAE:
         q = self._encode(data.tokens, data.mask)
         images = self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
         result = images.view(-1, *self.image_shape)
-        mask = data.mask.repeat(len(result) // len(data.mask), 1)
-        for turn, (seen, _) in islice(enumerate(masks.in_turns(mask, ~mask, passes, _seed_of_turns(seed))), 1, None):
-            tokens = masks.seen(self._tokens_of(result, data), seen)
+        before, given = (
+            part.repeat(len(result) // len(part), *[1] * (part.ndim - 1)) for part in (data.mask, data.kept)
+        )
+        turns = masks.in_turns(before, ~before, passes, _seed_of_turns(seed))
+        for turn, (seen, _) in islice(enumerate(turns), 1, None):
+            result, tokens = self._as_observed(result, seen & ~before, given, data, _seed_of_pass(turn, seed))
+            tokens, before = masks.seen(tokens, seen), seen
             z = self._encode(tokens, seen).sample(seed=_seed_of_pass(turn, seed))
-            kept = self.pixel_mask(seen) | data.kept.repeat(len(result) // len(data.kept), 1, 1, 1)
-            result = self._complete(z, Observed(tokens, seen, result, kept, False))
+            result = self._complete(z, Observed(tokens, seen, result, self.pixel_mask(seen) | given, False))
         return result.view(images.shape)
+
+    def _as_observed(
+        self, images: Tensor, new: Tensor, given: Tensor, data: Observed, seed: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Completed images (N, C, H, W) and their tokens, of which the patches `new` (N, L) are observed from now on; the
+        pixels `given` (N, 1, H, W) stay as they are."""
+        tokens = self._tokens_of(images, data)
+        drawn = self.observations.as_observed(tokens, gaussian.generator(self.device, _seed_of_draws(seed)))
+        if drawn is tokens:
+            return images, tokens
+        images = torch.where(self.pixel_mask(new) & ~given, self.tokenizer.decode(drawn), images)
+        return images, torch.where(new.unsqueeze(-1), self._tokens_of(images, data), tokens)
 
     def _tokens_of(self, images: Tensor, data: Observed) -> Tensor:
         """Tokens of completed images (N, C, H, W); what was observed is as it came."""
@@ -829,6 +844,11 @@ def _draws(draws: int | None, seed: int | None) -> int | None:
 def _seed_of_turns(seed: int | None) -> int | None:
     """What the order of the patches is drawn by in several passes."""
     return None if seed is None else derive_seed("turns", int(seed))
+
+
+def _seed_of_draws(seed: int | None) -> int | None:
+    """What completions are drawn by before a pass observes them."""
+    return None if seed is None else derive_seed("observed", seed)
 
 
 def _seed_of_pass(turn: int, seed: int | None) -> int | None:

@@ -59,6 +59,11 @@ class Observations:
         """x ~ p(x | output)"""
         raise NotImplementedError
 
+    def as_observed(self, mean: Tensor, generator: torch.Generator) -> Tensor:
+        """What a network is given in place of an observation with this mean, in several passes: the mean itself, or a
+        draw where a mean could not be observed."""
+        return mean
+
     def check(self, x: Tensor, T: Tensor) -> None:
         """Raise a ValueError unless the tokens x (..., L, D) at T (..., L) are what can be observed."""
 
@@ -96,8 +101,11 @@ class Bernoulli(Observations):
         return output.sigmoid()
 
     def sample(self, output: Tensor, variance: float, generator: torch.Generator | None = None) -> Tensor:
-        uniform = torch.rand(output.shape, dtype=output.dtype, device=output.device, generator=generator)
-        return (uniform < output.sigmoid()).to(output.dtype)
+        return self.as_observed(output.sigmoid(), generator)
+
+    def as_observed(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        uniform = torch.rand(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        return (uniform < mean).to(mean.dtype)
 
     def check(self, x: Tensor, T: Tensor) -> None:
         if others := int((((x != 0) & (x != 1)).any(-1) & T).sum()):

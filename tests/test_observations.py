@@ -177,6 +177,29 @@ def test_what_comes_back_are_probabilities():
     assert torch.equal(completed[:, 0], ALL[[12, 12], 0])
 
 
+def test_passes_observe_draws():
+    """Of two passes the first draws one of the patches from its marginal, and the second completes the other."""
+    vae, count = model(), 40_000
+    tokens = vae.sample(count, seed=0, passes=2).view(count, 2, 2)
+    drawn = ((tokens == 0) | (tokens == 1)).all(-1)
+    assert (drawn.sum(-1) == 1).all()
+    for patch in range(2):
+        own = tokens[drawn[:, patch], patch]
+        cases = (own * torch.tensor([2.0, 1.0])).sum(-1).long()
+        found, T = torch.bincount(cases, minlength=4).double() / len(own), torch.zeros(1, 2, dtype=torch.bool)
+        T[0, patch] = True
+        all_four = torch.zeros(4, 2, 2, dtype=torch.float64)
+        all_four[:, patch] = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+        truth = vae.net.log_prob(all_four, T).exp()
+        assert ((found - truth).abs() < 4.5 * (truth * (1 - truth) / len(own)).sqrt()).all()
+    same = vae.sample(count, seed=0, passes=2).view(count, 2, 2)
+    assert torch.equal(same, tokens)
+    x = ALL[[12, 3]]
+    completed = vae.inpaint(x, FIRST, draws=3, seed=1, passes=4).view(3, 2, 2, 2)
+    assert torch.equal(completed[:, :, 0], x[:, 0].expand(3, 2, 2))  # one patch was missing, so it is one pass
+    assert torch.equal(completed, vae.inpaint(x, FIRST, draws=3, seed=1).view(3, 2, 2, 2))
+
+
 def test_a_file_keeps_what_observations_are(tmp_path):
     tokens = Patchify(4, 2, 1)
     net = UniversalViT(grid=tokens.grid, token_dim=4, dim=8, depth=1, z_dim=2)
