@@ -596,8 +596,8 @@ class BigLearnVAE:
     def _as_observed(
         self, images: Tensor, new: Tensor, given: Tensor, data: Observed, seed: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Completed images (N, C, H, W) and their tokens, of which the patches `new` (N, L) are observed from now on; the
-        pixels `given` (N, 1, H, W) stay as they are."""
+        """Completed images (N, C, H, W) and their tokens, of which the patches `new` (N, L) are observed from now on.
+        The pixels `given` (N, 1, H, W) stay as they are."""
         tokens = self._tokens_of(images, data)
         drawn = self.observations.as_observed(tokens, gaussian.generator(self.device, _seed_of_draws(seed)))
         if drawn is tokens:
