@@ -581,6 +581,8 @@ class BigLearnVAE:
         passes = checks.whole_number("passes", passes, 1)
         q = self._encode(data.tokens, data.mask)
         images = self._complete((q[0] if data.single else q).sample(draws=draws, seed=seed), data)
+        if passes == 1:
+            return images
         result = images.view(-1, *self.image_shape)
         before, given = (
             part.repeat(len(result) // len(part), *[1] * (part.ndim - 1)) for part in (data.mask, data.kept)
@@ -599,7 +601,7 @@ class BigLearnVAE:
         """Completed images (N, C, H, W) and their tokens, of which the patches `new` (N, L) are observed from now on.
         The pixels `given` (N, 1, H, W) stay as they are."""
         tokens = self._tokens_of(images, data)
-        drawn = self.observations.as_observed(tokens, gaussian.generator(self.device, _seed_of_draws(seed)))
+        drawn = self.observations.as_observed(tokens, _seed_of_draws(seed))
         if drawn is tokens:
             return images, tokens
         images = torch.where(self.pixel_mask(new) & ~given, self.tokenizer.decode(drawn), images)

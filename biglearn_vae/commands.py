@@ -694,7 +694,7 @@ def _regressor(trained: "_Trained", images: ImageSet, plan: completion.Plan, see
 
 class _Trained(NamedTuple):
     """A run's folder, its settings, its model and data, the checkpoint that the model is from, its step, and whether
-    likelihood that was bounded is known (`losses.has_model`)."""
+    the likelihood that was bounded is known (`losses.has_model`)."""
 
     run: Path
     settings: "DictConfig"

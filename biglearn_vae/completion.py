@@ -110,10 +110,10 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
         "training mean": evaluation.training_mean_psnr(vae, images, train, plan.tasks, seed),
         "10 nearest": evaluation.nearest_psnr(vae, images, train, plan.tasks, seed=seed),
     }
-    variance = None
+    own = {}
     if vae.observations.scaled:
-        variance = evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)
-    nats = _nats(vae, x, tasks, plan, variance, seed) if plan.likelihood_images else {}
+        own = {"variance": evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)}
+    nats = _nats(vae, x, tasks, plan, own, seed) if plan.likelihood_images else {}
     result = {}
     for task, (S, T) in tasks.items():
         inpaint = partial(vae.inpaint, x, S, plan.draws, seed)
@@ -125,7 +125,7 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
             several = {count: _drawn(vae, x, T, partial(inpaint, count)) for count in plan.passes}
             found["several passes"] = [{"passes": count} | scores for count, scores in several.items()]
         if task in of_chains:
-            found |= _chains(vae, x, S, T, plan, variance, seed)
+            found |= _chains(vae, x, S, T, plan, own, seed)
         if task in nats:
             found["nats"] = nats[task]
         result[str(task)] = found | {name: {"psnr": psnr[task]} for name, psnr in floors.items()}
@@ -142,13 +142,13 @@ def _drawn(vae: BigLearnVAE, x: Tensor, T: Tensor, draw: Callable[[], Tensor]) -
 
 
 def _chains(
-    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, variance: float | None, seed: int
+    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, own: dict[str, float], seed: int
 ) -> dict[str, list]:
-    """The two samplers of a joint VAE, with the variance that training images have."""
+    """The two samplers of a joint VAE, with the variance that training images have, if any."""
     hidden, result = vae.pixel_mask(T), {}
     samplers = {"pseudo-Gibbs": gibbs.pseudo_gibbs, "Metropolis-within-Gibbs": gibbs.metropolis_within_gibbs}
     for name, sampler in samplers.items():
-        found = sampler(vae, x, S, plan.iterations, plan.draws, variance=variance, seed=seed)
+        found = sampler(vae, x, S, plan.iterations, plan.draws, seed=seed, **own)
         result[name] = [
             {"iterations": count, "seconds": found.seconds[count], "acceptance": found.acceptance[count]}
             | evaluation.completion_scores(drawn, x, hidden)
@@ -162,11 +162,11 @@ def _nats(
     x: Tensor,
     tasks: Mapping[Task, tuple[Tensor, Tensor]],
     plan: Plan,
-    variance: float | None,
+    own: dict[str, float],
     seed: int,
 ) -> dict[Task, dict[str, Any]]:
     """Mean log p(hidden | observed) of an image by task, over the first images that have it in all; {} without any."""
-    options = dict(samples=plan.samples, variance=variance, seed=seed, steps=plan.annealing_steps)
+    options = dict(samples=plan.samples, seed=seed, steps=plan.annealing_steps) | own
     able = torch.stack([T.any(-1) for _, T in tasks.values()]).all(0)
     if vae.prior == "standard":  # the difference of log p(x) and log p(x_S) is that of whole images
         able &= torch.stack([(S | T).all(-1) for S, T in tasks.values()]).all(0)
@@ -184,9 +184,8 @@ def _nats(
         nats = evaluation.conditional_log_prob_joint(vae, x.repeat(count, 1, 1, 1), S, joint=whole, **options)
     means = nats.nats.view(count, -1).mean(-1).tolist()
     errors = nats.error.view(count, -1).square().mean(-1).sqrt().tolist()
-    of_all = {"images": len(x)} | ({} if variance is None else {"variance": variance})
     return {
-        task: {"mean": mean, "error": None if math.isnan(error) else error} | of_all
+        task: {"mean": mean, "error": None if math.isnan(error) else error} | own | {"images": len(x)}
         for task, mean, error in zip(tasks, means, errors, strict=True)
     }
 

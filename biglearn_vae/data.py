@@ -421,8 +421,8 @@ def binarized(splits: Splits, how: str) -> Splits:
 
 def _binarized(images: ImageSet, how: str) -> ImageSet:
     generator = torch.Generator().manual_seed(derive_seed("binarize", SPLIT_SEED, len(images)))
-    white = [torch.zeros_like(images.pixels[:0])]
-    for pixels in images.pixels.split(CHUNK) if len(images) else ():
+    white = []
+    for pixels in images.pixels.split(CHUNK):
         brightness = pixels.float().mean(1, keepdim=True) / 255
         if how == "sample":
             is_white = brightness > torch.rand(brightness.shape, generator=generator).to(brightness.device)

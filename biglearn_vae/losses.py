@@ -132,7 +132,9 @@ class BigLearnELBO:
         """What tells this objective from another: its name, that of its q(S, T), and what either was made with."""
         return {
             **settings_of(self),
-            "observations": self.observations.name if type(self.observations) is not Gaussian else None,  # as of old
+            "observations": self.observations.name
+            if type(self.observations) is not Gaussian
+            else None,  # as in older checkpoints
             "objective": name_of(self),
             "masks": name_of(self.masks),
             **{f"masks.{name}": value for name, value in settings_of(self.masks).items()},

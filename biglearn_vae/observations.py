@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biglearn_vae.gaussian import LOG_2PI
+from biglearn_vae.gaussian import generator as generator_of
 
 
 class Observations:
@@ -59,7 +60,7 @@ class Observations:
         """x ~ p(x | output)"""
         raise NotImplementedError
 
-    def as_observed(self, mean: Tensor, generator: torch.Generator) -> Tensor:
+    def as_observed(self, mean: Tensor, seed: int | None = None) -> Tensor:
         """What a network is given in place of an observation with this mean, in several passes: the mean itself, or a
         draw where a mean could not be observed."""
         return mean
@@ -101,9 +102,13 @@ class Bernoulli(Observations):
         return output.sigmoid()
 
     def sample(self, output: Tensor, variance: float, generator: torch.Generator | None = None) -> Tensor:
-        return self.as_observed(output.sigmoid(), generator)
+        return self._drawn(output.sigmoid(), generator)
 
-    def as_observed(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def as_observed(self, mean: Tensor, seed: int | None = None) -> Tensor:
+        return self._drawn(mean, generator_of(mean.device, seed))
+
+    @staticmethod
+    def _drawn(mean: Tensor, generator: torch.Generator | None) -> Tensor:
         uniform = torch.rand(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
         return (uniform < mean).to(mean.dtype)
 

@@ -280,11 +280,15 @@ def _runs(runs: Runs) -> str:
     if _of_grid(runs) and (evaluated := _common(runs, "evaluate")):
         settings += f", measured with `{evaluated}`"
     count = f"{len(runs)} runs" if len(runs) > 1 else "One run"
-    trained = [run.get("train", {}) for run in runs]
-    own = sorted({train["objective"] for train in trained if "objective" in train})
-    own += sorted({f"{train['observations']} observations" for train in trained if "observations" in train})
-    note = f"JointELBO of {', '.join(own)} is their own, not to be compared with others'.\n" if own else ""
+    own, other = _trained_with(runs, "objective"), _trained_with(runs, "observations")
+    note = f"JointELBO of {own} is that objective's own, not to be compared with others'.\n" if own else ""
+    note += f"JointELBO of {other} observations is their own, not to be compared with others'.\n" if other else ""
     return f"{count} on {where}; {settings}.\n{note}"
+
+
+def _trained_with(runs: Runs, name: str) -> str:
+    """What is unusual of this kind among the runs; "" if nothing is."""
+    return ", ".join(sorted({run["train"][name] for run in runs if name in run.get("train", {})}))
 
 
 def _where(environments: Runs) -> str:
@@ -444,10 +448,8 @@ def _nats(runs: Runs) -> str:
 
 def _without_variance(runs: Runs) -> str:
     """A line on those whose observations have no variance; nothing if there are none."""
-    others = sorted({run["train"]["observations"] for run in runs if "observations" in run.get("train", {})})
-    return (
-        f"Runs of {', '.join(others)} observations have no variance and are measured under these.\n" if others else ""
-    )
+    others = _trained_with(runs, "observations")
+    return f"Runs of {others} observations have no variance and are measured under these.\n" if others else ""
 
 
 def _chains(runs: Runs) -> str:
@@ -502,8 +504,9 @@ def _samples(runs: Runs) -> str:
         for count in sorted(set().union(*found), key=int):
             scores = [of_run[count] for of_run in found if count in of_run]
             values = {name: [score[name] for score in scores if name in score] for name in digits}
-            cells = [spread(values[name], number) for name, number in digits.items()]
-            cells[3] = cells[3] if values["variance"] else ""  # Bernoulli observations have none
+            cells = [  # of Bernoulli observations there is no variance
+                (_cell if name == "variance" else spread)(values[name], number) for name, number in digits.items()
+            ]
             devices = _devices(
                 _device(run, "evaluate") for run, scores in zip(of, found, strict=True) if count in scores
             )

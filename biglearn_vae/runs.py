@@ -29,8 +29,8 @@ FILES = {"train": "summary.json", "evaluate": "evaluation.json", "complete": "co
 MEASUREMENT = ("checkpoint", "step", "data", "settings")
 # Settings of the measurement at the end of training.
 MEASURED_WITH = ("evaluation.images", "evaluation.masks", "evaluation.ratios", "evaluation.draws")
-# Settings in which a run may differ from what it was started with, and still go on.
 OWN_OBSERVATIONS = "own"  # in a checkpoint, of what none of this library's `observations` are
+# Settings in which a run may differ from what it was started with, and still go on.
 FREE = (*config.PLACE, "trainer.steps", "trainer.report_every", "trainer.checkpoint_every", *MEASURED_WITH)
 IN_NAME = ("data", "data._target_", "case", "method", "seed")
 FOLDER = ("name", "output_dir")  # settings that say where a run is
@@ -329,9 +329,9 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     # One's own objective may have no such settings, or observations of its own; only then is it made, which needs the
     # code of it.
     observations = state["metadata"].get("observations", cfg.loss.get("observations"))
-    of_settings = {"prior", "beta"} <= cfg.loss.keys() and observations != OWN_OBSERVATIONS
-    loss = cfg.loss if of_settings else config.objective(cfg, drawing=False)
-    observations = loss.observations if observations == OWN_OBSERVATIONS else observations
+    own = observations == OWN_OBSERVATIONS
+    loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() and not own else config.objective(cfg, drawing=False)
+    observations = loss.observations if own else observations
     variance = loss.beta if has_model(state) else 0.0
     return BigLearnVAE(net, tokens, loss.prior, variance, observations=observations), state, path
 

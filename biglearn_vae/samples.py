@@ -87,11 +87,11 @@ def by_passes(
         synchronize(vae.device)
         scores = {"seconds": time.perf_counter() - start} | precision_recall(drawn, images)
         if likelihood_images and train is not None and len(train):
-            variance = None
+            own = {}
             if vae.observations.scaled:
-                variance = best_variance(vae, train[:likelihood_images], count, samples, seed)
-            nats = vae.log_prob(images[:likelihood_images], None, None, samples, variance, seed, passes=count)
-            scores |= {"joint_nats": nats.mean().item()} | ({} if variance is None else {"variance": variance})
+                own = {"variance": best_variance(vae, train[:likelihood_images], count, samples, seed)}
+            nats = vae.log_prob(images[:likelihood_images], samples=samples, seed=seed, passes=count, **own)
+            scores |= {"joint_nats": nats.mean().item()} | own
         result[str(count)] = scores
     return result
 

@@ -68,10 +68,10 @@ def test_what_a_run_has_besides_is_said():
     own["train"]["objective"] = "Bernoulli"
     own["complete"]["tasks"]["0.5"]["code alone"] = {"psnr_draw": 9.0, "psnr_mean": 10.0}
     text = results_page.page({"p": [own, other]}, {})
-    assert "JointELBO of Bernoulli is their own, not to be compared with others'." in text
+    assert "JointELBO of Bernoulli is that objective's own, not to be compared with others'." in text
     assert "| digits | tiny | biglearn_u, code alone, mean | 10.00 |" in text
     text = results_page.page({"p": [other]}, {})
-    assert "is their own" not in text and "code alone" not in text
+    assert "objective's own" not in text and "code alone" not in text
 
 
 def test_runs_without_a_variance_are_told_so():
