@@ -85,7 +85,8 @@ def read(path: Path) -> Content:
             raise ValueError(
                 f"{path}: {label} holds {len(labels[label]):,} labels, {name} {len(arrays[name]):,} images"
             )
-    parts = {part: Arrays(found, labels.get(names[part][1]), recorded) for part, (found, recorded) in pixels.items()}
+    labelled = {part: labels[label] for part, (_, label) in names.items() if label}
+    parts = {part: Arrays(found, labelled.get(part), recorded) for part, (found, recorded) in pixels.items()}
     for part, (name, _) in names.items():
         check_part(parts[part], f"{path}: {name}", bytes_alone=arrays[name].dtype == np.uint8)
     others = [name for name in content if name not in taken]

@@ -41,7 +41,9 @@ def is_right(length: int, heads: int, width: int, dtype: torch.dtype, device: st
     qkv, gradient = (torch.randn(2, length, parts * d, generator=g).to(device, dtype) for parts in (3, 1))
     words = f"attention over {length} tokens of {heads} x {width} numbers"
     return all(
-        kernels.is_right(*(functools.partial(f, heads=heads) for f in (kernel, _plainly)), packed, [given], words)
+        kernels.is_right(
+            functools.partial(kernel, heads=heads), functools.partial(_plainly, heads=heads), packed, [given], words
+        )
         for kernel, packed, given in (
             (attend, [qkv], gradient),
             (attend_first, [qkv[:, :1, :d], qkv[..., d:]], gradient[:, :1]),
@@ -127,7 +129,8 @@ def _(q: Tensor, kv: Tensor, heads: int) -> Tensor:
 
 @attend_first_backward.register_fake
 def _(q: Tensor, kv: Tensor, gradient: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, kv))
+    d_q, d_kv = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, kv))
+    return d_q, d_kv
 
 
 def _keep(ctx, inputs, output) -> None:

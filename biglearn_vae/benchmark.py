@@ -87,7 +87,8 @@ class Plan:
             raise ValueError(f"json must be a file in a folder that exists, got {self.json}")
         if self.evaluations is not None and self.steps is not None:
             raise ValueError("steps counts those of single measurements: with evaluations give trainer.steps")
-        if self.evaluations is not None and self.file and (self.file.suffix != ".json" or self.picture.is_dir()):
+        file, picture = self.file, self.picture
+        if self.evaluations is not None and file and picture and (file.suffix != ".json" or picture.is_dir()):
             raise ValueError(f"json must end in .json, for the plot to be a .png beside it, got {self.json}")
 
     def loader_workers(self, device: str) -> int:
@@ -258,10 +259,11 @@ def loader_draws(work: Work) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         generator=torch.Generator().manual_seed(work.seed),
     )
     numbers = random.Random(work.seed)
+    q: Any = work.loss.masks  # a MaskSampler, of which the settings are taken
     while True:
         for images in loader:
             x = work.encode(images.to(work.device, non_blocking=True))
-            S, T = masks_one_by_one(work.loss.masks, *x.shape[:2], numbers)
+            S, T = masks_one_by_one(q, len(x), x.shape[1], numbers)
             noise = torch.randn(len(x), work.net.z_dim, dtype=x.dtype, device=work.device)
             yield x, S.to(work.device), T.to(work.device), noise
 
@@ -417,7 +419,7 @@ class TrainerStep:
         trainer.step, trainer.seconds, trainer._pending, trainer._reported = 0, 0.0, [], (0, 0.0)
 
     @property
-    def result(self) -> MaskedViT:
+    def result(self) -> nn.Module:
         """The network to evaluate."""
         return self.trainer.result
 
@@ -509,7 +511,8 @@ class Limit:
 def product_sizes(work: Work) -> list[tuple[int, int, int]]:
     """(rows, inputs, outputs) of the matrix products that are tried: squares, and those of the step's own blocks."""
     d = work.net.token_in.out_features
-    wide = work.net.encoder[0].mlp[0].out_features
+    block: Any = work.net.encoder[0]
+    wide = block.mlp[0].out_features
     rows = 2 * work.batch_size * (work.net.num_tokens + 1)
     squares = [(side,) * 3 for side in SQUARES[work.device.type]]
     return [*squares, *((rows, k, n) for k, n in ((d, 3 * d), (d, d), (d, wide), (wide, d)))]
@@ -619,7 +622,9 @@ def measure(work: Work, plan: Plan, say: Callable[[str], Any] = print) -> Result
     steps = plan.steps or STEPS[work.device.type]
     precisions = sorted({precision_of(measures) for measures in stages.values()}, reverse=True)
     step_of(work, next(iter(stages.values())))()  # so that no stage counts what torch loads and keeps at its first step
-    ready, memory, seconds, limits = {}, {}, {name: [] for name in stages}, {}
+    ready, memory = {}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in stages}
+    limits: dict[str, Limit] = {}
     for name, measures in stages.items():
         say(f"preparing {name}")
         ready[name], memory[name] = prepare(work, measures, plan.warmup)

@@ -102,6 +102,9 @@ class BigLearnVAE:
         ValueError: on anything else than these, and if network and tokenizer are of other sizes.
     """
 
+    net: Any  # modules; as such they would have no attributes but tensors and modules, for a type checker
+    tokenizer: Any
+
     def __init__(
         self,
         net: nn.Module,
@@ -117,11 +120,7 @@ class BigLearnVAE:
         check_network(net)
         check_calls(net)
         _check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
-        if (tuple(net.grid), net.token_dim) != (tuple(tokenizer.grid), tokenizer.token_dim):
-            raise ValueError(
-                f"the tokenizer must give the network's {net.grid} tokens of {net.token_dim} numbers, "
-                f"got {tokenizer.grid} of {tokenizer.token_dim}"
-            )
+        _check_sizes(net, tokenizer)
         self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
         self.observations = as_observations(observations)
         self.tokenizer = tokenizer.to(self.device).eval()
@@ -249,10 +248,12 @@ class BigLearnVAE:
         """What is observed of data, S being everything by default, as all other methods take it."""
         tokens, mask, images, single = self._observed(x, S)
         kept = self.pixel_mask(mask)
-        named = None if S is None or images is None else self._of_pixels(S)
+        if images is None:
+            return Observed(tokens, mask, self.tokenizer.decode(tokens), kept, single)
+        named = None if S is None else self._of_pixels(S)
         if named is not None:
             kept = kept | (named.unsqueeze(-3) & images.isfinite().all(1, keepdim=True))
-        return Observed(tokens, mask, self.tokenizer.decode(tokens) if images is None else images, kept, single)
+        return Observed(tokens, mask, images, kept, single)
 
     @torch.no_grad()
     def encode(self, x: Tensor, S: Tensor | None = None) -> DiagGaussian:
@@ -487,7 +488,7 @@ class BigLearnVAE:
         tokens, S, T, single = self._tasks(x, T, given)
         of_passes = self._importance_by_pass(tokens, S, T, samples, seed, passes)
         weights = (part.log_weights(self.observations, variance) for part in of_passes)
-        bound = sum(of_pass.logsumexp(0) - math.log(samples) for of_pass in weights)
+        bound: Any = sum(of_pass.logsumexp(0) - math.log(samples) for of_pass in weights)
         if unit == "bits_per_dim":
             bound = bits_per_dim(bound, T.sum(-1).double() * self.net.token_dim)
         return bound[0] if single else bound
@@ -791,7 +792,7 @@ def check_network(net: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_calls(net: nn.Module) -> None:
+def check_calls(net: Any) -> None:
     """Raise a ValueError unless a network, on the device for which it is made, gives what those of `models` do, of two
     images of zeros; these are not asked."""
     if isinstance(net, MaskedViT):
@@ -835,6 +836,15 @@ def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:
     """Raise a ValueError unless this is a module with all of these."""
     if not isinstance(part, nn.Module) or not all(hasattr(part, name) for name in names):
         raise ValueError(f"expected {expected}, a module with {', '.join(names)}, got {type(part).__name__}")
+
+
+def _check_sizes(net: Any, tokenizer: Any) -> None:
+    """Raise a ValueError unless the tokens of one are those of the other."""
+    if (tuple(net.grid), net.token_dim) != (tuple(tokenizer.grid), tokenizer.token_dim):
+        raise ValueError(
+            f"the tokenizer must give the network's {net.grid} tokens of {net.token_dim} numbers, "
+            f"got {tokenizer.grid} of {tokenizer.token_dim}"
+        )
 
 
 def _draws(draws: int | None, seed: int | None) -> int | None:

@@ -47,6 +47,7 @@ from biglearn_vae.masks import MaskSampler
 from biglearn_vae.models import MaskedViT, count_parameters
 from biglearn_vae.optim import Optim
 from biglearn_vae.patch_ae import PatchAE
+from biglearn_vae.patches import Patchify
 from biglearn_vae.stages import draw, measure, report, size_text
 from biglearn_vae.trainer import Interrupted, Trainer, TrainingError, choose_precision
 from biglearn_vae.workers import defaults
@@ -106,7 +107,7 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
     What the user can mend ends with a line of explanation and exit code 2. HYDRA_FULL_ERROR=1 shows where it arose.
     """
     import hydra
-    from omegaconf import OmegaConf
+    from hydra.core.hydra_config import HydraConfig
 
     failed: list[str] = []
     _prepare()
@@ -115,8 +116,8 @@ def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -
 
     @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name=config_name)
     def run(cfg: "DictConfig") -> Any:
-        hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
-        words = OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)  # NAME=${OTHER} as it was typed
+        hydra_cfg: Any = HydraConfig.get()
+        words = config.as_dict(hydra_cfg.overrides, resolve=False)["task"]  # NAME=${OTHER} as it was typed
         config.register_resolvers()  # here, since other launchers run this in another process
         try:
             config.search_also(typed.config_dir)
@@ -278,7 +279,7 @@ def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None,
     """What went wrong, with the words that a job of a sweep has for itself, shown at once, as the other jobs may take
     days; nothing if another process does what this job was to do."""
     swept, said = config.swept(sweep or []), config.in_a_line(error)
-    own = " ".join(o.input_line for o in config.parsed(words) if o.key_or_group in swept)
+    own = " ".join(w for w, o in zip(words, config.parsed(words), strict=True) if o.key_or_group in swept)
     if searches and not own:  # the sweeper has a list of its own, of what it searches over
         own = " ".join(words)
     if not own:
@@ -302,9 +303,7 @@ def _is_checked_search(words: Sequence[str], script: str, config_name: str) -> b
 
 def _expand_sweep_folder(words: Sequence[str], config_name: str) -> None:
     """Tell Hydra, which knows no ~, where a sweep leaves what it notes of itself."""
-    from omegaconf import OmegaConf
-
-    folder = OmegaConf.to_container(config.with_sweeper(words, config_name), resolve=False).get("output_dir")
+    folder = config.as_dict(config.with_sweeper(words, config_name), resolve=False).get("output_dir")
     if isinstance(folder, str) and folder.startswith("~"):
         sys.argv.insert(1, config.word("hydra.sweep.dir", Path(folder).expanduser()))
 
@@ -443,10 +442,8 @@ def _finished_text(run: Path, cfg: "DictConfig", done: dict[str, Any]) -> str:
 
 
 def _trainer(cfg: "DictConfig", run: Path, stage: stages.Stage, splits: Splits, world: World) -> Trainer:
-    from omegaconf import OmegaConf
-
     settings = _trainer_settings(cfg)
-    metadata = {"config": OmegaConf.to_container(cfg, resolve=True), "data": splits.train.fingerprint()}
+    metadata = {"config": config.as_dict(cfg), "data": splits.train.fingerprint()}
     optim = config.build(cfg.optim, "optim")
     try:
         images = splits.train.resident(world.device)
@@ -470,9 +467,7 @@ def _trainer(cfg: "DictConfig", run: Path, stage: stages.Stage, splits: Splits, 
 
 def _trainer_settings(cfg: "DictConfig") -> dict[str, Any]:
     """The arguments of `Trainer` among the settings, and the batch size, of the types that they must have."""
-    from omegaconf import OmegaConf
-
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)
+    settings = config.as_dict(cfg.trainer)
     config.check_types(typing.get_type_hints(Trainer.__init__) | {"batch_size": int}, settings, "trainer")
     return settings
 
@@ -487,9 +482,7 @@ def _own_loggers(cfg: "DictConfig") -> list[LoggerMaker]:
 
 
 def _made(maker: LoggerMaker, run: Path, cfg: "DictConfig") -> Logger:
-    from omegaconf import OmegaConf
-
-    logger = maker(run, OmegaConf.to_container(cfg, resolve=True))
+    logger = maker(run, config.as_dict(cfg))
     if lacking := [name for name in ("scalars", "picture", "close") if not callable(getattr(logger, name, None))]:
         raise ValueError(
             f"loggers: {type(logger).__name__} lacks {', '.join(lacking)}, which a subclass of "
@@ -585,12 +578,12 @@ def measure_likelihood(
     if not len(images):
         print(f"none of these {count} images was recorded as a whole: no log-likelihoods and no consistency of them")
         return {}
-    of_model: dict[str, dict[str, float]] = {"model": {}}
+    of_model: dict[str, dict[str, Any]] = {"model": {}}
     if vae.observations.scaled:
         fitted = evaluation.fit_variance(vae, splits.train.select(slice(10 * count)), seed)
         found = {"model": vae.variance, "fitted": fitted}  # the former is beta, and may be 0
         of_model = {name: {"variance": variance} for name, variance in found.items() if variance > 0}
-    counts = {"samples": settings.samples, "annealing_steps": settings.annealing_steps}
+    counts: dict[str, Any] = {"samples": settings.samples, "annealing_steps": settings.annealing_steps}
     bounds = {
         name: own | evaluation.likelihood(vae, images, seed=seed, **own, **counts) for name, own in of_model.items()
     }
@@ -794,8 +787,6 @@ def figures(cfg: "DictConfig", overrides: Sequence[str] = ()) -> Path:
 
 def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure the training step of these settings in stages, or how soon they reach a quality; returns what is kept."""
-    from omegaconf import OmegaConf
-
     config.checked(cfg, {"device": str})
     plan = timing.Plan(**config.checked(cfg, typing.get_type_hints(timing.Plan)))
     config.check_seed(cfg.seed)
@@ -805,7 +796,7 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     work = _work(cfg, plan, tokens)
     print(f"{network_text(work.net)}, {work.note}, {work.batch_size} a step", flush=True)
     print(f"training in {work.precision} on {machine['device']}, torch {machine['torch']}\n", flush=True)
-    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings = config.as_dict(cfg)
     for measured in _courses(cfg, plan, work, tokens) if plan.evaluations else _stages(plan, work):
         everything = measured | {"data": work.note, "settings": settings, "environment": machine}
         if plan.file:
@@ -813,7 +804,7 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
     return everything
 
 
-def _tokenizer_to_measure(cfg: "DictConfig", plan: timing.Plan) -> torch.nn.Module:
+def _tokenizer_to_measure(cfg: "DictConfig", plan: timing.Plan) -> Patchify | PatchAE:
     """That of these settings. An untrained PatchAE stands for one that is not there, where nothing is learned."""
     needed = cfg.tokens.name != config.PATCH_AE or cfg.tokens.run is not None or plan.evaluations is not None
     if needed or (config.patch_ae_run(cfg) / config.PATCH_AE_FILE).is_file():
@@ -830,7 +821,7 @@ def _stages(plan: timing.Plan, work: timing.Work) -> Iterator[dict[str, Any]]:
 
 
 def _courses(
-    cfg: "DictConfig", plan: timing.Plan, work: timing.Work, tokens: torch.nn.Module
+    cfg: "DictConfig", plan: timing.Plan, work: timing.Work, tokens: Patchify | PatchAE
 ) -> Iterator[dict[str, Any]]:
     """The test JointELBO of each stage by seconds, as far as it is known at each evaluation, with a plot at the end."""
     for found in time_to_quality.measure(work, plan, config.dataset(cfg).test, tokens, say=_progress):
@@ -845,7 +836,7 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _work(cfg: "DictConfig", plan: timing.Plan, tokens: torch.nn.Module) -> timing.Work:
+def _work(cfg: "DictConfig", plan: timing.Plan, tokens: Patchify | PatchAE) -> timing.Work:
     """The training whose step is measured."""
     trainer = _trainer_settings(cfg)
     loss, optim = config.objective(cfg), config.build(cfg.optim, "optim")
@@ -917,7 +908,7 @@ def probe(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
         "parameters": count_parameters(vae.net),
         "train_images": len(train),
         "test_images": len(test),
-        "attributes": list(splits.label_names) if test.labels.ndim > 1 else [],  # labels may be classes
+        "attributes": list(splits.label_names) if probing.labels_of(test).ndim > 1 else [],  # labels may be classes
         "metric": metric,
     }
     result |= {name: {str(ratio): score for ratio, score in of.items()} for name, of in scores.items()}
@@ -946,8 +937,8 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     Raises:
         ValueError: in the end, if scripts failed.
     """
-    hints = {"target": str, "workers": int, "budget": float | None, "output_dir": str, "results_dir": str}
-    hints |= {"device": str, "data_root": str | None, "only": str | None, "preset": dict}
+    hints: dict[str, Any] = {"target": str, "workers": int, "budget": float | None, "output_dir": str}
+    hints |= {"results_dir": str, "device": str, "data_root": str | None, "only": str | None, "preset": dict}
     values = config.checked(cfg, hints)
     if under_torchrun():
         raise ValueError("reproduce starts processes of its own: start it without torchrun")

@@ -20,7 +20,7 @@ from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import Batches, Images, ImageSet
 from biglearn_vae.distributed import World, derive_seed, synchronize
 from biglearn_vae.evaluation import Task
-from biglearn_vae.losses import InpaintingRegression
+from biglearn_vae.losses import InpaintingRegression, Masks
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.optim import Optim
 from biglearn_vae.trainer import Trainer
@@ -110,7 +110,7 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
         "training mean": evaluation.training_mean_psnr(vae, images, train, plan.tasks, seed),
         "10 nearest": evaluation.nearest_psnr(vae, images, train, plan.tasks, seed=seed),
     }
-    own = {}
+    own: dict[str, Any] = {}
     if vae.observations.scaled:
         own = {"variance": evaluation.fit_variance(vae, train[: 10 * max(100, plan.likelihood_images)], seed)}
     nats = _nats(vae, x, tasks, plan, own, seed) if plan.likelihood_images else {}
@@ -142,7 +142,7 @@ def _drawn(vae: BigLearnVAE, x: Tensor, T: Tensor, draw: Callable[[], Tensor]) -
 
 
 def _chains(
-    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, own: dict[str, float], seed: int
+    vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, own: dict[str, Any], seed: int
 ) -> dict[str, list]:
     """The two samplers of a joint VAE, with the variance that training images have, if any."""
     hidden, result = vae.pixel_mask(T), {}
@@ -162,11 +162,11 @@ def _nats(
     x: Tensor,
     tasks: Mapping[Task, tuple[Tensor, Tensor]],
     plan: Plan,
-    own: dict[str, float],
+    own: dict[str, Any],
     seed: int,
 ) -> dict[Task, dict[str, Any]]:
     """Mean log p(hidden | observed) of an image by task, over the first images that have it in all; {} without any."""
-    options = dict(samples=plan.samples, seed=seed, steps=plan.annealing_steps) | own
+    options: dict[str, Any] = dict(samples=plan.samples, seed=seed, steps=plan.annealing_steps) | own
     able = torch.stack([T.any(-1) for _, T in tasks.values()]).all(0)
     if vae.prior == "standard":  # the difference of log p(x) and log p(x_S) is that of whole images
         able &= torch.stack([(S | T).all(-1) for S, T in tasks.values()]).all(0)
@@ -176,6 +176,7 @@ def _nats(
     # All tasks share a batch: the cost of a small one is mostly that of launching it.
     count, x = len(tasks), x[rows]
     S, T = (torch.cat([task[k][rows] for task in tasks.values()]) for k in (0, 1))
+    nats: evaluation.LogProb | evaluation.JointConditional
     if vae.prior == "learned":
         nats = evaluation.annealed_log_prob(vae, x.repeat(count, 1, 1, 1), T, S, **options)
     else:
@@ -192,12 +193,12 @@ def _nats(
 
 def regressor_psnr(
     net: nn.Module,
-    tokenizer: nn.Module,
+    tokenizer: Any,
     train: ImageSet,
     images: Images,
     tasks: Sequence[Task],
     optim: Optim,
-    masks: MaskSampler,
+    masks: Masks,
     steps: int,
     batch_size: int,
     seed: int = 0,
@@ -249,8 +250,8 @@ def table(result: dict[str, Any]) -> str:
     head = f"{result['name']}: PSNR in dB over hidden pixels of {result['images']} {result['split']} images"
     lines = [head, f"  {'observed':<46}" + "".join(f"{task:>9}" for task in tasks)]
     for label, values in rows.items():
-        cells = (f"{values[task]:.2f}" if task in values else "" for task in tasks)
-        lines.append(f"  {label:<46}" + "".join(f"{cell:>9}" for cell in cells))
+        cells = "".join(f"{values[task]:.2f}".rjust(9) if task in values else " " * 9 for task in tasks)
+        lines.append(f"  {label:<46}{cells}")
     nats = {task: found["nats"] for task, found in tasks.items() if "nats" in found}
     if nats:
         some = next(iter(nats.values()))

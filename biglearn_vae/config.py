@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # Settings that say where and how, not what is computed; the last two are those of scripts that measure a run.
-PLACE = ("device", "name", "output_dir", "data.root", "data.cache")
+PLACE: tuple[str, ...] = ("device", "name", "output_dir", "data.root", "data.cache")
 PLACE += ("trainer.accumulate", "trainer.compile", "trainer.cuda_graph", "trainer.shard", "optimized_metric")
 PLACE += ("loggers", "run", "data_root")
-EVALUATION_COUNTS = ("valid_images", "valid_draws", "images", "masks", "draws", "likelihood_images", "samples")
-EVALUATION_COUNTS += ("statistics_images",)
+EVALUATION_COUNTS: tuple[str, ...] = ("valid_images", "valid_draws", "images", "masks", "draws")
+EVALUATION_COUNTS += ("likelihood_images", "samples", "statistics_images")
 CONFIG_FILE = "config.yaml"
 _ONE_HYDRA = threading.Lock()
 _OWN_FOLDERS: list[Path] = []  # of the user, beside this package's
@@ -150,7 +150,7 @@ def with_sweeper(words: Sequence[str], config_name: str) -> "DictConfig":
 
 def fixed(words: Sequence[str]) -> list[str]:
     """Those words of a sweep that have one value."""
-    return [override.input_line for override in parsed(words) if not override.is_sweep_override()]
+    return [word for word, o in zip(words, parsed(words), strict=True) if not o.is_sweep_override()]
 
 
 def swept(words: Sequence[str]) -> "dict[str, Override]":
@@ -343,8 +343,9 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
     cfg, chosen = _settings(tuple(choices), config_name)
     explained, groups = explanations(config_name), _groups(config_name)
     _check_labels(cfg, chosen)
+    _check_parts(cfg, explained)
     known = {name for name, _ in _raw_leaves(cfg)}
-    parts = [part for part in cfg if OmegaConf.is_dict(OmegaConf.select(cfg, part))]
+    parts = [part for part in map(str, cfg) if OmegaConf.is_dict(OmegaConf.select(cfg, part))]
     targets = {f"{part}._target_" for part in parts if "_target_" in set(cfg[part])}  # also one that is to be given
     own = {o.key_or_group.rpartition(".")[0] for o in overrides if o.key_or_group in targets}
     for override, name, value in _given(overrides, known | targets):
@@ -373,6 +374,16 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         near = sorted(key for key in known if key.rpartition(".")[2] == last) or difflib.get_close_matches(name, known)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(f"{name}: there is no such setting{hint} --help lists all.")
+
+
+def _check_parts(cfg: "DictConfig", explained: Iterable[str]) -> None:
+    """Raise a ValueError for a part that a file of one's own gives a value in place of its settings."""
+    from omegaconf import DictConfig
+
+    parts = {name.partition(".")[0] for name in explained if "." in name} - {*explained}
+    for part in sorted(parts & set(map(str, cfg))):
+        if not isinstance(cfg[part], DictConfig):
+            raise ValueError(f"{part} must hold lines NAME: VALUE, got {cfg[part]!r}")
 
 
 def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:
@@ -436,7 +447,8 @@ def _settings(choices: tuple[str, ...], config_name: str) -> "tuple[DictConfig, 
 
     cfg = compose_checked(choices, config_name, with_hydra=True)
     chosen = {Path(name).name: str(choice) for name, choice in cfg.hydra.runtime.choices.items() if choice}
-    return OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"]), chosen
+    own: list[Any] = [name for name in cfg if name != "hydra"]
+    return OmegaConf.masked_copy(cfg, own), chosen
 
 
 def chosen_by(overrides: Sequence[str], config_name: str) -> dict[str, str]:
@@ -517,9 +529,9 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     Raises:
         ValueError: naming the setting, if there is no such target, or it doesn't take it, or not of this type or value.
     """
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.to_container(settings, resolve=True)
+    values = as_dict(settings)
+    if "_target_" not in values:
+        raise ValueError(f"{where} must have a line _target_: MODULE.CLASS, which says what takes the others")
     target = named(values.pop("_target_"), f"{where}._target_")
     hints = _hints(target, values)
     values = {name: value for name, value in values.items() if name in hints or value is not None}
@@ -561,7 +573,7 @@ def named(name: str, setting: str) -> Callable[..., Any]:
 def _hints(target: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
     """The types of what a class or a function takes, as far as it tells them; of these names if it takes any."""
     try:
-        hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except Exception:  # of names that are there for type checkers alone, and of what has no hints
         hints = {}
     parameters = inspect.signature(target).parameters
@@ -581,9 +593,7 @@ def require_all(cfg: "DictConfig", config_name: str, chosen: Mapping[str, str]) 
 
 def checked(cfg: "DictConfig", hints: dict[str, Any]) -> dict[str, Any]:
     """These settings as plain values by their names; see `check_types`, which also refuses one that is not there."""
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.to_container(cfg, resolve=True)
+    values = as_dict(cfg)
     found = {name: values.get(name) for name in hints}
     check_types(hints, found, "")
     return found
@@ -632,11 +642,9 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
     Args:
         everything: whether all patches may be observed, so that nothing is left to complete.
     """
-    from omegaconf import OmegaConf
-
     hints = {"ratios": list[float], "passes": list[int] | None, "annealing_steps": int | None}
     hints |= dict.fromkeys(EVALUATION_COUNTS, int)
-    values = {name: value for name, value in OmegaConf.to_container(settings, resolve=True).items() if name in hints}
+    values = {name: value for name, value in as_dict(settings).items() if name in hints}
     check_types(hints, values, where.rstrip("."))
     for name, value in values.items():
         if name == "ratios" and (
@@ -653,10 +661,8 @@ def check_evaluation(settings: "DictConfig", where: str = "", everything: bool =
 
 def patches(cfg: "DictConfig") -> Patchify:
     """How these settings cut images into patches."""
-    from omegaconf import OmegaConf
-
     hints = {"image_size": int | list[int], "patch_size": int, "channels": int, "name": str, "root": str | None}
-    values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)
+    values = as_dict(cfg.data)
     if "_target_" in values:  # whose own settings are its matter
         values = {name: value for name, value in values.items() if name in hints}
     check_types(hints | {"crop": int | None, "cache": str | None}, values, "data")
@@ -741,9 +747,7 @@ def dataset(cfg: "DictConfig", root: str | None = None) -> Splits:
 
 def data_settings(cfg: "DictConfig") -> dict[str, Any]:
     """The arguments of `data.load` among the settings."""
-    from omegaconf import OmegaConf
-
-    values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)
+    values = as_dict(cfg.data)
     target = {"target": named(values.pop("_target_"), "data._target_")} if "_target_" in values else {}
     return {name: value for name, value in values.items() if name != "patch_size"} | target
 
@@ -781,7 +785,7 @@ def patch_ae(cfg: "DictConfig") -> PatchAE:
         return build(cfg.model, "model", **sizes)
 
 
-def patch_ae_sizes(cfg: "DictConfig") -> dict[str, int]:
+def patch_ae_sizes(cfg: "DictConfig") -> dict[str, Any]:
     """What a PatchAE must know of the data."""
     cut = patches(cfg)
     return dict(image_size=cut.image_shape[1:], patch_size=cut.patch_size, channels=cut.image_shape[0])
@@ -814,7 +818,7 @@ def saved(run: str | Path) -> "DictConfig":
 
     path = Path(run).expanduser() / CONFIG_FILE
     try:
-        cfg = OmegaConf.load(path) if path.is_file() else _saved_in_checkpoint(path.parent)
+        cfg: Any = OmegaConf.load(path) if path.is_file() else _saved_in_checkpoint(path.parent)
         stage_1 = "method" in cfg and cfg.method.name == PATCH_AE
         needed = ("data", "model", "loss") if stage_1 else ("data", "case", "method", "model", "loss", "masks")
         missing = [group for group in needed if group not in cfg]
@@ -890,10 +894,8 @@ def shell_word(name: str, value: Any) -> str:
 
 def data_words(cfg: "DictConfig") -> str:
     """What names these data on a command line, cut and sized as here."""
-    from omegaconf import OmegaConf
-
-    own, usual = OmegaConf.to_container(cfg.data, resolve=True), compose([f"data={cfg.data.name}"]).data
-    there, words = set(usual), [f"data={cfg.data.name}"]
+    own, usual = as_dict(cfg.data), compose([f"data={cfg.data.name}"]).data
+    there, words = set(map(str, usual)), [f"data={cfg.data.name}"]
     for name in ("_target_", "root", "image_size", "patch_size", "channels", "crop"):
         if name in own.keys() & there and own[name] != usual.get(name):
             words.append(shell_word(f"data.{name}", own[name]))
@@ -929,11 +931,19 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
 
 
+def as_dict(cfg: "DictConfig", resolve: bool = True) -> dict[str, Any]:
+    """Settings as plain values by their names; ${OTHER} as what it stands for or, if asked for, as it is written."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(cfg, resolve=resolve)
+    return {str(name): value for name, value in values.items()}  # a file may call a setting 1 or true
+
+
 def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting with its dotted name; a list is one setting."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
 
-    container = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+    container = as_dict(cfg) if isinstance(cfg, DictConfig) else cfg
     for key, value in container.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -947,7 +957,7 @@ SWEPT = {"run": "run=outputs/a,outputs/b", "seed": "seed=0,1,2"}
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
-    overrides = [override.input_line for override in parsed(overrides) if not _is_of_hydra(override)]
+    overrides = [word for word, o in zip(overrides, parsed(overrides), strict=True) if not _is_of_hydra(o)]
     cfg = compose(overrides, config_name)
     source = _main_files(config_name)[-1].read_text("utf-8")
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]
@@ -968,7 +978,8 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
     """Like `leaves`, but a setting without a value yet shows as ???."""
     from omegaconf import DictConfig, OmegaConf
 
-    for key in cfg:
+    names: list[Any] = list(cfg)
+    for key in names:
         if OmegaConf.is_missing(cfg, key):
             yield f"{prefix}{key}", "???"
         elif isinstance(cfg[key], DictConfig):

@@ -48,8 +48,7 @@ class StepGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
         self._batch: tuple[Tensor, ...] = ()  # what the graph reads
-        self._numbers: Tensor | None = None
-        self._result: Tensor | None = None
+        self._numbers = self._result = torch.empty(0)
 
     def __call__(self, function: Callable[..., Tensor], batch: Tensor | tuple[Tensor, ...], *numbers: float) -> Tensor:
         """What the function returns for these.
@@ -80,7 +79,7 @@ class StepGraph:
                 return self._aside(function, batch, values)
             if self._graph is None:
                 self._batch, self._numbers = tuple(torch.empty_like(part) for part in parts), torch.empty_like(values)
-                self._record(function, self._batch if isinstance(batch, tuple) else self._batch[0])
+                self._graph = self._record(function, self._batch if isinstance(batch, tuple) else self._batch[0])
             self._fill(parts, values)
             self.replays = True
             self._graph.replay()
@@ -95,7 +94,7 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
-    def _record(self, function: Callable[..., Tensor], batch: Tensor | tuple[Tensor, ...]) -> None:
+    def _record(self, function: Callable[..., Tensor], batch: Tensor | tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
@@ -106,7 +105,7 @@ class StepGraph:
             raise
         except RuntimeError as error:  # what ended the recording is behind what says that it has ended
             raise NotRecorded(str(error.__context__ or error).splitlines()[0]) from error
-        self._graph = graph
+        return graph
 
     def _fill(self, parts: Sequence[Tensor], values: Tensor) -> None:
         """Put a batch and numbers where the graph reads them."""

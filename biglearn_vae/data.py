@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class ImageSet:
 
     def _check_recorded(self, recorded: Tensor) -> None:
         rows, columns = self.pixels.shape[2:]
-        cells = recorded.shape[1:] if recorded.dtype == torch.bool else ()
+        cells: tuple[int, ...] = recorded.shape[1:] if recorded.dtype == torch.bool else ()
         if len(cells) != 2 or 0 in cells or rows % cells[0] or columns % cells[1]:
             raise ValueError(
                 f"expected recorded as booleans (N, rows, columns), of cells that divide images of {rows} x {columns} "
@@ -110,7 +110,8 @@ class ImageSet:
         if self.recorded is None:
             return images
         cells = self.recorded[index]  # (B, rows, columns)
-        hidden = ~masks.to_pixels(cells.flatten(-2), cells.shape[-2:], images.shape[-2:])
+        rows, columns = cells.shape[-2:]
+        hidden = ~masks.to_pixels(cells.flatten(-2), (rows, columns), images.shape[-2:])
         return images.masked_fill(hidden.unsqueeze(-3), torch.nan)
 
     @property
@@ -125,8 +126,8 @@ class ImageSet:
         """
         if not isinstance(index, slice):
             index = self._positions(torch.as_tensor(index))
-        parts = (self.pixels, self.labels, self.recorded)
-        return ImageSet(*(None if part is None else _rows(part, index) for part in parts))
+        labels, recorded = (None if part is None else _rows(part, index) for part in (self.labels, self.recorded))
+        return ImageSet(_rows(self.pixels, index), labels, recorded)
 
     def _positions(self, index: Tensor) -> Tensor:
         """Positions as numbers from 0 on, of such or of a mask."""
@@ -174,7 +175,7 @@ class ImageSet:
 
 
 Size = int | Sequence[int]  # side in pixels, or height and width
-Images = Tensor | ImageSet  # float images (N, C, H, W) in [0, 1], or a set of which only parts are ever made that
+Images: TypeAlias = Tensor | ImageSet  # floats (N, C, H, W) in [0, 1], or a set of which parts are made such
 CHUNK = 1024  # images at a time, at most
 NUMBERS = 2**26  # floats at a time, about, whatever the size of an image
 
@@ -398,7 +399,7 @@ def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str 
     checks.check_choice("missing_unit", unit, ("patch", "image"))
     if share == 0:
         return splits
-    parts = {
+    parts: dict[str, Any] = {
         name: _lose(getattr(splits, name), share, grid, unit, derive_seed("missing", SPLIT_SEED, name))
         for name in ("train", "valid")
     }
@@ -416,7 +417,8 @@ def binarized(splits: Splits, how: str) -> Splits:
         ValueError: for another word.
     """
     checks.check_choice("binarize", how, ("threshold", "sample"))
-    return replace(splits, **{part: _binarized(getattr(splits, part), how) for part in PARTS})
+    parts: dict[str, Any] = {part: _binarized(getattr(splits, part), how) for part in PARTS}
+    return replace(splits, **parts)
 
 
 def _binarized(images: ImageSet, how: str) -> ImageSet:
@@ -459,11 +461,11 @@ def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed
             size = images.recorded.shape[-2:]
             recorded = images.recorded & masks.to_pixels(recorded.flatten(-2), grid, size)
         kept = replace(images, recorded=recorded)
-        left = kept.recorded_patches(grid).any()
+        anything = bool(kept.recorded_patches(grid).any())
     else:
         left = round((1 - share) * len(images))
-        kept = images.select(shuffled(len(images), seed)[:left].sort().values)
-    if not left:
+        kept, anything = images.select(shuffled(len(images), seed)[:left].sort().values), left > 0
+    if not anything:
         raise ValueError(f"missing={share} leaves nothing of {len(images)} images")
     return kept
 
@@ -490,15 +492,18 @@ def digits(root: Path | None = None, image_size: Size = 8, channels: int = 1) ->
     pixels = torch.from_numpy(table[:, :-1] / 16 * 255).round().to(torch.uint8).view(-1, 1, 8, 8)
     labels = torch.from_numpy(table[:, -1]).long()
     order = shuffled(len(pixels), derive_seed("split", SPLIT_SEED))
-    parts = {"train": order[:1200], "valid": order[1200:1500], "test": order[1500:]}
-    return Splits(**{k: ImageSet(_sized(pixels[i], image_size, channels), labels[i]) for k, i in parts.items()})
+    train, valid, test = (
+        ImageSet(_sized(pixels[i], image_size, channels), labels[i]) for i in order.split([1200, 300, 297])
+    )
+    return Splits(train, valid, test)
 
 
 def _digits_table() -> np.ndarray:
     """Scikit-learn's file of digits, a row for each: 64 pixels from 0 to 16, and the label. The file itself is read,
     since to import scikit-learn takes 2 s, of which `load_digits` needs nothing."""
-    path = Path(importlib.util.find_spec("sklearn").origin).parent / DIGITS
-    if path.exists():
+    found = importlib.util.find_spec("sklearn")
+    path = Path(found.origin).parent / DIGITS if found and found.origin else None
+    if path and path.exists():
         return np.loadtxt(path, dtype=np.uint8, delimiter=",")
     from sklearn.datasets import load_digits  # of a version that has it elsewhere
 
@@ -857,7 +862,8 @@ def _all_parts(content: array_files.Content, source: str) -> Splits:
     if content.note:
         checks.warn(content.note)
     sets = {part: _image_set(arrays) for part, arrays in content.parts.items()}
-    lacking, cut = [part for part in ("test", "valid") if part not in sets], {}
+    lacking = [part for part in ("test", "valid") if part not in sets]
+    cut: dict[str, ImageSet] = {}
     for part, images in sets.items():
         taken = lacking if part in ("images", "train") else []
         if len(images) <= len(taken):

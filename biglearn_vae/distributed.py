@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -172,7 +173,12 @@ def shard(net: nn.Module, world: World) -> None:
     fully_shard(net, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def sum_gradients(net: Any, summed: bool) -> None:
+    """Whether the next gradients of a network that is split (`shard`) are summed over the processes."""
+    net.set_requires_gradient_sync(summed)
+
+
+def whole(tensor: Any) -> Tensor:
     """The whole of a tensor that is split over the processes; every process must call it."""
     return tensor.full_tensor() if is_split(tensor) else tensor
 
@@ -234,7 +240,8 @@ def derive_seed(*parts: float | str | None) -> int:
 
     Numbers may be of any type, such as NumPy's: they count as those of Python.
     """
-    plain = tuple(part.item() if hasattr(part, "item") else part for part in parts)
+    given: tuple[Any, ...] = parts
+    plain = tuple(part.item() if hasattr(part, "item") else part for part in given)
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=7).digest())
 
 

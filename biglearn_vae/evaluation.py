@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import torch
@@ -72,8 +72,9 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
     seed = checks.seed_or_drawn(seed)
     random = StepRandom(torch.Generator(vae.device).manual_seed(seed))
     loss = copy.copy(loss)
-    if isinstance(getattr(loss, "masks", None), MaskSampler):
-        loss.masks = loss.masks.altered(ratios_per="sample")
+    sampler = getattr(loss, "masks", None)
+    if isinstance(sampler, MaskSampler):
+        loss.masks = sampler.altered(ratios_per="sample")
     with global_generator(vae.device, derive_seed("global", seed)):  # from which one's own may draw
         found = [part for tokens in _tokens(vae, images) for part in _elbos(vae, loss, tokens, joint, random)]
     _check_parts(found[0])
@@ -180,8 +181,8 @@ def nearest_positions(vae: BigLearnVAE, images: Images, S: Tensor, train: Images
 
 def _patches_of(vae: BigLearnVAE, channels: int) -> Patchify:
     """The pixels of the model's patches, whatever its tokens are."""
-    size = vae.image_shape[1:]
-    return Patchify(tuple(size), size[0] // vae.grid[0], channels)
+    _, height, width = vae.image_shape
+    return Patchify((height, width), height // vae.grid[0], channels)
 
 
 class _Tokens(Protocol):
@@ -233,14 +234,16 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
     numbers. Training images are read once, a part at a time, and once more if some were not recorded in full.
     """
     neighbours = checks.whole_number("neighbours", neighbours, 1)
+    if not len(train):
+        raise ValueError("expected at least one training image, of which the nearest are looked for, got none")
     like = x[:1]
     length, dim = like.shape[1:]
     many = rows_of(length * dim, chunks=8)  # training images
     few = min(many, rows_of(max(length, S.shape[1]) * min(many, len(train))))  # others: L or R x few x many distances
     empty = torch.empty(*S.shape[:2], 0, device=S.device)
     found = [(part, part.long()) for part in empty.split(few)]
-    total, count, moments = *torch.zeros(2, length, dim, dtype=torch.float64, device=S.device), None
-    centre = None
+    total, count = torch.zeros(2, length, dim, dtype=torch.float64, device=S.device)
+    centre = moments = None
     for start in range(0, len(train), many):
         y, has = train[start : start + many], None
         if centre is None:  # about which distances are computed: squares of less round less
@@ -262,7 +265,8 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
 def _moments(train: _Tokens, rows: int, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (L, D) of what was recorded of each number less `centre`, 0 of one of which nothing was."""
     parts = (train[start : start + rows].double() - centre for start in range(0, len(train), rows))
-    count, total, squares = sum(torch.stack([(~y.isnan()).sum(0), y.nansum(0), y.square().nansum(0)]) for y in parts)
+    sums = (torch.stack([(~y.isnan()).sum(0), y.nansum(0), y.square().nansum(0)]) for y in parts)
+    count, total, squares = reduce(torch.add, sums)
     mean = total / count.clamp(min=1)
     return mean, (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
 
@@ -283,7 +287,7 @@ def _distances(
     x = x.masked_fill(~S.any(1).unsqueeze(-1), 0)
     S, x, own = S.to(x.dtype), x.transpose(0, 1), x.square().transpose(0, 1)  # (L, n, D)
     gap = torch.baddbmm(y.square().sum(-1).T.unsqueeze(1), x, y.permute(1, 2, 0), alpha=-2)  # (L, n, m)
-    if has is None:
+    if has is None or moments is None:
         gap += own.sum(-1, keepdim=True)
     else:
         mean, variance = (moment.to(x.dtype).unsqueeze(1) for moment in moments)  # (L, 1, D)
@@ -457,7 +461,11 @@ def likelihood(
 
 def _bound(vae: BigLearnVAE, steps: int | None) -> Callable[..., Tensor]:
     """What gives a bound on log p(x_T | x_S), (N,), by importance weights or annealed, for `_in_parts`."""
-    return vae.log_prob if steps is None else lambda *asked: annealed_log_prob(vae, *asked, steps).nats
+    if steps is None:
+        return vae.log_prob
+    return lambda x, T, given, samples, variance, seed: (
+        annealed_log_prob(vae, x, T, given, samples, variance, seed, steps).nats
+    )
 
 
 def _in_parts(
@@ -545,7 +553,7 @@ def _disjoint_pairs(count: int, num_tokens: int, seed: int) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, float]:
+def reconstruction(tokenizer: Any, images: Images) -> dict[str, float]:
     """How well a tokenizer gives images back: PSNR in dB, and the seams between its patches.
 
     seam_ratio is the mean absolute difference of neighbouring pixels on two sides of a border between patches, over
@@ -558,7 +566,7 @@ def reconstruction(tokenizer: torch.nn.Module, images: Images) -> dict[str, floa
     """
     device = next(tokenizer.parameters(), images[:1]).device
     error, numbers = 0.0, 0
-    seams = {"seam_ratio": 0, "seam_ratio_of_images": 0}
+    seams: dict[str, Any] = {"seam_ratio": 0, "seam_ratio_of_images": 0}
     for x in parts(images, device):
         y = tokenizer.decode(tokenizer.encode(x))
         x = torch.where(y.isnan(), y, x)  # of a patch with NaN in it there is no code
@@ -638,7 +646,8 @@ def training_mean_psnr(
 
 def _mean_image(train: Images) -> Tensor:
     """Mean over the numbers that were recorded, float64 (C, H, W)."""
-    total, count = 0, 0
+    total: Any = 0
+    count: Any = 0
     for part in map(Tensor.double, parts(train, torch.device("cpu"))):
         total, count = total + part.nansum(0), count + (~part.isnan()).sum(0)
     return torch.where(count > 0, total / count, total.sum() / count.sum())

@@ -9,11 +9,11 @@ different classes if there are labels (N,). What was never recorded (NaN) is obs
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from biglearn_vae import data, masks
@@ -515,11 +515,11 @@ def _panels(places: np.ndarray, classes: np.ndarray | None, size: int = 300) -> 
         figure = Figure(figsize=(size / DPI, size / DPI), dpi=DPI, facecolor="white")
         axes = figure.add_axes((0.005, 0.005, 0.99, 0.99), xticks=[], yticks=[], facecolor="white")
         axes.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
-        axes.scatter(*points.T, s=10 if len(points) > 50 else 40, color=colours[index], linewidths=0)
+        axes.scatter(points[:, 0], points[:, 1], s=10 if len(points) > 50 else 40, color=colours[index], linewidths=0)
         for name, middle, colour in zip(names, middles, colours, strict=False):  # there may be none
             style = dict(size=8 if panel else 13, weight="bold", ha="center", va="center", color=colour)
             effects = [withStroke(linewidth=3, foreground="white")]
-            axes.text(*middle, str(name), **style, path_effects=effects)
+            axes.text(float(middle[0]), float(middle[1]), str(name), **style, path_effects=effects)
         pictures.append(rendered(figure) / 255)
     return np.stack(pictures)
 
@@ -529,7 +529,7 @@ def _middle(points: np.ndarray) -> np.ndarray:
     return points[np.abs(points - np.median(points, axis=0)).sum(1).argmin()]
 
 
-def reconstruction(tokenizer: nn.Module, images: Tensor, title: str = "") -> np.ndarray:
+def reconstruction(tokenizer: Any, images: Tensor, title: str = "") -> np.ndarray:
     """Images (N, C, H, W), all of them drawn, beside what a tokenizer such as a `PatchAE` decodes of its codes."""
     x = images.to(next(tokenizer.parameters()).device)
     with torch.no_grad():
@@ -660,7 +660,7 @@ def signed(change: Tensor, limit: float | None = None) -> tuple[np.ndarray, floa
     change = change.mean(-3).nan_to_num(0).cpu()  # over the channels; NaN was never recorded
     limit = limit or change.abs().max().item() or 1.0
     share = (change / limit).clamp(-1, 1).unsqueeze(-1).numpy()
-    same, less, more = (np.float32(colour) for colour in (SAME, LESS, MORE))
+    same, less, more = (np.array(colour, np.float32) for colour in (SAME, LESS, MORE))
     return same + share.clip(0) * (more - same) + (-share).clip(0) * (less - same), limit
 
 

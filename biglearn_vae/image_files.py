@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -75,7 +75,7 @@ class Recipe:
             is also taken of an image smaller than the crop.
     """
 
-    size: int | tuple[int, int]
+    size: int | Sequence[int]
     channels: int
     crop: int | None = None
 
@@ -122,7 +122,7 @@ def scan(root: Path, deep: bool = False) -> dict[str, Stat]:
     nothing are files that cannot be read. Subfolders that may not be read are skipped, with a warning.
     """
     stats: dict[str, Stat] = {}
-    folders = [("", (os.path.realpath(root),))]  # each with those that it lies in
+    folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]  # each with those that it lies in
     while folders:
         prefix, above = folders.pop()
         try:
@@ -438,9 +438,8 @@ def _build(folder: Path, files: Files, recipe: Recipe, wanted: _State, outdated:
         out.seek(0, os.SEEK_END)
         for results in _decoded(files, recipe, state.done):
             broken = {name: why for name, why in results.items() if isinstance(why, str)}
-            if len(broken) < len(results):
-                images = torch.stack([image for name, image in results.items() if name not in broken])
-                out.write(images.numpy().data)
+            if images := [image for image in results.values() if not isinstance(image, str)]:
+                out.write(torch.stack(images).numpy().data)
                 to_disk(out)
             state = replace(state, done=state.done + len(results), broken=state.broken | broken)
             write_json(folder / PROGRESS, asdict(state))

@@ -69,7 +69,7 @@ def _itself(saved: Tensor) -> Tensor:
     return saved
 
 
-def _with_gradients(function: Callable, inputs: Iterable[Tensor], gradients: Iterable[Tensor]) -> list[Tensor]:
+def _with_gradients(function: Callable, inputs: Iterable[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     inputs = [part.clone().requires_grad_() for part in inputs]
     results = function(*inputs)
     results = (results,) if isinstance(results, Tensor) else results

@@ -6,6 +6,7 @@ B batch, N sequence length, d embedding dimension, r ratio of the MLP's width to
 import contextlib
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-attention = biases = norms = None
+attention: Any = None
+biases: Any = None
+norms: Any = None
 if torch.cuda.is_available():
     with contextlib.suppress(ImportError):  # torch comes without Triton on some systems
         from biglearn_vae import attention, biases, norms
@@ -62,7 +65,8 @@ class Attention(nn.Module):
             kernel = attention.attend if queries is None else attention.attend_first
             return self.project(kernel(*packed, self.heads))
         parts = (part for several in packed for part in several.split(x.shape[-1], dim=-1))
-        x = attend(*(rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in parts), valid, steady)
+        q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.heads) for part in parts)
+        x = attend(q, k, v, valid, steady)
         return self.project(rearrange(x, "b h n c -> b n (h c)"))
 
     def _of_first(self, x: Tensor, queries: int) -> tuple[Tensor, Tensor]:

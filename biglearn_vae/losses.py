@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import checks, masks
 from biglearn_vae.distributed import StepRandom
+from biglearn_vae.gaussian import DiagGaussian
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.observations import GAUSSIAN, Gaussian, Observations, as_observations
 
@@ -193,7 +194,7 @@ class BigLearnELBO:
         if step is None and not torch.compiler.is_compiling():
             self.observations.check(x, T)
         shape = (len(x), _unwrapped(net).z_dim)
-        if noise is None:
+        if noise is None and random is not None:
             noise = random.normal(shape, x.dtype)
         elif not isinstance(noise, Tensor) or tuple(noise.shape) != shape:
             raise ValueError(
@@ -217,7 +218,9 @@ class BigLearnELBO:
         nothing = ~(S | T).any(-1)  # was recorded, and N(0, I) would still be asked of what the network says of it
         return self.observations.reconstruction(x, output, T), q.kl(p).masked_fill(nothing, 0)
 
-    def _posterior_and_prior(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor):
+    def _posterior_and_prior(
+        self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor
+    ) -> tuple[DiagGaussian, DiagGaussian | None]:
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""
         if self.prior == "standard":
             return _asked(net, x, S | T), None
@@ -278,21 +281,22 @@ def _task(
     step: int | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens of a batch, and S and T, drawn if not given, of what was recorded."""
-    if (S is None) != (T is None):
-        raise ValueError("give both S and T, or neither to have them drawn")
     x, recorded = _recorded(batch)
-    if S is None:
+    if S is not None and T is not None:
+        _check_masks(S, T, recorded, values=step is None and not torch.compiler.is_compiling())
+    elif S is None and T is None and random is not None:
         S, T = _drawn(sampler, x, recorded, random)
     else:
-        _check_masks(S, T, recorded, values=step is None and not torch.compiler.is_compiling())
+        raise ValueError("give both S and T, or neither to have them drawn")
     return x, S & recorded, T & recorded
 
 
 def _drawn(sampler: Masks, x: Tensor, recorded: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
     """S and T of q(S, T), drawn for all processes together, of whose data this one knows its own alone."""
-    if type(sampler).__call__ is MaskSampler.__call__:
-        ratios = random.rows(len(x), lambda rows, generator: sampler.draw(rows, x.shape[1], generator))
-        return sampler.assign(*ratios, recorded)
+    if isinstance(sampler, MaskSampler) and type(sampler).__call__ is MaskSampler.__call__:
+        draw, length = sampler.draw, x.shape[1]
+        s_ratio, t_ratio, order = random.rows(len(x), lambda rows, generator: draw(rows, length, generator))
+        return sampler.assign(s_ratio, t_ratio, order, recorded)
     drawn = random.rows(len(x), lambda rows, generator: sampler(rows, x.shape[1], generator))
     if not isinstance(drawn, tuple | list) or len(drawn) != 2:
         what = f"{len(drawn)} things" if isinstance(drawn, tuple | list) else checks.described(drawn)
@@ -330,7 +334,7 @@ def settings_of(part: Any) -> dict[str, Any]:
     of a functools.partial what it adds."""
     if isinstance(part, functools.partial):
         return part.keywords
-    makers = [kind.__init__ for kind in type(part).__mro__ if "__init__" in vars(kind)]
+    makers = [vars(kind)["__init__"] for kind in type(part).__mro__ if "__init__" in vars(kind)]
     names = dict.fromkeys(name for maker in reversed(makers) for name in inspect.signature(maker).parameters)
     kept = vars(part) if hasattr(part, "__dict__") else {}
     return {name: kept[name] for name in names if name in kept}
@@ -475,7 +479,7 @@ class InpaintingRegression:
         return ELBO(reconstruction, torch.zeros_like(reconstruction), 0.0, T.sum(-1), x.shape[-1])
 
     @staticmethod
-    def freeze(net: nn.Module) -> None:
+    def freeze(net: Any) -> None:
         """Ask for no gradient of the parameters that only encoding uses: the latent's head and mask, its own stack."""
         unused = [net.latent_mask, *net.latent_norm.parameters(), *net.latent_out.parameters()]
         if net.encoder is not net.decoder:
@@ -489,6 +493,6 @@ def _asked(net: nn.Module, x: Tensor, S: Tensor, *more: Tensor) -> Any:
     return net(masks.seen(x, S), S, *more)
 
 
-def _unwrapped(net: nn.Module) -> nn.Module:
+def _unwrapped(net: nn.Module) -> Any:
     """The network inside DistributedDataParallel, or itself."""
     return net if hasattr(net, "z_dim") else getattr(net, "module", net)

@@ -81,7 +81,8 @@ class MaskSampler:
         joint = _uniform(rows, generator) < self.joint
         ratios = (s_ratio.masked_fill(joint, 0), t_ratio.masked_fill(joint, 1))
         order = _uniform((batch_size, num_tokens), generator)
-        return *(ratio.unsqueeze(-1).expand(batch_size, 1) for ratio in ratios), order
+        s_ratio, t_ratio = (ratio.unsqueeze(-1).expand(batch_size, 1) for ratio in ratios)
+        return s_ratio, t_ratio, order
 
     @staticmethod
     def assign(s_ratio: Tensor, t_ratio: Tensor, order: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +238,7 @@ def from_pixels(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     return cells.all(dim=-1).all(dim=-2).flatten(-2)
 
 
-def to_pixels(S: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def to_pixels(S: Tensor, grid: tuple[int, int], size: Sequence[int]) -> Tensor:
     """Patch masks (..., L) -> pixel masks (..., H, W), for images of `size` = (H, W)."""
     height, width = _patch_size(size, grid)
     if not checks.is_mask(S) or S.shape[-1:] != (grid[0] * grid[1],):
@@ -245,7 +246,7 @@ def to_pixels(S: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor
     return S.unflatten(-1, grid).repeat_interleave(height, dim=-2).repeat_interleave(width, dim=-1)
 
 
-def _patch_size(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+def _patch_size(size: Sequence[int], grid: tuple[int, int]) -> tuple[int, int]:
     """Height and width in pixels of the patches that make an image of `size` = (H, W)."""
     (rows, columns), sides = checks.check_grid(grid), checks.whole_numbers(size, 0)
     if len(sides) != 2:

@@ -12,7 +12,7 @@ B batch, L tokens, D token dimension, d embedding dimension, Z latent dimension,
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,19 @@ class MaskedViT(nn.Module):
     token for each position of T].
     """
 
+    positions: Tensor
+
+    if TYPE_CHECKING:  # attributes of one subclass, properties of the other
+
+        @property
+        def encoder(self) -> nn.ModuleList: ...
+
+        @property
+        def decoder(self) -> nn.ModuleList: ...
+
+        @property
+        def depth(self) -> int | tuple[int, int]: ...
+
     def __init__(self, grid, token_dim: int, dim: int, z_dim: int, mlp_ratio: int, hidden: str):
         super().__init__()
         token_dim, dim = checks.whole_number("token_dim", token_dim, 1), checks.whole_number("dim", dim, 1)
@@ -72,7 +85,8 @@ class MaskedViT(nn.Module):
     @property
     def sizes(self) -> dict[str, Any]:
         """The arguments that make another such network."""
-        dim, block = self.token_in.out_features, self.encoder[0]
+        dim = self.token_in.out_features
+        block: Any = self.encoder[0]
         return dict(
             grid=self.grid,
             token_dim=self.token_dim,
@@ -153,7 +167,8 @@ class MaskedViT(nn.Module):
         nn.init.normal_(self.token_in.weight, std=2 / math.sqrt(self.token_dim))
         # At first the mean of z varies by less than a tenth from image to image. Under unit noise nothing of that would
         # reach the decoder, which would learn to do without z before z says anything.
-        nn.init.constant_(self.latent_out[-1].bias[self.z_dim :], INITIAL_LOGVAR)
+        last: Any = self.latent_out[-1]
+        nn.init.constant_(last.bias[self.z_dim :], INITIAL_LOGVAR)
 
     def _check(self, x: Tensor, S: Tensor, z: Tensor | None, T: Tensor | None) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -163,9 +178,7 @@ class MaskedViT(nn.Module):
             raise ValueError(
                 f"expected tokens x of shape (B, {self.num_tokens}, {self.token_dim}), got {tuple(x.shape)}"
             )
-        for name, mask in (("S", S), ("T", T)):
-            if mask is None and name == "T":
-                continue
+        for name, mask in (("S", S), ("T", S if T is None else T)):
             if not checks.is_mask(mask) or tuple(mask.shape) != expected[:2]:
                 raise ValueError(
                     f"expected a boolean mask {name} of shape {expected[:2]}, got {checks.described(mask)}"
@@ -235,6 +248,9 @@ class TwoStackViT(MaskedViT):
     Raises:
         ValueError: on sizes that do not fit each other.
     """
+
+    encoder: nn.ModuleList
+    decoder: nn.ModuleList
 
     def __init__(
         self,

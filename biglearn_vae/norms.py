@@ -78,7 +78,8 @@ def add_norm_backward(
 
 @add_norm.register_fake
 def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, update))
+    total, normed = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, update))
+    return total, normed
 
 
 @add_norm_backward.register_fake

@@ -1,7 +1,7 @@
 """Optimizers: AdamW, and Muon for the matrices between hidden layers, with their schedules."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,10 @@ class Optim:
             {"params": [p for p in others if _is_matrix(p)], "weight_decay": self.weight_decay, "peak": self.lr},
             {"params": [p for p in others if not _is_matrix(p)], "weight_decay": 0.0, "peak": self.lr},
         ]
-        adamw = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, capturable=capturable)
+        adamw: dict[str, Any] = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, capturable=capturable)
         adamw["fused"] = fused or None  # None is torch's default
         result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)] if others else []
-        if hidden:
+        if hidden and self.muon_lr:
             result.append(Muon(list(hidden), self.muon_lr, self.weight_decay))
         return result
 
@@ -112,7 +112,8 @@ class Optim:
     def update_average(average: nn.Module, net: nn.Module, change: float | Tensor) -> None:
         """Move the average of a network's weights towards them, by this share (a tensor: ()) of the way; what else it
         knows, such as the statistics of a BatchNorm, it takes over."""
-        means, weights = list(average.parameters()), list(net.parameters())
+        means: list[Tensor] = list(average.parameters())
+        weights: list[Tensor] = list(net.parameters())
         if buffers := list(average.buffers()):
             torch._foreach_copy_(buffers, list(net.buffers()))
         if not isinstance(change, Tensor):
@@ -165,24 +166,28 @@ class Muon(torch.optim.Muon):
         super().__init__([group], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update the weights from their gradients."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the weights from their gradients; returns what `closure` does, which may take these first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         group = self.param_groups[0]
         for weight, matrix in zip(self._weights, group["params"], strict=True):
             if matrix is not weight:
                 matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
-        if matrices:
-            self._update(matrices, group)
+        gradients = {matrix: matrix.grad for matrix in group["params"] if matrix.grad is not None}
+        if gradients:
+            self._update(list(gradients), list(gradients.values()), group)
         for weight, matrix in zip(self._weights, group["params"], strict=True):
             if matrix is not weight:
                 matrix.grad = None  # or it would keep a CUDA graph's memory, the network's own being let go
+        return loss
 
-    def _update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
-        gradients = [matrix.grad for matrix in matrices]
-        for matrix in matrices:
+    def _update(self, matrices: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        for matrix, gradient in zip(matrices, gradients, strict=True):
             if not self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(gradient)
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         lerp = _lerp if any(map(is_split, matrices)) else torch._foreach_lerp

@@ -51,6 +51,9 @@ class PatchAE(nn.Module):
         ValueError: on sizes outside these.
     """
 
+    code_mean: Tensor
+    code_std: Tensor
+
     def __init__(
         self, *, image_size: int | tuple[int, int] = 128, patch_size: int = 16, channels: int = 3, width: int = 128
     ):
@@ -83,7 +86,8 @@ class PatchAE(nn.Module):
             *_strided(nn.ConvTranspose2d, widths[::-1]),
         )
         self.apply(_init)
-        nn.init.constant_(self.decoder[-1].bias, 0.5)  # pixels are in [0, 1]
+        last: Any = self.decoder[-1]
+        nn.init.constant_(last.bias, 0.5)  # pixels are in [0, 1]
         self.register_buffer("code_mean", torch.zeros(self.token_dim))
         self.register_buffer("code_std", torch.ones(self.token_dim))
 
@@ -162,14 +166,15 @@ def _init(module: nn.Module) -> None:
     With PyTorch's own it shrinks in every layer, and the first 500 steps reach 20 dB instead of 24.
     """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        inputs = module.in_channels * module.kernel_size[0] ** 2
+        inputs: float = module.in_channels * module.kernel_size[0] ** 2
         if isinstance(module, nn.ConvTranspose2d):
             inputs /= module.stride[0] ** 2  # so many of them meet in a pixel
         nn.init.normal_(module.weight, std=inputs**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, Residual):
-        nn.init.zeros_(module[-1].weight)
+        last: Any = module[-1]
+        nn.init.zeros_(last.weight)
 
 
 def _strided(layer: type[nn.Module], widths: list[int]) -> list[nn.Module]:

@@ -159,9 +159,11 @@ def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbour
         neighbours: at least 1.
 
     Raises:
-        ValueError: without a neighbour.
+        ValueError: without a neighbour or a training code.
     """
     count = min(checks.whole_number("neighbours", neighbours, 1), len(train_x))
+    if not count:
+        raise ValueError("expected at least one training code, of which the nearest are looked for, got none")
     exact = train_x.double()  # which cdist subtracts after multiplying
     chunks = (torch.cdist(part.double(), exact) for part in test_x.split(CHUNK))
     near = torch.cat([distances.topk(count, largest=False).indices for distances in chunks])
@@ -344,11 +346,14 @@ class LabelledViT(nn.Module):
         labels: those of the training images, classes (N,) or attributes (N, A).
     """
 
+    net: Any
+    classes: Tensor | None
+
     def __init__(self, net: nn.Module, labels: Tensor):
         super().__init__()
         self.net, self.fixed_shapes = net, getattr(net, "fixed_shapes", True)  # what a Trainer asks
         self.register_buffer("classes", labels.unique() if labels.ndim == 1 else None)
-        self.head = nn.Linear(net.z_dim, labels.shape[1] if self.classes is None else len(self.classes))
+        self.head = nn.Linear(self.net.z_dim, labels.shape[1] if self.classes is None else len(self.classes))
         nn.init.zeros_(self.head.weight)  # it depends on no random numbers then
         nn.init.zeros_(self.head.bias)
 
@@ -468,8 +473,9 @@ def train_ceiling(
         KeyboardInterrupt: if Ctrl-C or SIGTERM ended the training early.
     """
     labels = labels_of(train)
+    labelled = LabelledViT(net, labels).to(vae.device)
     trainer = Trainer(
-        LabelledViT(net, labels).to(vae.device),
+        labelled,
         LabelLoss(labels),
         LabelledBatches(train.resident(vae.device), vae, seed),
         replace(optim, warmup_steps=min(optim.warmup_steps, steps // 5), ema_decay=0.0),
@@ -479,7 +485,7 @@ def train_ceiling(
         precision="auto",
     )
     trainer.fit(loggers)
-    return trainer.net.eval()
+    return labelled.eval()
 
 
 def linear_probe(
@@ -527,8 +533,8 @@ def linear_probe(
     raw, votes, votes_over_pixels = _floors(vae, raw, neighbours, len(train))
     costly = isinstance(vae.tokenizer, PatchAE)  # plain patches are cut in no time, and travel to a GPU as bytes
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
-    plain = _without_equal_channels(train, test) if raw or votes_over_pixels else ()
-    inputs = {"codes": (features, coded)} | ({"pixels": (pixels, plain)} if raw else {})
+    plain = _without_equal_channels(train, test) if raw or votes_over_pixels else (train, test)
+    inputs: dict[str, Any] = {"codes": (features, coded)} | ({"pixels": (pixels, plain)} if raw else {})
     result: dict[str, Any] = {}
     for ratio in tqdm(ratios, desc="probing", unit="ratio", leave=False, disable=None):
         drawn = []
@@ -576,7 +582,7 @@ def _scores_of_draw(
     return scores
 
 
-def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: ImageSet, ratio: float, seed: int) -> Tensor:
+def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: Images, ratio: float, seed: int) -> Tensor:
     """What a network trained with labels says of images under masks."""
     return torch.cat([ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, images, ratio, seed)])
 
@@ -603,16 +609,16 @@ def _nearest_scores(
     return {ratio: _over_draws(scores[k * draws : (k + 1) * draws]) for k, ratio in enumerate(ratios)}
 
 
-def _without_equal_channels(*sets: ImageSet) -> tuple[ImageSet, ...]:
+def _without_equal_channels(train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
     """The same sets, with one channel if those of each image are equal, as MNIST's are.
 
     A linear classifier reads the same from it, since the penalty of `fit` counts features, in less than half the time;
     and the same images are nearest.
     """
-    chunks = (chunk for images in sets for chunk in images.pixels.split(CHUNK))
+    chunks = (chunk for images in (train, test) for chunk in images.pixels.split(CHUNK))
     if not all(torch.equal(chunk, chunk[:, :1].expand_as(chunk)) for chunk in chunks):
-        return sets
-    return tuple(replace(images, pixels=images.pixels[:, :1]) for images in sets)
+        return train, test
+    return replace(train, pixels=train.pixels[:, :1]), replace(test, pixels=test.pixels[:, :1])
 
 
 def _over_draws(scores: Sequence[Score]) -> dict[str, Any]:

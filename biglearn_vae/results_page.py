@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from biglearn_vae import gibbs
 from biglearn_vae.experiments import select
@@ -783,14 +783,14 @@ def _plot(path: Path, runs: Runs, by_case: bool, draw: Callable) -> None:
     from matplotlib.figure import Figure
 
     data, cases = (sorted({run[name] for run in runs}) for name in ("data", "case"))
-    grid = [[(one,) for one in data]]
+    grid: list[list[tuple[str, ...]]] = [[(one,) for one in data]]
     if by_case:  # those of a data set that there are
         grid = [[(one, case) for case in cases if select(runs, data=one, case=case)] for one in data]
     columns = max(map(len, grid))
     wide = columns > 2  # drawn smaller, so that a page that is not as wide can still be read
     size = (3.4 if wide else 5) * columns + 1.8, (3.0 if wide else 3.6) * len(grid)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
-    share = "row" if by_case else "none"  # cases of one data set are compared by one scale
+    share: Literal["row", "none"] = "row" if by_case else "none"  # cases of one data set are compared by one scale
     panels = figure.subplots(len(grid), columns, squeeze=False, sharey=share)
     looks: dict[str, Any] = {}
     for row, titles in zip(panels, grid, strict=True):
@@ -814,7 +814,7 @@ def _colour(method: str) -> str:
     return COLOURS.get(method, "C4")
 
 
-def _plot_joint(axes, runs: Runs, every: Runs = ()) -> None:
+def _plot_joint(axes, runs: Runs, every: Runs | None = None) -> None:
     cases, methods = sorted({run["case"] for run in runs}), methods_of(runs)
     for number, method in enumerate(methods):
         points = [
@@ -830,7 +830,7 @@ def _plot_joint(axes, runs: Runs, every: Runs = ()) -> None:
     axes.set_ylabel("test JointELBO, higher is better;\na point a seed")
 
 
-def _plot_probe(axes, runs: Runs, case: str, every: Runs = ()) -> None:
+def _plot_probe(axes, runs: Runs, case: str, every: Runs | None = None) -> None:
     own = select(runs, case=case)
     looks = {
         "codes": dict(marker="o"),
@@ -877,7 +877,7 @@ def _plot_course(
     axes.set_xlabel("epochs")
 
 
-def _plot_loss(axes, runs: Runs, every: Runs = ()) -> None:
+def _plot_loss(axes, runs: Runs, every: Runs | None = None) -> None:
     from matplotlib.ticker import LogLocator
 
     seed = min(run["seed"] for run in runs)
@@ -890,7 +890,7 @@ def _plot_loss(axes, runs: Runs, every: Runs = ()) -> None:
     axes.set_ylabel("training loss; the methods' are not of one\nobjective: compare shapes, not heights")
 
 
-def _plot_time(axes, runs: Runs, every: Runs = ()) -> None:
+def _plot_time(axes, runs: Runs, every: Runs | None = None) -> None:
     device, alike = max(_by("device", runs).items(), key=lambda pair: len(pair[1]))
     fastest = [min(own, key=lambda run: _seconds(run, run["train"])) for *_, own in groups(alike)]
     _plot_course(axes, fastest, _lines(every or runs), _seconds)

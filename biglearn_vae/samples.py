@@ -5,6 +5,7 @@ N images, M samples.
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def by_passes(
         synchronize(vae.device)
         scores = {"seconds": time.perf_counter() - start} | precision_recall(drawn, images)
         if likelihood_images and train is not None and len(train):
-            own = {}
+            own: dict[str, Any] = {}
             if vae.observations.scaled:
                 own = {"variance": best_variance(vae, train[:likelihood_images], count, samples, seed)}
             nats = vae.log_prob(images[:likelihood_images], samples=samples, seed=seed, passes=count, **own)

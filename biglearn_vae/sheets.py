@@ -156,7 +156,7 @@ def _joined(parts: Sequence[_Piece]) -> _Piece:
 def _enlarged(block: Block, cell: int) -> np.ndarray:
     """The cells as uint8 (R, Q, h, w, 3), enlarged by a whole factor, with outlines."""
     scale = max(1, round(cell / max(block.cells.shape[2:4])))
-    pixels = (block.cells * 255).round().astype(np.uint8).repeat(scale, axis=2).repeat(scale, axis=3)
+    pixels: np.ndarray = (block.cells * 255).round().astype(np.uint8).repeat(scale, axis=2).repeat(scale, axis=3)
     area = block.outlined.repeat(scale, axis=2).repeat(scale, axis=3)
     wide = np.pad(area, ((0, 0), (0, 0), (2, 2), (2, 2)))
     inner = np.ones_like(area, dtype=bool)
@@ -219,7 +219,7 @@ def _ink(words: str, size: int, bold: bool) -> np.ndarray:
 
 def _draw(piece: _Piece) -> np.ndarray:
     """On white: uint8 (height, width, 3)."""
-    picture = np.full((piece.height + MARGIN, piece.width + MARGIN, 3), 255, dtype=np.uint8)
+    picture: np.ndarray = np.full((piece.height + MARGIN, piece.width + MARGIN, 3), 255, dtype=np.uint8)
     for x, y, words, size, bold in piece.words:
         ink, top, left = _ink(words, size, bold), max(0, y - 2 * size), max(0, x - SPARE)
         own = picture[top : y + size, left : x - SPARE + ink.shape[1]]

@@ -31,12 +31,14 @@ class Stage(Protocol):
     """What `commands.train` needs to know of what it trains.
 
     Attributes:
+        cfg: the settings of the run.
         net, loss: what the Trainer takes, the network on the training device.
         monitor: the number of `validate` whose largest value makes the best checkpoint.
         metrics: the numbers that `validate` always gives.
         metadata: more of it for every checkpoint.
     """
 
+    cfg: "DictConfig"
     net: nn.Module
     loss: Any
     monitor: str
@@ -64,7 +66,7 @@ def of(cfg: "DictConfig") -> type[Stage]:
     return PatchAEStage if cfg.method.name == config.PATCH_AE else VAEStage
 
 
-class VAEStage:
+class VAEStage(Stage):
     """A BigLearn-VAE, on pixels or on the codes of a PatchAE, which then is part of every checkpoint."""
 
     monitor = "valid/elbo"
@@ -136,13 +138,13 @@ def _same_codes(one: nn.Module, other: nn.Module) -> bool:
 
 def _own_tokenizer(cfg: "DictConfig", run: Path) -> dict[str, Any] | None:
     """The state of the PatchAE that a run was started with, if there is such a run: it needs no other then."""
-    folder = run / "checkpoints"
-    if not cfg.get("tokens") or cfg.tokens.name != config.PATCH_AE or not checkpoint.is_resumable(folder):
+    if not cfg.get("tokens") or cfg.tokens.name != config.PATCH_AE:
         return None
-    return checkpoint.load_latest(folder)["metadata"].get("tokenizer")
+    state = checkpoint.load_latest(run / "checkpoints")
+    return None if state is None else state["metadata"].get("tokenizer")
 
 
-class PatchAEStage:
+class PatchAEStage(Stage):
     """A PatchAE, stage 1 of the two-stage pipeline (Appendix B)."""
 
     monitor = "valid/psnr"
@@ -222,7 +224,7 @@ def measure(
     images = getattr(splits, split)
     some = images.select(torch.arange(min(settings.images, len(images))).repeat(settings.masks))
     joint = evaluation.elbo(vae, images, loss, seed=seed)
-    options = dict(ratios=list(settings.ratios), seed=seed)
+    options: dict[str, Any] = dict(ratios=list(settings.ratios), seed=seed)
     inpainting = evaluation.inpainting_psnr(vae, some, draws=settings.draws, **options)
     nearest = evaluation.nearest_psnr(vae, some, splits.train, **options)
     return {

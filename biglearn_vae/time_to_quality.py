@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from biglearn_vae import evaluation
+from biglearn_vae import checks, evaluation
 from biglearn_vae.benchmark import LoopStep, Plan, TrainerStep, Work, seconds_of, step_of
 from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import ImageSet
@@ -51,11 +51,12 @@ def measure(
         tokenizer: images (B, C, H, W) <-> tokens (B, L, D).
 
     Raises:
-        ValueError: if there are more evaluations than steps.
+        ValueError: if the plan has no evaluations, or more than there are steps.
         TrainingError: if a stage diverges.
     """
-    if plan.evaluations > work.total:
-        raise ValueError(f"evaluations must be at most trainer.steps, {work.total}, got {plan.evaluations}")
+    count = checks.whole_number("evaluations", plan.evaluations, 1)
+    if count > work.total:
+        raise ValueError(f"evaluations must be at most trainer.steps, {work.total}, got {count}")
     images = test.select(slice(0, plan.test_images))
     stages = plan.chosen(work.precision, work.device.type, work.net.hidden)
     devices = [work.device] if work.device.type == "cuda" else []
@@ -65,7 +66,7 @@ def measure(
             step.warm_up()
         torch.manual_seed(work.seed)
         found: Courses = {name: [] for name in steps}
-        for mark in [round(k * work.total / plan.evaluations) for k in range(plan.evaluations + 1)]:
+        for mark in [round(k * work.total / count) for k in range(count + 1)]:
             for name, step in steps.items():
                 found[name].append(_point(step, mark, found[name], work, images, tokenizer))
                 say(f"{name}: {mark} of {work.total} steps, JointELBO {found[name][-1].joint_elbo:.4f}")

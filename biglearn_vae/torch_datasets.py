@@ -45,7 +45,7 @@ def parts(make: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[st
         raise ValueError(f"{name} takes {', '.join(takes) or 'nothing'}, not {', '.join(other)}")
     needed = {key for key, parameter in takes.items() if key == "root" or parameter.default is parameter.empty}
     given = {key: value for key, value in settings.items() if key in needed}
-    given |= ({"download": True} if "download" in takes else {}) | own
+    given |= {**({"download": True} if "download" in takes else {}), **own}
     if "train" in takes and "train" not in own:
         found = {part: _called(make, name, **given, train=part == "train") for part in ("train", "test")}
         return found, _without_doubles(found, name)
@@ -72,7 +72,7 @@ def _takes(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool
         takes = dict(inspect.signature(make).parameters)
     except ValueError as error:
         raise ValueError(f"expected a class or a function that makes a torch Dataset, got {make}: {error}") from None
-    bases = make.__mro__[1:-1] if isinstance(make, type) else ()
+    bases: tuple[Any, ...] = make.__mro__[1:-1] if isinstance(make, type) else ()
     for kind in (kind for kind in bases if "__init__" in vars(kind)):
         if not _takes_any(takes):
             break
@@ -100,7 +100,7 @@ def repeatable(seed: int) -> Iterator[None]:
 
 
 # What says that there is no such part: its name is refused, or, of one that there often is not, no file is there.
-_NO_PART = {"test": (ValueError, KeyError, AssertionError)}
+_NO_PART: dict[str, tuple[type[Exception], ...]] = {"test": (ValueError, KeyError, AssertionError)}
 _NO_PART["valid"] = (*_NO_PART["test"], FileNotFoundError)
 
 
@@ -151,7 +151,7 @@ def _are_alike(one: Any, other: Any) -> bool:
             for dataset in (one, other):
                 with repeatable(i):  # what is drawn at random is the same for both
                     images.append(_array(_image_and_label(dataset[i])[0]))
-            if not np.array_equal(*images, equal_nan=images[0].dtype.kind == "f"):
+            if not np.array_equal(images[0], images[1], equal_nan=images[0].dtype.kind == "f"):
                 return False
         return count > 0
     except Exception:  # whatever one's own raises: reading them tells

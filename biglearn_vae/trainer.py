@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def choose_compile(compile: bool | str, net: nn.Module, steps: int) -> bool:
             "compile=true needs shapes that stay, and with hidden=drop every step has others: "
             "take compile=auto or false"
         )
-    return compile
+    return bool(compile)
 
 
 def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World, optim: Optim | None = None) -> bool:
@@ -263,6 +263,14 @@ def _load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
     net.load_state_dict(distributed.split(weights, net.state_dict()))
 
 
+class BatchSource(Protocol):
+    """What gives the batches of a training: `Batches`, or a function of one's own with this attribute."""
+
+    batch_size: int  # images a step, of all processes together
+
+    def __call__(self, step: int, /) -> Any: ...
+
+
 class Trainer:
     """Trains a network, and resumes what an earlier one in the same folder left.
 
@@ -296,11 +304,13 @@ class Trainer:
             one; see also `choose_compile` and `choose_cuda_graph`.
     """
 
+    loggers: Iterable[Logger]
+
     def __init__(
         self,
         net: nn.Module,
         loss: Callable,
-        batches: Callable[[int], Any],
+        batches: BatchSource,
         optim: Optim,
         *,
         steps: int,
@@ -366,14 +376,15 @@ class Trainer:
         if self.compiled and self.world.size == 1 and hasattr(self.loss, "compiled"):
             self.loss = self.loss.compiled(dynamic=False)
             return self.net
-        net = torch.compile(self.net, dynamic=False) if self.compiled else self.net
+        net: Any = torch.compile(self.net, dynamic=False) if self.compiled else self.net
         if self.world.size == 1 or self._sharded:
             return net
         ids = [self.world.device.index] if self.world.device.type == "cuda" else None
         # Buffers that no forward changes are the same everywhere; torch 2.15 has another word for leaving them alone.
         known = inspect.signature(DistributedDataParallel).parameters
         word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(net, device_ids=ids, **{word: bool(self._statistics)})
+        buffers: dict[str, Any] = {word: bool(self._statistics)}
+        return DistributedDataParallel(net, device_ids=ids, **buffers)
 
     @property
     def how(self) -> str:
@@ -389,7 +400,13 @@ class Trainer:
     @property
     def _run(self) -> Path:
         """Where the run is, to name it in messages."""
-        return checkpoint.run_of(self.folder)
+        return checkpoint.run_of(self._place)
+
+    @property
+    def _place(self) -> Path:
+        """The folder, of a Trainer that has one."""
+        assert self.folder is not None
+        return self.folder
 
     def resume(self) -> int:
         """Go on from the newest readable checkpoint of the folder, if any; returns the step.
@@ -415,7 +432,7 @@ class Trainer:
             raise ValueError(f"the run in {self._run} was trained on other data: start another run")
         own = {"seed": self.seed, "monitor": self.monitor, "batch_size": self.batches.batch_size}
         self._check_same(state, own, "trainer")
-        checkpoint.check_weights(self.net, state["net"], self.folder / checkpoint.LATEST)
+        checkpoint.check_weights(self.net, state["net"], self._place / checkpoint.LATEST)
         own = {name: value.dtype for name, value in self.net.state_dict().items() if isinstance(value, Tensor)}
         self._check_same({name: state["net"][name].dtype for name in own}, own, "network")
         for which, own in self._settings.items():
@@ -438,7 +455,7 @@ class Trainer:
 
     def _best_of(self, state: dict[str, Any]) -> tuple[float, bool]:
         """What a better checkpoint than the best one must exceed, and whether that has to be made anew at once."""
-        path = self.folder / checkpoint.BEST
+        path = self._place / checkpoint.BEST
         try:
             step = checkpoint.load(path)["step"]
         except ValueError as error:
@@ -770,7 +787,7 @@ class Trainer:
                 are, and say so a step later.
         """
         if self._sharded:
-            self.net.set_requires_gradient_sync(last)
+            distributed.sum_gradients(self.net, last)
         if not isinstance(self._wrapped, DistributedDataParallel):
             yield
             return
@@ -819,7 +836,7 @@ class Trainer:
             "seconds": self.seconds,
             "images_per_second": speed,
         }
-        self._log(lambda logger: logger.scalars(self.step, scalars))
+        self._log("scalars", self.step, scalars)
 
     def _wait(self) -> None:
         """On a GPU steps that were called for may not have ended; the time until they have is theirs."""
@@ -838,13 +855,13 @@ class Trainer:
         if self._pending:
             self._pending_values()  # what a bad step has spoilt is not measured, and never the best
         result = self._whole_result() if self.evaluate is not None else None
-        if result is not None and self.world.is_main:
+        if self.evaluate is not None and result is not None and self.world.is_main:
             result.eval()
             with torch.no_grad():
                 numbers, pictures = _measured(self.evaluate(result))
-            self._log(lambda logger: logger.scalars(self.step, numbers))
+            self._log("scalars", self.step, numbers)
             for name, pixels in pictures.items():
-                self._log(lambda logger, name=name, pixels=pixels: logger.picture(self.step, name, pixels))
+                self._log("picture", self.step, name, pixels)
             if self.monitor not in numbers:
                 raise ValueError(f"monitor must be one of {', '.join(numbers)}, got {self.monitor!r}")
             value = numbers[self.monitor]
@@ -910,12 +927,12 @@ class Trainer:
             "metadata": self.metadata,
         }
 
-    def _log(self, call: Callable[[Logger], None]) -> None:
-        """Tell all loggers, also where one of them fails."""
+    def _log(self, what: str, *values: Any) -> None:
+        """Tell all loggers "scalars" or a "picture", also where one of them fails."""
         failed = []
         for logger in self.loggers if self.world.is_main else ():
             try:
-                call(logger)
+                getattr(logger, what)(*values)
             except Exception as error:
                 failed.append(error)
         if failed:
@@ -925,7 +942,8 @@ class Trainer:
 @contextmanager
 def _tf32_convolutions() -> Iterator[None]:
     """Convolutions of float32 numbers on GPUs multiply in TF32 in here."""
-    parts = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # asked for both, torch wants them to be the same
+    cudnn: Any = torch.backends.cudnn
+    parts = (cudnn.conv, cudnn.rnn)  # asked for both, torch wants them to be the same
     kept = [part.fp32_precision for part in parts]
     try:
         for part in parts:

@@ -153,6 +153,7 @@ def _end_with_parent() -> None:
 def _print_into(log: str) -> None:
     """Send what this process prints, from Python or not, to the end of a file."""
     with open(log, "ab") as file:
+        stream: Any  # an io.TextIOWrapper, in a process that Python has just started
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(file.fileno(), number)

@@ -1,6 +1,7 @@
 """Small networks that several test files share."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from programs import SMALL, run_here
 
 from biglearn_vae import TwoStackViT, UniversalViT
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell that runs the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # networks this small only lose by several
 
 TINY = dict(grid=(2, 3), token_dim=5, dim=16, z_dim=3, heads=2)  # L = 6, D = 5, Z = 3

@@ -410,6 +410,30 @@ def test_what_is_wrong_with_a_file_of_ones_own_is_said_in_a_line(own, lines, sai
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["data", "evaluation", "loss", "masks", "model", "optim", "tokens", "trainer"])
+@pytest.mark.parametrize("value", ["null", "3"])
+def test_a_part_that_a_file_of_ones_own_makes_a_value_is_named(own, part, value):
+    (own / "mine.yaml").write_text(f"defaults: [train, _self_]\n{part}: {value}\n")
+    config.search_also(own)
+    said = f"{part} must hold lines NAME: VALUE, got {'None' if value == 'null' else value}$"
+    with pytest.raises(ValueError, match=said):
+        config.compose(config_name="mine")
+
+
+def test_names_of_ones_own_that_yaml_takes_for_others_than_words(own):
+    (own / "optim").mkdir()
+    (own / "optim/numbers.yaml").write_text("_target_: biglearn_vae.Optim\n1: 3\n")
+    (own / "optim/nothing.yaml").write_text("lr: 0.1\n")
+    (own / "mine.yaml").write_text("defaults: [train, _self_]\n1: 3\n")
+    config.search_also(own)
+    with pytest.raises(ValueError, match=r"optim: Optim takes lr, .*, not 1"):
+        config.build(config.compose(["optim=numbers"]).optim, "optim")
+    with pytest.raises(ValueError, match="optim must have a line _target_: MODULE"):
+        config.build(config.compose(["optim=nothing"]).optim, "optim")
+    assert config.as_dict(config.compose(config_name="mine"))["1"] == 3
+    assert re.search(r"\b1=3\b", config.help_text("mine", []))
+
+
 @pytest.mark.parametrize(
     "value",
     [

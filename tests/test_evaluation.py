@@ -17,6 +17,7 @@ from biglearn_vae import (
     data,
     evaluation,
     masks,
+    probe,
 )
 from biglearn_vae.distributed import StepRandom, derive_seed
 from biglearn_vae.losses import has_model
@@ -295,6 +296,19 @@ def test_a_training_image_is_completed_exactly(vae):
     ratios = [0.25, 0.5, 0.99]
     result = evaluation.nearest_psnr(vae, train[chosen], train, ratios, neighbours=1)
     assert result == dict.fromkeys(ratios, math.inf)
+
+
+def test_there_are_no_nearest_of_no_training_images(vae):
+    images, S = torch.rand(2, *vae.image_shape), masks.random(2, vae.num_tokens, 0.5, seed=0)
+    x, nothing = vae.tokenizer.encode(images), images[:0]
+    for ask in (
+        lambda: evaluation.nearest_psnr(vae, images, nothing, [0.5]),
+        lambda: evaluation.nearest_positions(vae, images, S.unsqueeze(1), nothing),
+        lambda: evaluation.nearest_completion(x, S, x[:0]),
+        lambda: probe.nearest_by_codes(torch.rand(0, 3), torch.zeros(0).long(), torch.rand(2, 3)),
+    ):
+        with pytest.raises(ValueError, match="expected at least one training"):
+            ask()
 
 
 def test_nearest_psnr_is_that_of_the_completion(vae):

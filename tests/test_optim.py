@@ -144,6 +144,23 @@ def test_muon_goes_on_from_its_state_and_from_that_of_torch(monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-2 if others else 1e-12, atol=1e-2 if others else 1e-12)
 
 
+def test_a_closure_takes_the_gradients_of_muons_step():
+    ours, theirs = matrices(torch.float64), matrices(torch.float64)
+    mine, other = (optim.Muon(weights, lr=0.1, weight_decay=0.3) for weights in (ours, theirs))
+
+    def loss_of(weights):
+        loss = sum(weight.square().sum() for weight in weights)
+        loss.backward()
+        return loss.item()
+
+    loss = loss_of(theirs)
+    with torch.no_grad():  # a closure has gradients all the same
+        assert mine.step(lambda: loss_of(ours)) == loss
+    assert other.step() is None
+    for own, their in zip(ours, theirs, strict=True):
+        assert torch.equal(own, their)
+
+
 def test_muon_alone_and_what_it_cannot_take():
     def net(*members):
         return nn.ModuleList(members)
