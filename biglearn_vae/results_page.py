@@ -37,12 +37,15 @@ NO_CODES = {"pixels": "raw pixels", "nearest": "nearest images", "ceiling": "tra
 BOUNDS = {"joint_nats": "whole", "marginal_nats": "half", "conditional_nats": "other half given it"}
 BETA = 0.01  # of the paper, on MNIST and FashionMNIST
 SIGNIFICANT = 0.05  # how seldom chance alone may give a difference that is called better or worse
-DRAWS = ("a draw", "mean", "diversity", "seconds", "on")
-DRAWS_TEXT = "PSNR in dB; diversity is the standard deviation between draws, seconds are of all images and draws."
+DRAWS = ("PSNR of a draw", "of the mean", "diversity", "seconds", "device")
+DRAWS_TEXT = "PSNR in dB; diversity is the standard deviation between draws, seconds are for all images and draws."
 HEAD = """# Results
 
-Made by `python scripts/reproduce.py` from the files in `runs/`. How the settings of the library's presets were chosen,
-and what their numbers say, is in `results/choices.md` of its repository.
+Made by `python scripts/reproduce.py` from the files in `runs/`. `results/choices.md` in the library's repository says
+how the settings of its presets were chosen, and what their numbers mean.
+
+S is the set of observed patches (at S = 0.1 a tenth of them), z the latent code. `vae` is the ordinary VAE, also called
+the joint VAE. Claims (i) to (v) are those listed in the library's README. "±" gives the standard deviation over seeds.
 """
 
 
@@ -150,9 +153,9 @@ def _glance(found: dict[str, Runs]) -> str:
     grids = [_link(preset) for preset, runs in found.items() if _of_grid(runs)]
     head = ["preset", "data", "case", "epochs", *(f"`{ours}` over `{other}`" for _, ours, other in COMPARED)]
     text = (
-        "By what one method's test JointELBO is above another's, seed by seed (claims (i), (i) and (ii); mean and\n"
-        "standard deviation), and the accuracy in % of a linear probe of what `biglearn_u` infers from a tenth of the\n"
-        "patches (claim (iv)). Whether chance would give as much is said at the head of each preset.\n"
+        "How far one method's test JointELBO is above another's, seed by seed (mean and standard deviation; claims\n"
+        "(i), (i) and (ii)), and the accuracy in % of a linear probe of the codes that `biglearn_u` infers from a\n"
+        "tenth of the patches (claim (iv)). Each preset below begins with whether chance alone would give as much.\n"
     )
     parts = [f"## At a glance\n\n{text}\n{table([*head, 'probe at S = 0.1'], rows)}"] if rows else []
     parts += [f"Settings are compared in {', '.join(grids)}.\n"] if grids else []
@@ -210,12 +213,12 @@ def _grid(runs: Runs) -> str:
     rows = [[*cell, str(len(of)), *_scores(of)] for cell, of in cells.items()]
     split = _evaluation(runs[0])["split"]
     name = "validation" if split == "valid" else split
-    text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels by share observed.\n"
+    text = f"Of the {name} images: JointELBO and its parts, and PSNR in dB over hidden pixels, by share observed.\n"
     betas = {run.get("config", {}).get("train", {}).get("loss.beta") for run in runs}
     if len(betas) > 1:
-        text += "Each JointELBO is with the beta of its run: between other betas reconstruction and KL compare.\n"
+        text += "Each JointELBO is with the beta of its run; across betas, compare reconstruction and KL.\n"
     elif not betas <= {BETA, None}:
-        text += f"JointELBO is with a beta of {betas.pop()}, where others have {BETA}.\n"
+        text += f"JointELBO is with a beta of {betas.pop()}, where other presets have {BETA}.\n"
     return f"{text}\n" + table(["data", "case", *runs[0]["levels"], "method", "seeds", *_score_names(runs)], rows)
 
 
@@ -242,8 +245,8 @@ def _levels(runs: Runs) -> str:
             rows += [[data, case, method, axis, level, str(len(of)), *_scores(of)] for level, of in levels.items()]
     if not whole:
         return ""
-    text = "Each setting averaged over all others, with the standard deviation over the runs.\n\n"
-    return text + table(["data", "case", "method", "what", "setting", "runs", *_score_names(runs)], rows)
+    text = 'Each setting, averaged over all others; "±" gives the standard deviation over the runs.\n\n'
+    return text + table(["data", "case", "method", "varied", "setting", "runs", *_score_names(runs)], rows)
 
 
 def _score_names(runs: Runs) -> list[str]:
@@ -310,14 +313,14 @@ def _joint(runs: Runs) -> str:
     for data, case, method, own in groups(runs):
         cells = _elbo_cells([run["train"] for run in own], "test")
         rows.append([data, case, method, str(len(own)), *cells])
-    text = "JointELBO per image, summed over pixels, without the constant, beta as trained, and its parts;\n"
+    text = "JointELBO per image and its parts, summed over pixels, without the constant of N(mu, I), beta as trained;\n"
     return f"### Test JointELBO (Figure 2)\n\n{text}mean and standard deviation over seeds.\n\n" + table(head, rows)
 
 
 def _plots(preset: str, runs: Runs) -> str:
     shown = "".join(f"![{PLOTS[name][0]}]({preset}-{name}.png)\n" for name in _plotted(runs))
     note = (
-        "Training loss rises where beta does. Other work beside a run, such as other runs, makes its seconds longer.\n"
+        "The training loss rises while beta does. Other work beside a run, such as other runs, makes it take longer.\n"
     )
     return f"{shown}\n{note}" if shown else ""
 
@@ -354,11 +357,11 @@ def _probe(runs: Runs) -> str:
     )
     if voters := {run["probe"]["settings"]["neighbours"] for run in own if "nearest" in run["probe"]}:
         count = " or ".join(map(str, sorted(voters)))
-        text += f"\nNearest images: what most of those {count} say that are nearest over the observed pixels, no model."
+        text += f"\nNearest images: the vote of the {count} training images nearest over the observed pixels, no model."
     if lacking := [" ".join(of) for *of, all_seeds in groups(runs) if not any(run.get("probe") for run in all_seeds)]:
         text += f"\nNot probed: {', '.join(lacking)}."
     if any("nearest_codes" in run["probe"] for run in own):
-        text += "\nNearest codes: what as many say whose codes are nearest."
+        text += "\nNearest codes: the vote of as many whose codes are nearest."
     if steps := max(run["probe"]["settings"]["ceiling_steps"] for run in own):
         text += f"\nTrained with labels: the same network, {steps:,} steps on all training images under random masks."
     return f"### Linear probing (Figure 4)\n\n{text}\n\n" + table(["data", "case", "features", *ratios], rows)
@@ -412,11 +415,14 @@ def _inpainting(runs: Runs) -> str:
             if all(values) or (label in of_model and any(values)):
                 who = f"{method}, {label}" if label in of_model else label
                 rows.append([data, case, who, *(_cell(of_task, 2) for of_task in values)])
-    text = "PSNR in dB over hidden pixels, by what is observed; the mean is of the draws that `complete.py` took."
+    text = (
+        "PSNR in dB over hidden pixels, by what is observed: a share of the patches, all but the centre, the top half\n"
+        "or the left half; the mean is of the draws that `complete.py` took."
+    )
     regressors = [found["regressor"] for run in own for found in _tasks(run).values() if "regressor" in found]
     if steps := sorted({found["steps"] for found in regressors if "steps" in found}):
         text += (
-            f"\nRegressor: the same network without z, trained {' or '.join(f'{count:,}' for count in steps)} steps."
+            f"\nRegressor: the same network, but without z, after {' or '.join(f'{count:,}' for count in steps)} steps."
         )
     return f"### In-painting\n\n{text}\n\n" + table(["data", "case", "completed by", *tasks], rows)
 
@@ -436,10 +442,10 @@ def _nats(runs: Runs) -> str:
         rows.append([data, case, method, *cells, f"{max(errors):.1f}" if errors else ""])
     text = (
         "log p(hidden | observed) in nats an image under N(mu, variance I), the variance fitted on whole training\n"
-        "images, by annealed importance sampling: for a BigLearn-VAE in expectation a lower bound, for `vae` the\n"
-        "difference of two estimates, which may be too high. The error is the standard error of one image's estimate:\n"
-        "the root mean square over images, at its largest. It cannot exceed 1 (root 2 for a difference): near that,\n"
-        "one sample outweighs all others and the estimate is as far off as may be.\n"
+        "images, by annealed importance sampling: for a BigLearn-VAE a lower bound in expectation, for `vae` the\n"
+        "difference of two estimates, which may be too high. The error is the standard error of one image's\n"
+        "estimate: its root mean square over images, the largest of the columns. It cannot exceed 1 (root 2 for a\n"
+        "difference): near that, one sample outweighs all others, and the estimate is as unreliable as it can be.\n"
     )
     return f"### Likelihood of the hidden part\n\n{text}{_without_variance(own)}\n" + table(
         ["data", "case", "method", *tasks, "error"], rows
@@ -465,10 +471,11 @@ def _chains(runs: Runs) -> str:
                 found = [_entries(run, task, name) for run in own]
                 for count, same in _by_count(found, "iterations").items():
                     rows.append([data, case, method, task, name, count, _accepted(same, name), *_draw_cells(same)])
-    head = ["data", "case", "model", "observed", "sampler", "iterations", "accepted", *DRAWS]
+    head = ["data", "case", "model", "observed", "sampler", "iterations", "accepted, %", *DRAWS]
     text = (
-        f"{DRAWS_TEXT}\nMetropolis-within-Gibbs starts with {gibbs.PSEUDO} iterations of pseudo-Gibbs; of those "
-        "after\nthem so many % were accepted: with few a chain hardly moves, and says little of where it would end.\n"
+        f"{DRAWS_TEXT}\n"
+        f"Metropolis-within-Gibbs starts with {gibbs.PSEUDO} iterations of pseudo-Gibbs; the share accepted is of\n"
+        "those after them. If few were accepted, a chain hardly moves and says little about where it would end.\n"
     )
     return f"### One pass against chains of the joint VAE\n\n{text}\n" + timed_table(head, rows) if rows else ""
 
@@ -489,8 +496,8 @@ def _passes(runs: Runs) -> str:
                 rows.append([data, case, method, task, count or "1", *_draw_cells(same)])
     head = ["data", "case", "method", "observed", "passes", *DRAWS]
     text = (
-        "Of several passes each completes an equal share of what is missing, in random order, given what those before\n"
-        f"it completed. {DRAWS_TEXT}\n"
+        "In several passes, each pass completes an equal share of what is missing, in random order, given what those\n"
+        f"before it completed. {DRAWS_TEXT}\n"
     )
     return f"### Completions in several passes\n\n{text}\n" + timed_table(head, rows) if rows else ""
 
@@ -515,14 +522,15 @@ def _samples(runs: Runs) -> str:
             cells = [spread([one[name] for one in real], 3) for name in ("precision", "recall")]
             rows.append([data, case, "training images", "", *cells, "", "", "", ""])
     text = (
-        "Precision is the share of samples that lie nearer to a test image than its third nearest test image does,\n"
-        "recall the share of test images that lie nearer to a sample than its third nearest sample does; as many\n"
-        "samples as images, distances between pixels. As many training images in place of samples have what perfect\n"
-        "ones would; more precision is no merit, smoother images have it. log p(x) is a bound in nats an image, in as\n"
-        "many passes, with the variance under which it is largest on training images; that of the bounds elsewhere is\n"
-        "the mean squared error of reconstructions, so they differ from it in one pass.\n"
+        "Precision is the share of samples that lie nearer to some test image than that image's third nearest test\n"
+        "image does, recall the share of test images that lie nearer to some sample than that sample's third nearest\n"
+        "sample does (as many samples as images, distances between pixels). As many training images in place of\n"
+        "samples score as perfect samples would; more precision than theirs is no merit: smoother images have it.\n"
+        "log p(x) is a lower bound in nats an image, in as many passes, with the variance under which it is largest\n"
+        "on training images. The bounds elsewhere take the mean squared error of reconstructions as the variance, so\n"
+        "they differ from those of one pass.\n"
     )
-    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x)", "variance", "seconds", "on"]
+    head = ["data", "case", "method", "passes", "precision", "recall", "log p(x) >=", "variance", "seconds", "device"]
     return f"### Samples in several passes\n\n{text}\n" + timed_table(head, rows) if rows else ""
 
 
@@ -574,12 +582,13 @@ def _bounds(runs: Runs) -> str:
         counts = [str(max(one.get(name) or 0 for one in found)) for name in ("images", "samples", "annealing_steps")]
         rows.append([data, case, method, *counts, _cell([b["variance"] for b in fitted if "variance" in b], 5), *nats])
     text = (
-        "In nats an image, under N(mu, variance I) with the variance fitted on training images, as the mean squared\n"
-        "error of their reconstructions; importance-weighted bounds (annealed, where there are steps of it), samples\n"
-        "drawn from p(z | all that is given or asked for): of whole images, of a random half of the patches, and of\n"
-        "the other half given that one, which the network of `vae` was never trained for. How far a bound is below\n"
-        "the likelihood differs between methods, without annealing by more than the bounds do: then they rank\n"
-        'nothing (`results/choices.md` of the library, "Fifty epochs" and "One pass or several").\n'
+        "Lower bounds in nats an image: for whole images, for a random half of the patches, and for the other half\n"
+        "given that one, which the network of `vae` was never trained for. They are under N(mu, variance I) with the\n"
+        "variance fitted on training images, as the mean squared error of their reconstructions. They are weighted by\n"
+        "importance, with samples from p(z | all that is given or asked for), and annealed where there are annealing\n"
+        "steps. How far a bound lies below the likelihood differs between methods; without annealing it differs by\n"
+        "more than the bounds do, and then they do not rank the methods\n"
+        '(`results/choices.md` of the library, "Fifty epochs" and "One pass or several").\n'
     )
     head = ["data", "case", "method", "images", "samples", "annealing steps", "variance", *BOUNDS.values()]
     return f"### Bounds on log-likelihoods\n\n{text}{_without_variance(own)}\n" + table(head, rows) if rows else ""
@@ -594,13 +603,13 @@ def _consistency(runs: Runs) -> str:
     ]
     head = ["data", "case", "method", "order gap", "by noise alone", "from Bayes' posterior, at least"]
     text = (
-        "How far log p(x_A) + log p(x_B given x_A) is from log p(x_B) + log p(x_A given x_B), how far two\n"
-        "estimates of the first are apart by the noise of estimation alone (its bias is not seen), and how far\n"
-        "p(z given x_S) is from Bayes' posterior; over random A, B and S, under N(mu, beta I), whose variance is not\n"
-        "that of the bounds above. The last is a lower bound, and beyond a few nats one far below the truth, which\n"
-        "ranks nothing. The network of `vae` was never trained for a given part: its numbers say what comes of\n"
-        "asking it all the same, not that p(x) of the joint VAE, whose own conditionals are the same in any order,\n"
-        "contradicts itself.\n"
+        "How far log p(x_A) + log p(x_B given x_A) is from log p(x_B) + log p(x_A given x_B), how far two estimates\n"
+        "of the first sum are apart by the noise of estimation alone (its bias does not show), and how far p(z given\n"
+        "x_S) is from Bayes' posterior; over random A, B and S, under N(mu, beta I), whose variance is not that of\n"
+        "the bounds above. The last is a lower bound; beyond a few nats it is far below the truth and does not rank\n"
+        "the methods. The network of `vae` was never trained with a part given: its numbers say what comes of asking\n"
+        "it all the same. They do not say that p(x) of the joint VAE contradicts itself: its own conditionals agree\n"
+        "in any order.\n"
     )
     return f"### Consistency, in nats\n\n{text}{_without_variance(own)}\n" + table(head, rows) if rows else ""
 
@@ -614,11 +623,12 @@ def _costs(runs: Runs) -> str:
             cells = [spread([run["train"]["images_per_second"] for run in own], 0), spread(_epoch_seconds(own), 2)]
             loss = f"{own[0]['course'][-1]['loss']:.3f}"
             rows.append([data, case, method, device, *cells, spread(epochs, 1), loss])
-    head = ["data", "case", "method", "on", "images/s", "seconds an epoch", "epochs", "loss at the end, first seed"]
+    head = ["data", "case", "method", "device", "images/s", "seconds an epoch", "epochs", "final loss, first seed"]
     text = (
-        "Other work beside a run makes it slower: claim (v) compares the fastest of each method on one device and at\n"
-        "one commit, since runs that were made at another time had other neighbours; of several that at which the two\n"
-        "were fastest. Of runs that shared a device with others, it compares neighbours as much as methods.\n"
+        "Other work beside a run makes it slower. So claim (v) compares the fastest run of each method on one device\n"
+        "and at one commit, since runs that were made at another time had other neighbours; of several commits it\n"
+        "takes the one at which the two were fastest. If runs shared a device with others, it compares neighbours as\n"
+        "much as methods.\n"
     )
     return f"### Cost of training (Figure 13)\n\n{text}\n" + table(head, rows)
 
@@ -719,7 +729,7 @@ def _is_above(values: Sequence[float], bar: float) -> str:
     if len(values) > 1:
         chance = _chance(difference, _deviation(values) / math.sqrt(len(values)), len(values))
         if chance >= SIGNIFICANT:
-            return f"not told apart from it (p = {chance:.2g})"
+            return f"not distinguishable from that (p = {chance:.2g})"
     return "yes" if difference >= 0 else "no"
 
 

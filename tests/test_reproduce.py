@@ -395,7 +395,7 @@ def test_floors_are_beside_the_last_method_that_is_there():
     assert "earest codes" not in text  # of runs from before there were any
     numbers[0]["probe"]["nearest_codes"] = {"1.0": {"mean": 0.85}, "0.1": {"mean": 0.5}}
     text = results_page.page({"p": numbers}, {})
-    assert "| digits | tiny | vae, nearest codes | 85.0 | 50.0 |" in text and "Nearest codes: what as many" in text
+    assert "| digits | tiny | vae, nearest codes | 85.0 | 50.0 |" in text and "Nearest codes: the vote" in text
 
 
 def test_verdicts_are_within_a_standard_error_or_not():
