@@ -1337,6 +1337,16 @@ def test_asking_a_network_of_ones_own_leaves_it_as_it_was(monkeypatch):
         check_calls(net)
 
 
+@pytest.mark.parametrize("wrong", [lambda mean: mean[:, :1], lambda mean: mean.mean(1), lambda mean: [mean]])
+def test_means_of_another_shape_of_a_network_of_ones_own_are_refused(monkeypatch, wrong):
+    net = LinearGaussian()
+    right = net.forward
+    monkeypatch.setattr(net, "forward", lambda x, S, *more: wrong(right(x, S, *more)) if more else right(x, S))
+    shape = rf"\(B, {net.num_tokens}, {net.token_dim}\)"
+    with pytest.raises(ValueError, match=rf"LinearGaussian: net\(x, S, z, T\) must give {shape}, got "):
+        check_calls(net)
+
+
 def test_a_model_moves_as_a_whole():
     tokens = PatchAE(image_size=16, patch_size=8, channels=1, width=8)
     vae = BigLearnVAE(UniversalViT(grid=(2, 2), token_dim=tokens.token_dim, dim=16, depth=1, z_dim=2, heads=2), tokens)

@@ -332,6 +332,18 @@ def test_where_nothing_is_observed_none_is_nearer(vae):
     torch.testing.assert_close(completed[0], tokens.mean(0), rtol=0, atol=1e-6)
 
 
+def test_the_mean_of_images_is_that_of_what_was_recorded():
+    train = torch.tensor([[0.2, 0.4, torch.nan, torch.nan], [0.4, torch.nan, 0.9, torch.nan]]).view(2, 1, 2, 2)
+    mean = evaluation._mean_image(train)
+    torch.testing.assert_close(mean.flatten(), torch.tensor([0.3, 0.4, 0.9, 1.9 / 4]).double(), rtol=0, atol=1e-7)
+
+
+def test_two_patches_can_be_consistent():
+    tokenizer = Patchify((4, 8), 4, 1)
+    vae = BigLearnVAE(UniversalViT(grid=(1, 2), token_dim=16, dim=8, depth=1, z_dim=Z, heads=1), tokenizer)
+    assert evaluation.consistency(vae, pictures(vae), 4)["order_gap"] >= 0
+
+
 def test_images_of_one_patch():
     tokenizer = Patchify(4, 4, 1)
     vae = BigLearnVAE(UniversalViT(grid=(1, 1), token_dim=16, dim=8, depth=1, z_dim=Z, heads=1), tokenizer)

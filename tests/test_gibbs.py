@@ -194,6 +194,15 @@ def test_completions_are_means_of_the_last_codes(vae):
     assert 0 < result.seconds[1] < result.seconds[3] < result.seconds[5]
 
 
+def test_the_first_iteration_from_a_start_is_pseudo_gibbs_and_no_acceptance(vae):
+    x, S = pictures(vae), observed(vae)
+    result = gibbs.metropolis_within_gibbs(vae, x, S, [1, 3], draws=2, pseudo=0, start=x, seed=4)
+    states = list(itertools.islice(gibbs.chain(vae, x, S, 2, 0, start=x, seed=4), 3))
+    taken = [state.accepted.double().mean().item() for state in states]
+    assert taken[0] == 1 and min(taken[1:]) < 1
+    assert result.acceptance == pytest.approx({1: 1.0, 3: sum(taken[1:]) / 2})
+
+
 def test_pseudo_gibbs_is_metropolis_that_never_begins(vae):
     x, S = pictures(vae), observed(vae)
     one = gibbs.pseudo_gibbs(vae, x, S, (2, 5), draws=2, seed=4)

@@ -300,6 +300,8 @@ def test_images_in_black_and_white(channels):
     assert drawn.train.pixels.unique().tolist() == [0, 255] and torch.equal(drawn.valid.pixels, again.valid.pixels)
     torch.testing.assert_close(drawn.train[:].mean((0, 1, 2)), grey / 255, rtol=0, atol=0.02)
     assert (drawn.train.pixels == drawn.train.pixels[:, :1]).all()  # grey images stay grey
+    half = ImageSet(torch.tensor([127, 128], dtype=torch.uint8).view(1, 2, 1, 1))
+    assert binarized(Splits(half, half, half), "threshold").train.pixels.flatten().tolist() == [255, 255]
     with pytest.raises(ValueError, match="binarize must be threshold or sample, got 'otsu'"):
         binarized(splits, "otsu")
 

@@ -415,6 +415,7 @@ def test_the_ceiling_learns_what_the_labels_say(single):
     before = {name: value.clone() for name, value in single.net.state_dict().items()}
     ceiling = probe.train_ceiling(network(single.tokenizer), single, train, RECIPE, steps=300)
     assert_close(dict(single.net.state_dict()), before, rtol=0, atol=0)  # the probed network is frozen
+    assert not any(part.training for part in ceiling.modules())
     result = probe.linear_probe(single, train, test, [1.0, 0.5], draws=2, ceiling=ceiling)
     assert result["ceiling"][1.0]["mean"] > 0.97 and result["ceiling"][0.5]["mean"] > 0.9
     for draw in range(2):
