@@ -15,7 +15,7 @@ from biglearn_vae.gaussian import DiagGaussian
 
 LEAPFROG = 3  # steps of a transition
 ACCEPTED = 0.7  # share of transitions that step sizes aim at
-PILOT = 4  # chains at least that they are found with
+PILOT = 4  # at least so many chains to find step sizes with
 
 
 def log_weights(
@@ -26,22 +26,23 @@ def log_weights(
     power: float = 1.0,
     seed: int | None = None,
 ) -> Tensor:
-    """The logarithms of weights whose expectation is the integral of gamma: float64 (K, N).
+    """Logarithms of weights; the expectation of a weight is the integral of gamma: float64 (K, N).
 
-    So the logarithm of their mean is, in expectation, below that of the integral, the nearer the more steps and draws.
-    With one step they are plain importance weights with the base as proposal. Step sizes are found by a run of a
-    quarter of the draws before, at least 4, for adapting them to the chains whose weights count would bias these.
+    In expectation, the logarithm of the mean weight is therefore a lower bound on that of the integral, closer with
+    more steps and draws. With one step these are plain importance weights with the base as proposal. Step sizes are
+    found by a separate run before, with a quarter of the draws, at least 4: adapted to the chains whose weights count,
+    they would bias the weights.
 
     Args:
-        target: log gamma, (k, N), of z (k, N, Z) in float64, differentiable, each number a function of its own z.
-        base: where chains start from, (N, Z).
+        target: log gamma, (k, N), of z (k, N, Z) in float64; differentiable, each number a function of its own z.
+        base: the distribution that chains start from, (N, Z).
         draws: K.
-        steps: between base and gamma; LEAPFROG gradients each.
-        power: b = (t / steps)^power, more than 1 where gamma is much narrower than the base.
+        steps: number of steps from base to gamma, with LEAPFROG gradients each.
+        power: b = (t / steps)^power; take more than 1 where gamma is much narrower than the base.
 
     Raises:
-        ValueError: if draws or steps are not whole numbers or below 1, power is not positive, or the seed none of
-            torch's.
+        ValueError: if draws or steps are not whole numbers or below 1, power is not positive, or the seed is not one
+            that torch takes.
     """
     draws, steps = checks.whole_number("draws", draws, 1), checks.whole_number("steps", steps, 1)
     power = checks.real_number("power", power, "(0, inf)")
@@ -64,7 +65,7 @@ class _Path:
         total, size, used = torch.zeros_like(gap), torch.full_like(self.base.mean[:, :1], 0.5), []
         for t, (before, b) in enumerate(pairwise(self.b)):
             total = total + (b - before) * gap
-            if b == self.b[-1]:  # where the chain goes from here is of no consequence
+            if b == self.b[-1]:  # weights do not depend on where the chain goes from here
                 break
             size = size if sizes is None else sizes[t]
             used.append(size)
@@ -73,7 +74,7 @@ class _Path:
         return total, used
 
     def _move(self, z: Tensor, gap: Tensor, slope: Tensor, b: float, size: Tensor) -> tuple[Tensor, ...]:
-        """A Hamiltonian transition that leaves base^(1 - b) gamma^b as it is; what it proposed was accepted, (K, N)."""
+        """A Hamiltonian transition that leaves base^(1 - b) gamma^b invariant: z, gap, slope, what was accepted."""
         step = size * self.base.std
         momentum = self._normal(len(z))
         new, new_gap, new_slope, before = z, gap, slope, momentum.square().sum(-1)

@@ -1,4 +1,4 @@
-"""What a trained model can do, one method each (Table 2).
+"""`BigLearnVAE`, a trained model: one method for each of its capabilities (Table 2).
 
 B images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension, K draws.
 """
@@ -24,8 +24,8 @@ from biglearn_vae.patches import Patchify, of_batch
 
 Result = TypeVar("Result", Tensor, DiagGaussian)
 
-CPU_TOKENS = 2**12  # that pass through a network at once on CPUs: what it computes of them then stays in the cache
-SAVED = {kind.__name__: kind for kind in (UniversalViT, TwoStackViT, Patchify, PatchAE)}  # what files of models hold
+CPU_TOKENS = 2**12  # that pass through a network at once on CPUs, so that intermediate results stay in the cache
+SAVED = {kind.__name__: kind for kind in (UniversalViT, TwoStackViT, Patchify, PatchAE)}  # in files of models
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +37,16 @@ class Sensitivity(Generic[Result]):
 
 
 class Observed(NamedTuple):
-    """Data of which a part is observed, on the model's device.
+    """Partly observed data, on the model's device.
 
     Attributes:
         tokens: (B, L, D), zero where not observed.
         mask: what is observed, (B, L).
-        images: the same as pixels (B, C, H, W), anything where not observed. Kept as they came: not every tokenizer
-            gives them back exactly.
-        kept: the pixels (B, 1, H, W) that completions leave as they are: those of observed patches and, where S was one
-            of pixels, all that it names.
-        single: whether it came without a batch axis.
+        images: the same as pixels (B, C, H, W), with anything where not observed. Images are kept as they came, since
+            not every tokenizer gives them back exactly; tokens are decoded.
+        kept: the pixels (B, 1, H, W) that completions leave as they are: those of observed patches and, if images came
+            with a mask of pixels, all others in it that are finite.
+        single: whether the data came without a batch axis.
     """
 
     tokens: Tensor
@@ -57,12 +57,12 @@ class Observed(NamedTuple):
 
 
 class _Importance(NamedTuple):
-    """What importance weights are made of, whatever the variance of Gaussian observations; float64.
+    """The parts of importance weights, which do not depend on the variance of Gaussian observations; float64.
 
     Attributes:
-        reconstruction: log p(x_T | z, x_S), of Gaussian observations without its constant and of variance 1, (K, B).
+        reconstruction: log p(x_T | z, x_S), (K, B); for Gaussian observations with variance 1, without the constant.
         ratio: log p(z | x_S) - log p(z | x_{S u T}), (K, B).
-        numbers: how many T holds, (B,).
+        numbers: how many numbers T holds, (B,).
     """
 
     reconstruction: Tensor
@@ -77,32 +77,36 @@ class _Importance(NamedTuple):
 class BigLearnVAE:
     """A trained network with its tokenizer.
 
-    Wherever a method takes data `x`, it may be images (B, C, H, W) with values in [0, 1] (uint8 images are divided by
-    255) or tokens (B, L, D), a batch or a single one; what comes back is images in [0, 1], a batch or a single one
-    alike. Where it takes a mask `S`, that is boolean with True = observed: patches (B, L) or pixels (B, H, W) or
-    (B, 1, H, W), one for all or one for each; a patch counts as observed if all of its pixels are. What lies outside S
-    has no influence and may be NaN. Where the sizes fit both, data are images, which tokens of a single grey image may
-    seem to be, and masks are of patches: where W = L one of pixels for all is (1, H, W). `seed` makes a result
-    repeatable, of as many images in one call; without one `torch.manual_seed` does. No gradients pass through; through
-    `net` and `tokenizer` they do.
+    Data `x` are images (B, C, H, W) with values in [0, 1] (uint8 images are divided by 255) or tokens (B, L, D), a
+    batch or a single one. Methods that return images return them in [0, 1], a batch or a single one, like the data.
+
+    A mask `S` is boolean, True = observed, one for all images or one for each: over patches, (B, L), or over pixels,
+    (B, H, W) or (B, 1, H, W). A patch counts as observed if all of its pixels are. What lies outside S has no influence
+    and may be NaN. If the sizes fit both, data are taken as images (tokens of a single grey image may have the shape of
+    one), and masks as masks over patches (if W = L, pass one mask over pixels for all images as (1, H, W)).
+
+    `seed` makes a result repeatable, for the same number of images in a call; without it `torch.manual_seed` does.
+    Methods pass no gradients; `net` and `tokenizer` do.
 
     All methods raise ValueError for data or masks of another shape or type, an empty batch, NaN or infinite values in
-    observed patches, and pixels there of an absolute value above 10, as in images that were not divided by 255; of
-    images that look as if they were in [-1, 1] they warn. Tokens may be any numbers: some tokenizers' are.
+    observed patches, and pixels there with an absolute value above 10, as in images that were not divided by 255. They
+    warn if images seem to be in [-1, 1]. Tokens have no such limit, since some tokenizers give any numbers.
 
     Args:
-        net: a network of `models`, unwrapped. It is put into evaluation mode.
+        net: a network of `models`, or one that is called like these, unwrapped. It is put into evaluation mode.
         tokenizer: `Patchify`, or another module with its methods and sizes; it is put into evaluation mode, too.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
-        variance: of Gaussian observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); 0 if each call gives one.
-        chunk: most images that pass through the network at once, which bounds the memory; on a CPU they are fewer.
-        observations: what p(x_T | z, x_S) is, as of `BigLearnELBO`: "gaussian" (or None) or "bernoulli".
+        variance: of Gaussian observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); with 0 each call has to
+            give one.
+        chunk: how many images pass through the network at once, at most, which bounds the memory; see `rows` for CPUs.
+        observations: the distribution p(x_T | z, x_S), as for `BigLearnELBO`: "gaussian" (or None), "bernoulli", or an
+            `Observations`.
 
     Raises:
-        ValueError: on anything else than these, and if network and tokenizer are of other sizes.
+        ValueError: on other arguments than these, and if network and tokenizer differ in their sizes.
     """
 
-    net: Any  # modules; as such they would have no attributes but tensors and modules, for a type checker
+    net: Any  # modules, annotated as Any: a type checker grants nn.Module no attributes but tensors and modules
     tokenizer: Any
 
     def __init__(
@@ -127,26 +131,26 @@ class BigLearnVAE:
 
     @classmethod
     def of(cls, net: nn.Module, tokenizer: nn.Module, loss: Any, **options: Any) -> "BigLearnVAE":
-        """The model that an objective trained: with its prior and observations, and with beta as their variance.
+        """A model with the prior and the observations of the objective that trained it, and beta as their variance.
 
         Args:
-            loss: a `BigLearnELBO`, or what has `prior` and `beta`. Of one with terms of its own nothing is known of the
-                observations (`losses.has_model`): the variance is then 0, to be given by each call.
-            options: others, such as `chunk`, and what is to be otherwise.
+            loss: a `BigLearnELBO`, or an object with `prior` and `beta`. If it is not known which likelihood it bounds
+                (`losses.has_model`), as with terms of its own, the variance is 0: each call then has to give one.
+            options: further arguments, such as `chunk`; they override those taken from `loss`.
         """
         variance = loss.beta if has_model(loss) else 0.0
         settings = {"prior": loss.prior, "variance": variance, "observations": getattr(loss, "observations", None)}
         return cls(net, tokenizer, **settings | options)
 
     def save(self, path: str | Path) -> None:
-        """Write the model into one file, from which `biglearn_vae.load` makes it again, wherever it is.
+        """Write the model to one file, from which `biglearn_vae.load` restores it anywhere.
 
-        It holds sizes and weights of network and tokenizer, prior, observations and variance; no code, no data, no
-        settings of the training. Of a network or a tokenizer that is not of this library, of which it holds the weights
-        alone, one has to be given to `load`.
+        The file holds sizes and weights of network and tokenizer, prior, observations and variance; no code, no data,
+        no settings of the training. For a network or tokenizer that is not of this library it holds only the weights:
+        give `load` a new instance of it, as `net=` or `tokenizer=`.
 
         Raises:
-            ValueError: if the path is that of a folder, or the observations are none of this library.
+            ValueError: if the path is a folder, or the observations are not of this library.
         """
         path = Path(path).expanduser()
         if path.is_dir():
@@ -168,13 +172,14 @@ class BigLearnVAE:
         net: nn.Module | None = None,
         tokenizer: nn.Module | None = None,
     ) -> "BigLearnVAE":
-        """What `save` wrote, frozen.
+        """Read the model that `save` wrote, frozen.
 
         Args:
-            net, tokenizer: newly made ones, which take the weights, where the file's are not of this library.
+            net, tokenizer: new instances that take the file's weights; only for classes that are not of this library.
 
         Raises:
-            ValueError: if it cannot be read, or is something else, or needs a part or another one.
+            ValueError: if the file cannot be read, is not such a model, or if `net` or `tokenizer` is missing, does not
+                fit or is not needed.
         """
         path = Path(path).expanduser()
         state = checkpoint.load(path)
@@ -192,8 +197,10 @@ class BigLearnVAE:
             raise ValueError(f"{path}: {error}") from None
 
     def to(self, *where: torch.device | str | torch.dtype, **named: Any) -> "BigLearnVAE":
-        """Move network and tokenizer to a device, and the network to another precision, given as to torch's `to`, with
-        names (`device=`, `dtype=`) or without; returns the model itself."""
+        """Move network and tokenizer to a device, and the network to another precision; returns the model itself.
+
+        Arguments are those of torch's `to`, with names (`device=`, `dtype=`) or without.
+        """
         self.net.to(*where, **named)
         self.tokenizer.to(self.device)
         return self
@@ -221,7 +228,7 @@ class BigLearnVAE:
 
     @property
     def num_tokens(self) -> int:
-        """L"""
+        """Number of patches of an image, L."""
         return self.net.num_tokens
 
     @property
@@ -231,21 +238,21 @@ class BigLearnVAE:
 
     @property
     def z_dim(self) -> int:
-        """Z"""
+        """Dimension of the latent code, Z."""
         return self.net.z_dim
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+        """Channels, height and width of an image, (C, H, W)."""
         return self.tokenizer.image_shape
 
     def pixel_mask(self, S: Tensor) -> Tensor:
-        """Patch masks (B, L) or (L,) -> the same of pixels, (B, 1, H, W) or (1, H, W), on the model's device."""
+        """Patch masks (B, L) or (L,) -> pixel masks (B, 1, H, W) or (1, H, W), on the model's device."""
         return masks.to_pixels(S, self.grid, self.image_shape[1:]).unsqueeze(-3).to(self.device)
 
     @torch.no_grad()
     def observe(self, x: Tensor, S: Tensor | None = None) -> Observed:
-        """What is observed of data, S being everything by default, as all other methods take it."""
+        """The observed part of data (by default everything), in the form in which all methods use it."""
         tokens, mask, images, single = self._observed(x, S)
         kept = self.pixel_mask(mask)
         if images is None:
@@ -267,10 +274,10 @@ class BigLearnVAE:
 
     @torch.no_grad()
     def decode(self, z: Tensor, x: Tensor | None = None, S: Tensor | None = None) -> Tensor:
-        """The mean of p(x | z), or with data of p(x_T | z, x_S), T being all that S is not; of Bernoulli observations a
-        probability.
+        """The mean of p(x | z), or, given x and S, of p(x_T | z, x_S), where T is everything outside S.
 
-        Observed patches come back as they are in x, and so do single pixels that a mask S of pixels names.
+        For Bernoulli observations the means are probabilities. Observed patches come back as they are in x; with images
+        and a mask S of pixels, so do single pixels in S.
 
         Args:
             z: latent vectors (B, Z), several for each image (K, B, Z), or one (Z,).
@@ -302,7 +309,7 @@ class BigLearnVAE:
         """n new images (n, C, H, W): z from the prior, then the mean of p(x | z).
 
         Args:
-            passes: in how many passes, as of `inpaint`; at most one a patch.
+            passes: number of passes, as in `inpaint`; there are no more than patches.
         """
         n = checks.whole_number("the number of samples", n, 1)
         return self._drawn(self._nothing(), n, seed, passes)
@@ -325,17 +332,18 @@ class BigLearnVAE:
     ) -> Tensor:
         """Complete what is missing: z ~ p(z | x_S), then the mean of p(x_T | z, x_S); what is observed is kept.
 
-        With strokes as the observed part this is conditional generation. Of a patch of which a mask S of pixels names
-        but a part, that part is kept too, though the network doesn't see it.
+        With strokes as the observed part this is conditional generation. If the data are images, and a mask S of pixels
+        contains only a part of a patch, that part is kept, too, though the network does not see it.
 
         Args:
-            x: what is outside S may be anything.
+            x: data; what is outside S may be anything.
             S: what is observed.
-            draws: how many completions of each image, along a new leading axis: (K, B, C, H, W).
-            passes: P; in each a P-th of what is missing, in random order, is completed and from then on observed. At
-                most one a missing patch is made; P take P times as long. Gaussian observations are given to the network
-                as means without noise, so draws differ less than by p(x_T | x_S); Bernoulli ones are drawn, 0 or 1, and
-                so what all passes but the last completed comes back.
+            draws: K, how many completions of each image, along a new leading axis: (K, B, C, H, W).
+            passes: P, number of passes. Each completes a P-th of the missing patches, in random order, which the next
+                ones observe. There are no more passes than missing patches; P passes take P times as long. The next
+                passes observe the means of Gaussian observations, without noise, so draws vary less than under
+                p(x_T | x_S). Bernoulli observations are drawn, 0 or 1, before they are observed, so patches completed
+                by any pass but the last come back as 0 or 1.
         """
         draws = _draws(draws, seed)
         return self._drawn(self.observe(x, S), draws, seed, passes)
@@ -345,12 +353,13 @@ class BigLearnVAE:
         """Several observations (x1, S1), (x2, S2), ... as one, (x, S1 u S2 u ...), for every other method.
 
         So `vae.encode(*vae.combine((x1, S1), (x2, S2)))` is p(z | x_{S1 u S2}). A patch that several observe is taken
-        from the first of them, and so are single pixels that a mask of pixels names, where none observes their patch.
+        from the first of them. Single pixels in a mask of pixels are taken from the first that has them, unless one
+        observes their whole patch.
 
         Returns:
             x: images (B, C, H, W) if all data are images, else tokens (B, L, D); zero where nothing is observed.
-            S: (B, L), or of pixels (B, H, W) if all data are images and a mask was such: the patches that it holds are
-                `observe(x, S).mask`. Of single data (L,), or of pixels (1, H, W).
+            S: a mask of patches (B, L), for single data (L,). If all data are images and one of the masks was of
+                pixels, a mask of pixels (B, H, W), for single data (1, H, W); `observe(x, S).mask` has its patches.
         """
         if not observations:
             raise ValueError("expected at least one pair (x, S), got none")
@@ -377,13 +386,13 @@ class BigLearnVAE:
 
     @torch.no_grad()
     def interpolate(self, x_a: Tensor, x_b: Tensor, steps: int = 9, S: Tensor | None = None) -> Tensor:
-        """Images on the straight line from the code of x_a to that of x_b, the means of p(z | x).
+        """Images along the straight line from the code of x_a to that of x_b; codes are means of p(z | x).
 
-        Both are encoded whole, with S or without; with S, what was never recorded of them (NaN) is left out.
+        Both images are encoded whole, whether S is given or not. If it is, patches never recorded (NaN) are left out.
 
         Args:
-            steps: number of images, both ends among them; at least 2.
-            S: with it the patches S of x_a are kept as observed all along, p(x_T | z, x_S).
+            steps: number of images, including both ends; at least 2.
+            S: if given, the patches S of x_a are observed, and kept, in all images: p(x_T | z, x_S).
 
         Returns:
             (steps, B, C, H, W), or (steps, C, H, W) for two single images.
@@ -401,11 +410,11 @@ class BigLearnVAE:
     def decoding_sensitivity(
         self, x: Tensor, S: Tensor, dims: Sequence[int], delta: float | Tensor = 5.0
     ) -> Sensitivity[Tensor]:
-        """What a change of single latent dimensions does to the completion of x_S; z is the mean of p(z | x_S).
+        """How the completion of x_S changes if single latent dimensions are moved; z is the mean of p(z | x_S).
 
         Args:
-            dims: which dimensions, in [0, Z), one after the other.
-            delta: how far each is moved, one number or one for each of `dims`, in the units of z.
+            dims: the dimensions, in [0, Z); each is moved by itself.
+            delta: how far, one number or one for each of `dims`, in the units of z.
 
         Returns:
             `.before` (B, C, H, W), the mean of p(x_T | z, x_S), and `.after` (len(dims), B, C, H, W), that of
@@ -421,14 +430,14 @@ class BigLearnVAE:
 
     @torch.no_grad()
     def encoding_sensitivity(self, x: Tensor, S: Tensor | None, change: Tensor) -> Sensitivity[DiagGaussian]:
-        """What a change of the observed data does to the code.
+        """How the code, p(z | x_S), changes if the observed data are changed.
 
         Args:
-            change: added to x, and of its shape or one that broadcasts to it; outside S it has no influence.
+            change: what is added to x, of its shape or one that broadcasts to it; outside S it has no influence.
 
         Returns:
-            `.before` p(z | x_S) and `.after` p(z | x_S + change). How far they are apart is
-            `.after.kl(.before)`, what it looks like `decode(.after.mean, x, S)`.
+            `.before`, p(z | x_S), and `.after`, p(z | x_S + change). For a result r, `r.after.kl(r.before)` is how far
+            apart they are, and `vae.decode(r.after.mean, x, S)` shows the effect.
         """
         tokens, mask, _, single = self._observed(x, S)
         if not mask.any(-1).all():
@@ -465,20 +474,20 @@ class BigLearnVAE:
 
         (Burda et al. 2016; with K = 1 it is Eq. 5's bound.) Gaussian observations are N(mu, variance I), constants
         included. Training with weight beta on the KL and unit variance is, up to scale, training with variance beta
-        and weight 1: so the variance is that of the model, beta, unless another is given (`evaluation.fit_variance`
+        and weight 1. So the variance is the model's own, beta, unless another is given (`evaluation.fit_variance`
         fits one). In expectation the bound grows with K, and stays below the truth.
 
         Args:
             T: what is asked for, by default all patches that are not given; not empty, disjoint from S.
-            given: S, what is conditioned on; by default nothing. A patch counts as given if all of its pixels do, so
-                that of one of which some pixels are given, all are asked for. Of parts of an image a network that was
-                trained with method=vae knows nothing: see `evaluation.conditional_log_prob_joint`.
+            given: S, what is conditioned on; by default nothing. A patch counts as given if all of its pixels are; if
+                only some are, by default the whole patch is asked for. A network trained with method=vae knows nothing
+                of parts of images: see `evaluation.conditional_log_prob_joint`.
             samples: K.
             variance: of Gaussian observations.
             unit: "nats", or "bits_per_dim": the negative bound in bits for each of the |T| D numbers.
-            passes: in how many parts of T, in random order, each given S and the parts before it: the sum of their
-                bounds is one on log p(x_T | x_S) of that order, by the chain rule. It is that of data, with the noise
-                of observations, and not quite of what `inpaint` draws in as many passes.
+            passes: into how many parts T is divided, in random order. Each is bounded given S and the parts before it;
+                by the chain rule, the sum is a bound on log p(x_T | x_S) under that order. The parts before are data,
+                with the noise of observations, so it is not quite the bound for what `inpaint` draws.
 
         Returns:
             float64 (B,), or () for a single image.
@@ -503,9 +512,9 @@ class BigLearnVAE:
         variance: float | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """The logarithms of the importance weights whose mean `log_prob` takes, float64 (K, B) or (K,).
+        """Logarithms of the importance weights that `log_prob` averages: float64 (K, B), or (K,) for a single image.
 
-        For S empty they are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
+        For S empty the weights are those of Bayes' rule, p(z) p(x_T | z) / p(z | x_T).
         """
         variance = checked_variance(self, variance)
         tokens, S, T, single = self._tasks(x, T, given)
@@ -515,7 +524,7 @@ class BigLearnVAE:
     def _importance_by_pass(
         self, tokens: Tensor, S: Tensor, T: Tensor, samples: int, seed: int | None, passes: int
     ) -> Iterator["_Importance"]:
-        """Of each pass, what its log-weights are made of."""
+        """For each pass, the parts of its log-weights."""
         for turn, (seen, asked) in enumerate(masks.in_turns(S, T, passes, _seed_of_turns(seed))):
             yield self._importance(tokens, seen, asked, samples, _seed_of_pass(turn, seed))
 
@@ -531,7 +540,7 @@ class BigLearnVAE:
         return _Importance(torch.cat(found), torch.cat(ratios), T.sum(-1).double() * self.net.token_dim)
 
     def _tasks(self, x: Tensor, T: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """Tokens, S, T and whether there was no batch axis, of a question for log p(x_T | x_S)."""
+        """The arguments of a log p(x_T | x_S), checked: tokens, S, T and whether there was no batch axis."""
         tokens, images, single = self._tokens(x)
         S = self._mask(given, len(tokens), default=False)
         T = ~S if T is None else self._mask(T, len(tokens), default=True)
@@ -554,10 +563,10 @@ class BigLearnVAE:
     def _decode(
         self, z: Tensor, tokens: Tensor, mask: Tensor, T: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The network's output (n, L, D) for z (..., Z), and whose tokens it belongs to (n,), a part at a time.
+        """The network's output (n, L, D) for z (..., Z), and which rows of `tokens` it belongs to (n,), in parts.
 
-        Tokens are those of the last axis but one of z, or of one image for all. T is what is asked for, by default
-        all that is not observed.
+        `tokens` has a row for each index of the last axis but one of z, or one row for all. T is what is asked for, by
+        default all that is not observed.
         """
         z = z.reshape(-1, self.z_dim)
         for start in range(0, len(z), self.rows):
@@ -599,8 +608,10 @@ class BigLearnVAE:
     def _as_observed(
         self, images: Tensor, new: Tensor, given: Tensor, data: Observed, seed: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Completed images (N, C, H, W) and their tokens, of which the patches `new` (N, L) are observed from now on.
-        The pixels `given` (N, 1, H, W) stay as they are."""
+        """Completed images (N, C, H, W) and their tokens, as the next passes observe the patches `new` (N, L) of them.
+
+        The pixels `given` (N, 1, H, W) stay as they are.
+        """
         tokens = self._tokens_of(images, data)
         drawn = self.observations.as_observed(tokens, _seed_of_draws(seed))
         if drawn is tokens:
@@ -639,8 +650,11 @@ class BigLearnVAE:
         return Observed(tokens, mask, images, self.pixel_mask(mask), True)
 
     def _seen(self, tokens: Tensor, images: Tensor | None, mask: Tensor, name: str = "S") -> Tensor:
-        """Tokens (B, L, D) with zeros where they are not observed; where they are they must be finite, and the pixels
-        of the images that they are of, if any, within the limit. `name` is that of the mask, for messages."""
+        """Tokens (B, L, D) with zeros where they are not observed.
+
+        Observed tokens must be finite, and observed pixels, if there are images, within the limit. `name` is that of
+        the mask, for messages.
+        """
         tokens = masks.seen(tokens, mask)
         bad = ~tokens.isfinite().all(-1)  # (B, L)
         if bad.any():
@@ -703,13 +717,13 @@ class BigLearnVAE:
         mask = S.to(self.device)
         if mask.ndim == 4 and mask.shape[1] == 1:  # as `pixel_mask` has it
             mask = mask.squeeze(1)
-        # Masks (B, L) may look like one of pixels, (H, W); what they are must not hang on B.
+        # A mask of patches (B, L) may have the shape (H, W); which of the two it is must not depend on B.
         patches = mask.ndim == 2 and mask.shape[1] == self.num_tokens
         return mask if not patches and mask.ndim in (2, 3) and tuple(mask.shape[-2:]) == self.image_shape[1:] else None
 
 
 def checked_dims(vae: BigLearnVAE, dims: Sequence[int]) -> list[int]:
-    """Which dimensions of z these are; a ValueError unless there are such."""
+    """Dimensions of z as a list; a ValueError unless there is at least one and all are in [0, Z)."""
     result = checks.whole_numbers(dims, 0)
     if not result or max(result) >= vae.z_dim:
         raise ValueError(f"dims must be a list of latent dimensions in [0, {vae.z_dim}), at least one, got {dims}")
@@ -717,8 +731,10 @@ def checked_dims(vae: BigLearnVAE, dims: Sequence[int]) -> list[int]:
 
 
 def checked_variance(vae: BigLearnVAE, variance: float | None) -> float:
-    """A variance of observations, by default the model's own; a ValueError unless it is positive and finite. Where they
-    have none, 1, of which nothing is made, and a ValueError if one is given."""
+    """A variance of observations, by default the model's own; a ValueError unless it is positive and finite.
+
+    For observations without a variance it is 1, which is not used, and a ValueError if one is given.
+    """
     if not vae.observations.scaled:
         if variance is not None:
             raise ValueError(f"{vae.observations.name} observations have no variance: leave variance={variance} out")
@@ -735,15 +751,15 @@ def check_scaled(vae: BigLearnVAE) -> None:
 
 @torch.no_grad()
 def best_variance(vae: BigLearnVAE, x: Tensor, passes: int = 1, samples: int = 64, seed: int = 0) -> float:
-    """The variance of N(mu, variance I) under which `vae.log_prob(x, ...)` is largest in the mean.
+    """The variance of N(mu, variance I) under which the mean of `vae.log_prob(x, ...)` is largest.
 
-    With the noise of its importance samples held, the bound is a sum over data and passes of log-means of
-    exp(ratio - error / (2 variance)) variance^(-n / 2), which EM climbs: the variance becomes the mean of the squared
-    errors, each weighed by its share of the importance weights.
+    With the noise of the importance samples held fixed, the bound is a sum over data and passes of log-means of
+    exp(ratio - error / (2 variance)) variance^(-n / 2). EM climbs it: the variance becomes the mean of the squared
+    errors, each weighted by its share of the importance weights.
 
     Args:
-        x: of which everything was recorded.
-        passes, samples, seed: as of `vae.log_prob`.
+        x: data recorded as a whole, without NaN.
+        passes, samples, seed: as for `vae.log_prob`.
 
     Raises:
         ValueError: if the observations of the model have no variance.
@@ -764,7 +780,7 @@ def best_variance(vae: BigLearnVAE, x: Tensor, passes: int = 1, samples: int = 6
 
 
 def _state(part: nn.Module) -> dict[str, Any]:
-    """A network or a tokenizer as it is written into files; of one's own, "weights" in place of a whole "state"."""
+    """A network or tokenizer as files hold it; if it is not of this library, "weights" in place of a whole "state"."""
     part = getattr(part, "_orig_mod", part)  # of torch.compile
     kind = type(part).__name__
     if SAVED.get(kind) is type(part):
@@ -773,7 +789,7 @@ def _state(part: nn.Module) -> dict[str, Any]:
 
 
 def _made(name: str, state: dict[str, Any], given: nn.Module | None) -> nn.Module:
-    """What `_state` described, frozen; `given`, if it is one's own, takes the weights."""
+    """The part that `_state` described, frozen; if it is not of this library, `given` with its weights."""
     if "weights" not in state:
         if given is not None:
             raise ValueError(f"its {name} is a {state['kind']}, which needs no {name}=")
@@ -793,8 +809,8 @@ def check_network(net: nn.Module) -> None:
 
 @torch.no_grad()
 def check_calls(net: Any) -> None:
-    """Raise a ValueError unless a network, on the device for which it is made, gives what those of `models` do, of two
-    images of zeros; these are not asked."""
+    """Raise a ValueError unless a network returns what those of `models` do, for two images of zeros on its own device;
+    those of `models` are not called."""
     if isinstance(net, MaskedViT):
         return
     like, training = _like(net), {part: part.training for part in net.modules()}
@@ -813,7 +829,7 @@ def check_calls(net: Any) -> None:
     finally:
         for part, before in training.items():
             part.training = before
-    if type(q) is not DiagGaussian or q.mean.shape != (2, net.z_dim):  # of a subclass nothing more would be kept
+    if type(q) is not DiagGaussian or q.mean.shape != (2, net.z_dim):  # what a subclass adds would be lost
         raise ValueError(f"{name}: net(x, S) must give a DiagGaussian over z, (B, {net.z_dim}), got {_described(q)}")
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         shape = (net.num_tokens, net.token_dim)
@@ -839,7 +855,7 @@ def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _check_sizes(net: Any, tokenizer: Any) -> None:
-    """Raise a ValueError unless the tokens of one are those of the other."""
+    """Raise a ValueError unless the tokenizer's grid and token dimension are the network's."""
     if (tuple(net.grid), net.token_dim) != (tuple(tokenizer.grid), tokenizer.token_dim):
         raise ValueError(
             f"the tokenizer must give the network's {net.grid} tokens of {net.token_dim} numbers, "
@@ -848,23 +864,23 @@ def _check_sizes(net: Any, tokenizer: Any) -> None:
 
 
 def _draws(draws: int | None, seed: int | None) -> int | None:
-    """How many draws; refused with their seed before anything is computed."""
+    """Check the number of draws, and their seed, before anything is computed."""
     checks.check_seed(seed)
     return None if draws is None else checks.whole_number("draws", draws, 1)
 
 
 def _seed_of_turns(seed: int | None) -> int | None:
-    """What the order of the patches is drawn by in several passes."""
+    """The seed of the order of the patches, in several passes."""
     return None if seed is None else derive_seed("turns", int(seed))
 
 
 def _seed_of_draws(seed: int | None) -> int | None:
-    """What completions are drawn by before a pass observes them."""
+    """The seed by which completions are drawn before a pass observes them."""
     return None if seed is None else derive_seed("observed", seed)
 
 
 def _seed_of_pass(turn: int, seed: int | None) -> int | None:
-    """What the noise of a pass is drawn by, that of the first being the caller's seed."""
+    """The seed of the noise of a pass; for the first pass it is the caller's."""
     return derive_seed("pass", turn, int(seed)) if turn and seed is not None else seed
 
 
@@ -873,7 +889,7 @@ def _deltas(delta: float | Sequence[float] | Tensor, count: int) -> Tensor:
     expected = f"delta must be one number or one for each of the {count} dims, finite, got"
     try:
         result = torch.as_tensor(delta)
-    except (TypeError, ValueError, RuntimeError):  # what torch makes no tensor of
+    except (TypeError, ValueError, RuntimeError):  # torch cannot make a tensor of it
         raise ValueError(f"{expected} {delta!r}") from None
     if tuple(result.shape) not in ((), (1,), (count,)):
         raise ValueError(f"{expected} {tuple(result.shape)}")

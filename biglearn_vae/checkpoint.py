@@ -14,7 +14,7 @@ from biglearn_vae import checks
 from biglearn_vae.files import replacing
 
 LATEST, PREVIOUS, BEST = "latest.pt", "previous.pt", "best.pt"
-FRESH = "fresh.pt"  # is there for a moment, while it takes the place of the latest
+FRESH = "fresh.pt"  # exists for a moment, until it takes the place of the latest
 RESUMABLE = (FRESH, LATEST, PREVIOUS)  # from the newest on
 DIGEST_SIZE = 32  # bytes behind the archive of each file
 
@@ -43,7 +43,7 @@ def plain(state: Any) -> Any:
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Raise a ValueError for what no checkpoint could be read back with."""
+    """Raise a ValueError for metadata with which a checkpoint could not be read back."""
     for name, value in metadata.items():
         file = io.BytesIO()
         try:
@@ -57,7 +57,7 @@ def check_metadata(metadata: dict[str, Any]) -> None:
 
 
 def _digest(path: Path, without: int = 0) -> bytes:
-    """Digest of a file but for its last bytes. torch.load does not notice changed ones, and ignores what follows."""
+    """Digest of a file but for its last `without` bytes. torch.load misses changed bytes, and ignores what follows."""
     digest, left = hashlib.blake2b(digest_size=DIGEST_SIZE), path.stat().st_size - without
     with path.open("rb") as file:
         while left > 0 and (part := file.read(min(left, 2**24))):
@@ -107,22 +107,22 @@ def step_of(path: Path) -> int | None:
 
 
 def steps_in(folder: Path) -> int:
-    """The steps of the newest checkpoint to go on from; 0 if there is none."""
+    """The step of the newest checkpoint to resume from; 0 if there is none that can be read."""
     return max(step_of(folder / name) or 0 for name in RESUMABLE)
 
 
 def is_resumable(folder: Path) -> bool:
-    """Whether the folder has a checkpoint to go on from."""
+    """Whether the folder has a checkpoint to resume from."""
     return any((folder / name).exists() for name in RESUMABLE)
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The newest readable of those to go on from, or None if there is none.
+    """The newest readable checkpoint to resume from, or None if there is none.
 
-    A file that cannot be read is reported in a warning.
+    If newer ones cannot be read, a warning names the first of them.
 
     Raises:
-        ValueError: if there are files and none can be read.
+        ValueError: if there are such files, but none can be read.
     """
     problems = []
     for name in RESUMABLE:
@@ -145,7 +145,7 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 
 
 def run_of(folder: Path) -> Path:
-    """The folder of the run whose checkpoints these are: those of scripts/train.py lie in a folder of their own."""
+    """The folder of a run, from that of its checkpoints; scripts/train.py keeps these in a subfolder, `checkpoints`."""
     return folder.parent if folder.name == "checkpoints" else folder
 
 
@@ -174,5 +174,5 @@ def check_weights(net: nn.Module, weights: dict[str, torch.Tensor], source: Path
         if name in weights and weights[name].shape != own[name].shape
     ]
     if differences:
-        kind = type(net).__name__.removeprefix("FSDP")  # of which torch makes a class of its own
+        kind = type(net).__name__.removeprefix("FSDP")  # FSDP2 makes a new class of each
         raise ValueError(f"{source} holds another architecture than {kind} of these settings: {differences[0]}")

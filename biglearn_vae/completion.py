@@ -1,4 +1,4 @@
-"""In-painting in full: a model's completions beside its floors, and beside the chains that a joint VAE would need.
+"""In-painting in full: a model's completions beside floors, and beside the Markov chains that a joint VAE needs.
 
 A task is what is observed: a share of the patches, drawn for each image, or the name of a shape (`evaluation.SHAPES`).
 
@@ -28,19 +28,19 @@ from biglearn_vae.trainer import Trainer
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """What is to be measured.
 
     Args:
-        tasks: what is observed.
+        tasks: what is observed: shares of the patches, or names of shapes.
         draws: K, completions of each image, at least 2.
-        iterations: numbers of iterations after which the chains of a joint VAE are looked at; none leaves them out.
-        chain_tasks: the tasks for which chains are run.
-        likelihood_images: at most so many images are used for bounds on log p(hidden | observed); 0 leaves them out.
-        samples: of each, by annealed importance sampling.
-        annealing_steps: its steps.
+        iterations: numbers of iterations after which the chains of a joint VAE are measured; none leaves chains out.
+        chain_tasks: the tasks for which chains are run, some of `tasks`.
+        likelihood_images: number of images, at most, for bounds on log p(hidden | observed); 0 leaves them out.
+        samples: samples for each of these images, by annealed importance sampling.
+        annealing_steps: steps of annealed importance sampling.
         regressor_steps: steps for which the regressor without a latent is trained; 0 leaves it out.
-        passes: numbers of passes from 2 on, as of `BigLearnVAE.inpaint`, in which it is completed besides; None leaves
-            them out.
+        passes: numbers of passes (see `BigLearnVAE.inpaint`), each at least 2, to be measured besides one pass; None or
+            an empty list leaves them out.
 
     Raises:
         ValueError: on counts outside these, or an unknown task.
@@ -67,10 +67,10 @@ class Plan:
             raise ValueError(f"passes must be whole numbers from 2 on, as one is measured anyway, got {self.passes}")
 
     def chains_of(self, vae: BigLearnVAE) -> Sequence[Task]:
-        """The tasks for which chains are run of this model: those named, of a joint VAE alone.
+        """The tasks for which chains of this model are run: `chain_tasks` of a joint VAE, none of other models.
 
         Raises:
-            ValueError: if they are none of `tasks`.
+            ValueError: if any of these is not one of `tasks`.
         """
         if vae.prior != "standard" or not self.iterations:
             return ()
@@ -83,17 +83,17 @@ class Plan:
 
 
 def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """By task and by what completes, `evaluation.completion_scores` and seconds, or a PSNR.
+    """Scores by task and by way of completing: `evaluation.completion_scores` and seconds, or a PSNR.
 
-    "one pass" is the model itself, of which a joint VAE makes little: it never saw a part of an image. "code alone" is
+    "one pass" is the model itself; a joint VAE does badly at this, as it never saw parts of images. "code alone" is
     p(x_T | z) for the same z, decoded without the observed patches. "several passes" is a list by number of passes. The
     chains of a joint VAE are "pseudo-Gibbs" and "Metropolis-within-Gibbs", lists by number of iterations. "training
-    mean" and "10 nearest" are the floors. "nats" is log p(hidden | observed) under N(mu, variance I) with the variance
-    fitted on training images, by annealed importance sampling: in expectation a lower bound for a BigLearn-VAE, for a
-    joint VAE an estimate.
+    mean" and "10 nearest" are the floors. "nats" is log p(hidden | observed) by annealed importance sampling, for
+    Gaussian observations under N(mu, variance I) with the variance fitted on training images: in expectation a lower
+    bound for a BigLearn-VAE, an estimate for a joint VAE.
 
     Args:
-        images: N of them; all are made floats at once. Only what was recorded of them is given and scored.
+        images: N of them, all converted to floats at once. Only what was recorded of them is observed and scored.
         train: training images.
 
     Raises:
@@ -144,7 +144,7 @@ def _drawn(vae: BigLearnVAE, x: Tensor, T: Tensor, draw: Callable[[], Tensor]) -
 def _chains(
     vae: BigLearnVAE, x: Tensor, S: Tensor, T: Tensor, plan: Plan, own: dict[str, Any], seed: int
 ) -> dict[str, list]:
-    """The two samplers of a joint VAE, with the variance that training images have, if any."""
+    """Scores of the two samplers of a joint VAE; `own` has the variance fitted on training images, if any."""
     hidden, result = vae.pixel_mask(T), {}
     samplers = {"pseudo-Gibbs": gibbs.pseudo_gibbs, "Metropolis-within-Gibbs": gibbs.metropolis_within_gibbs}
     for name, sampler in samplers.items():
@@ -165,7 +165,7 @@ def _nats(
     own: dict[str, Any],
     seed: int,
 ) -> dict[Task, dict[str, Any]]:
-    """Mean log p(hidden | observed) of an image by task, over the first images that have it in all; {} without any."""
+    """Mean log p(hidden | observed) by task, over the first images that have it in all tasks; {} if none has."""
     options: dict[str, Any] = dict(samples=plan.samples, seed=seed, steps=plan.annealing_steps) | own
     able = torch.stack([T.any(-1) for _, T in tasks.values()]).all(0)
     if vae.prior == "standard":  # the difference of log p(x) and log p(x_S) is that of whole images
@@ -206,10 +206,10 @@ def regressor_psnr(
     """PSNR by task of the same network without its latent, trained to predict x_T from x_S: a floor to be beaten.
 
     Args:
-        net: with fresh weights; it is trained.
+        net: a network with fresh weights, which is trained.
         optim: its warm-up takes at most a third of the steps.
-        masks: q(S, T), as the model's, but for joint tasks, of which only the mean could be learned: a MaskSampler then
-            has none, so that a joint VAE's regressor, too, sees parts of images.
+        masks: the model's q(S, T). A MaskSampler's joint tasks are left out, since only the mean could be learned from
+            them; so the regressor of a joint VAE, too, sees parts of images.
 
     Raises:
         KeyboardInterrupt: if Ctrl-C or SIGTERM ended the training early.

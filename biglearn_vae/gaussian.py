@@ -9,7 +9,7 @@ from torch import Tensor
 from biglearn_vae import checks
 
 LOG_2PI = math.log(2 * math.pi)
-NOISE = 0x6E6F6973  # of the seeds of noise
+NOISE = 0x6E6F6973  # by which seeds of noise are altered
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class DiagGaussian:
         """log N(z; mean, diag(var)) in nats, summed over Z: (...,).
 
         Args:
-            z: (..., Z), of other sizes in front of Z if they broadcast to those of the mean.
+            z: (..., Z), with the dimensions before Z like those of the mean, or broadcasting with them.
         """
         if not isinstance(z, Tensor) or z.shape[-1:] != self.mean.shape[-1:]:
             raise ValueError(f"expected a tensor z (..., {self.mean.shape[-1]}), got {checks.described(z)}")
@@ -80,7 +80,7 @@ class DiagGaussian:
         """KL[self || other] in nats, summed over Z: (...,). Without `other`, to N(0, I)."""
         if not isinstance(other, DiagGaussian | None):
             raise ValueError(f"expected another DiagGaussian, got {type(other).__name__}")
-        if self.mean.dtype in (torch.bfloat16, torch.float16):  # whose sums have too few digits
+        if self.mean.dtype in (torch.bfloat16, torch.float16):  # their sums have too few digits
             return DiagGaussian(self.mean.float(), self.logvar.float()).kl(other)
         if other is None:
             return 0.5 * (self.mean.square() + self.var - 1 - self.logvar).sum(-1)
@@ -90,12 +90,12 @@ class DiagGaussian:
 
 
 # FSDP2 gathers weights before the backward pass of the tensors that a network returns. In torch 2.11 it finds none in a
-# dataclass that is not registered: having decoded, it would split the weights outside the blocks again and stay so.
+# dataclass that is not registered: after decoding, the weights outside the blocks would be split again and stay so.
 torch.export.register_dataclass(DiagGaussian)
 
 
 def bits_per_dim(nats, numbers):
-    """The negative logarithm of a density in nats, of so many numbers, as bits for each of them."""
+    """Bits per dimension: minus the log-density `nats` of so many numbers, in bits, divided by their number."""
     return -nats / (math.log(2) * numbers)
 
 
@@ -106,6 +106,9 @@ def normal(shape, *, like: Tensor, seed: int | None = None) -> Tensor:
 
 
 def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
-    """For noise. On CPUs normal numbers are made of uniform ones: of the same seed, `masks.random` would choose
-    patches by the very numbers that become z, so the seed is another here."""
+    """A generator of noise; its seed is altered, so that noise and masks may have the same `seed`.
+
+    On CPUs normal numbers are made of uniform ones: with the seed itself, `masks.random` would choose patches by the
+    very numbers that become z.
+    """
     return torch.Generator(device).manual_seed(checks.seed_or_drawn(seed) ^ NOISE)

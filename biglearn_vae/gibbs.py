@@ -1,13 +1,13 @@
-"""Conditional samples from a jointly trained VAE by Markov chains: what completion costs without training for it.
+"""Completion by Markov chains with a jointly trained VAE: what it costs without training for it.
 
-A joint VAE has p(z), p(x | z), such as N(mu(z), variance I), and an encoder q(z | x) of whole images alone. Both chains
-draw from p(z, x_hid | x_obs), x_hid being all that S leaves, by one encoding and one decoding an iteration:
+A joint VAE has p(z), p(x | z), such as N(mu(z), variance I), and an encoder q(z | x) for whole images only. Both chains
+draw from p(z, x_hid | x_obs), where x_hid is all outside S, by one encoding and one decoding per iteration:
 
     z' ~ q(z | x_obs, x_hid),  then  x_hid ~ p(x_hid | z)
 
-- pseudo-Gibbs (Rezende, Mohamed and Wierstra 2014) takes every z'. It is right as far as q is the posterior.
-- Metropolis-within-Gibbs (Mattei and Frellsen 2018) takes z' with probability min(1, w(z') / w(z)),
-  w(z) = p(x_obs, x_hid | z) p(z) / q(z | x_obs, x_hid), else keeps z. It is right for any q that covers the posterior.
+- pseudo-Gibbs (Rezende, Mohamed and Wierstra 2014) accepts every z'. It is exact as far as q is the posterior.
+- Metropolis-within-Gibbs (Mattei and Frellsen 2018) accepts z' with probability min(1, w(z') / w(z)),
+  w(z) = p(x_obs, x_hid | z) p(z) / q(z | x_obs, x_hid), else keeps z. It is exact for any q that covers the posterior.
 
 K chains of each image, N images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension.
 """
@@ -25,7 +25,7 @@ from biglearn_vae.capabilities import BigLearnVAE, Observed, checked_variance
 from biglearn_vae.distributed import synchronize
 from biglearn_vae.gaussian import DiagGaussian
 
-PSEUDO = 10  # iterations of pseudo-Gibbs that Metropolis-within-Gibbs starts with
+PSEUDO = 10  # iterations of pseudo-Gibbs with which Metropolis-within-Gibbs starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +34,10 @@ class State:
 
     Attributes:
         z: (K, N, Z)
-        output: what the network says of p(x | z), tokens (K, N, L, D); see `observations`.
+        output: the network's output for p(x | z), tokens (K, N, L, D); see `observations`.
         mean: of p(x | z), tokens (K, N, L, D).
-        x: tokens (K, N, L, D), x_obs in its place and x_hid drawn for this z.
-        accepted: boolean (K, N), whether the z' of this iteration was taken.
+        x: tokens (K, N, L, D), x_obs in its place and x_hid drawn for this z (its mean if the chain is not `noisy`).
+        accepted: boolean (K, N), whether the z' of this iteration was accepted.
     """
 
     z: Tensor
@@ -49,13 +49,13 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Completions:
-    """What chains have given, by the number of their iterations.
+    """Completions by chains, each a dictionary by number of iterations.
 
     Attributes:
         images: (K, N, C, H, W), or (K, C, H, W) for a single image: the mean of p(x_hid | z) for the last z, in [0, 1],
             and x_obs as it is.
-        seconds: from the start until these were there.
-        acceptance: share of z' that were taken in the Metropolis iterations until then; 1 if there were none.
+        seconds: from the start until these images were complete.
+        acceptance: share of z' accepted in the Metropolis iterations until then; 1 if there were none.
     """
 
     images: dict[int, Tensor]
@@ -77,7 +77,7 @@ def pseudo_gibbs(
     """Completions of x_S after these numbers of iterations of pseudo-Gibbs (Rezende, Mohamed and Wierstra 2014).
 
     Args:
-        iterations: after which completions are kept, each at least 1.
+        iterations: the numbers of iterations, each at least 1.
         noisy: whether x_hid is drawn from p(x_hid | z), or is its mean.
         The others: see `chain`.
 
@@ -102,9 +102,9 @@ def metropolis_within_gibbs(
     """Completions of x_S after these numbers of iterations of Metropolis-within-Gibbs (Mattei and Frellsen 2018).
 
     Args:
-        iterations: after which completions are kept, each at least 1; the pseudo-Gibbs ones count.
-        pseudo: how many of the first are pseudo-Gibbs, as its authors advise: from a z that does not fit x_obs, and
-            from an x that no image looks like, few z' are taken.
+        iterations: the numbers of iterations, each at least 1; those of pseudo-Gibbs count.
+        pseudo: how many iterations are pseudo-Gibbs at first, as the method's authors advise: from a z that does not
+            fit x_obs, and from an x that does not look like an image, few z' are accepted.
         The others: see `chain`.
 
     Raises:
@@ -128,12 +128,12 @@ def chain(
     """The chains' states after each iteration, without end.
 
     Args:
-        vae: the model; p(z) is its prior of nothing observed. Its network takes at most `vae.chunk` rows at once.
+        vae: the model; p(z) is its prior, given nothing observed. Its network takes at most `vae.chunk` rows at once.
         x: images (N, C, H, W) in [0, 1] or tokens (N, L, D), or one; what is outside S may be anything.
         S: what is observed, a mask as for every method of `vae`.
         draws: K, chains of each image.
         pseudo: how many of the first iterations are pseudo-Gibbs; the others are Metropolis-within-Gibbs.
-        noisy: whether x_hid is drawn from p(x_hid | z), or is its mean; Metropolis is right for the former alone.
+        noisy: whether x_hid is drawn from p(x_hid | z), or is its mean; Metropolis is exact only if it is drawn.
         variance: of Gaussian observations, by default that of `vae`.
         start: images or tokens whose hidden patches the chains start from, (N, ...), (K, N, ...) or one for all. z is
             then unknown, and the first iteration pseudo-Gibbs in any case. By default z ~ p(z), x_hid ~ p(x_hid | z).
@@ -141,7 +141,7 @@ def chain(
 
     Raises:
         ValueError: if draws or pseudo are not whole numbers, draws below 1, pseudo below 0, the variance not positive,
-            the seed none of torch's, x or S not what `vae` takes, or start not finite or of another shape.
+            the seed not one that torch takes, x or S not what `vae` takes, or start not finite or of another shape.
     """
     if not isinstance(vae, BigLearnVAE):
         raise ValueError(f"expected a BigLearnVAE, which has a network and its tokenizer, got {type(vae).__name__}")
@@ -196,7 +196,7 @@ class _Chains:
         return self._state(z, torch.where(accepted[..., None, None], output, state.output), accepted)
 
     def _state(self, z: Tensor, output: Tensor, accepted: Tensor) -> State:
-        """With x_hid drawn for this z."""
+        """The state for this z, with x_hid drawn, or its mean if not `noisy`."""
         mean = self.vae.observations.mean(output)
         drawn = self.vae.observations.sample(output, self.variance, self.generator) if self.noisy else mean
         return State(z, output, mean, torch.where(self.mask.unsqueeze(-1), self.known, drawn), accepted)
@@ -234,7 +234,7 @@ class _Chains:
                 f"expected a start for each of the {leading[1]} images, or for each of {draws} chains of them, "
                 f"or one for all, got {tuple(start.shape)}"
             ) from None
-        if item == 2 and rows.shape[1:] == self.known.shape[1:]:  # of one image they may look like an image
+        if item == 2 and rows.shape[1:] == self.known.shape[1:]:  # tokens of one image may have its shape
             tokens = rows.to(self.known)
         else:
             tokens = self.vae.observe(rows).tokens

@@ -22,7 +22,7 @@ if torch.cuda.is_available():
         from biglearn_vae import attention, biases, norms
 
 
-FEW = 32  # sequences of fewer tokens are short for a CPU
+FEW = 32  # sequences of fewer tokens count as short on a CPU
 
 
 class Linear(nn.Linear):
@@ -104,8 +104,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, steady:
 class Block(nn.Module):
     """LayerNorm, attention, LayerNorm, MLP, each pair with a residual connection.
 
-    It takes and returns the residual stream as two summands, what was there and the last update to it: each sum belongs
-    to the LayerNorm that follows, which may be of the next block, and on GPUs both are one kernel.
+    It takes and returns the residual stream as two summands: what was there, and the last update to it. The LayerNorm
+    that follows, perhaps in the next block, adds them up, since on GPUs sum and norm are one kernel.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int):
@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 def add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + update, of one shape (..., d), and the norm of that. Where a kernel computes it, the norm is not called."""
+    """x + update, of one shape (..., d), and the norm of the sum. If a kernel computes both, `norm` is not called."""
     if norms is not None and norms.fits(x, update):
         return norms.add_norm(x, update, norm.weight, norm.bias, norm.eps)
     x = x + update

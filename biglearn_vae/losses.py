@@ -17,21 +17,21 @@ from biglearn_vae.gaussian import DiagGaussian
 from biglearn_vae.masks import MaskSampler
 from biglearn_vae.observations import GAUSSIAN, Gaussian, Observations, as_observations
 
-Masks = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]  # q(S, T): a MaskSampler, or what is like one
+Masks = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]  # q(S, T): a MaskSampler, or one like it
 
 
 @dataclass(frozen=True, eq=False)
 class ELBO:
-    """The parts of a BigLearnELBO, one number per image: (B,).
+    """The value of a BigLearnELBO for a batch, in parts; (B,) is one number per image.
 
     Attributes:
-        reconstruction: log p(x_T | z, x_S); of Gaussian observations without its constant, -1/2 sum over T of squared
-            errors.
-        kl: KL[p(z | x_{S u T}) || p(z | x_S)] in nats, not weighted.
+        reconstruction: log p(x_T | z, x_S), (B,); for Gaussian observations with variance 1 and without the constant,
+            -1/2 times the sum of squared errors over T.
+        kl: KL[p(z | x_{S u T}) || p(z | x_S)] in nats, not weighted, (B,).
         beta: weight of the KL, a number or a tensor ().
-        num_targets: |T|, how many tokens the reconstruction sums over.
+        num_targets: |T|, how many tokens the reconstruction sums over, (B,).
         token_dim: D.
-        observations: what p(x_T | z, x_S) is.
+        observations: the distribution p(x_T | z, x_S).
     """
 
     reconstruction: Tensor
@@ -48,15 +48,15 @@ class ELBO:
 
     @property
     def elbo_nats(self) -> Tensor:
-        """A bound on log p(x_T | x_S), of one draw.
+        """A lower bound on log p(x_T | x_S) in nats, estimated with one draw of z, (B,).
 
-        Of Gaussian observations under N(mu, beta I), elbo / beta - |T| D/2 log(2 pi beta). Training maximises beta
-        times this bound, up to a constant: to weight the KL by beta is to have observations of variance beta. Under
-        N(mu, I) and with beta below 1 it would bound nothing. Of Bernoulli ones, which have no variance, it is
-        reconstruction - kl, whatever beta is.
+        For Gaussian observations it is the bound under N(mu, beta I), elbo / beta - |T| D/2 log(2 pi beta). Training
+        maximises beta times this bound, up to a constant: weighting the KL by beta means that observations have the
+        variance beta. Under N(mu, I), with beta below 1, it would not be a bound. For Bernoulli observations, which
+        have no variance, it is reconstruction - kl, whatever beta is.
 
         Raises:
-            ValueError: for Gaussian observations and beta = 0, of which there is no such model.
+            ValueError: for Gaussian observations and beta = 0 (as a number, not a tensor): there is no such model.
         """
         if self.observations.scaled and not isinstance(self.beta, Tensor) and self.beta == 0:
             raise ValueError("with beta = 0 there is no N(mu, beta I): the bound in nats needs a positive beta")
@@ -87,22 +87,22 @@ class BigLearnELBO:
 
     Args:
         beta: weight of the KL, not negative.
-        masks: q(S, T), for calls that do not give S and T: a MaskSampler, or a function masks(batch_size, num_tokens,
-            generator) that draws as one does, S and T boolean (batch_size, num_tokens) on the generator's device,
-            disjoint, no T empty (on GPUs this is not checked). Of data that is incomplete itself it draws what was
-            never recorded as well, which then counts for nothing.
+        masks: q(S, T), for calls that do not give S and T: a MaskSampler (the default), or a function masks(batch_size,
+            num_tokens, generator) that returns S and T, boolean (batch_size, num_tokens) on the generator's device,
+            disjoint, no T empty (on GPUs these two are not checked). If data are incomplete, such a function also draws
+            patches that were never recorded, which are then removed from S and T.
         prior: "learned", p(z | x_S) of the network, or "standard", N(0, I), as in the ordinary VAE.
         beta_warmup_steps: steps over which training raises beta linearly (see `weight`).
         beta_warmup_start: share of beta at which the warm-up starts, in [0, 1]. At 0 nothing ties the prior to the
-            posterior at first; they part by thousands of nats, and when beta rises the latent is given up.
-        observations: what p(x_T | z, x_S) is: "gaussian" (or None), N(mu, I), mu being what the network gives, or
-            "bernoulli", of pixels that are 0 or 1, whose log-odds it then gives (beta = 1 is the ELBO itself); or an
-            `Observations` of one's own.
+            posterior at first: they drift apart by thousands of nats, and when beta rises the latent is given up.
+        observations: the distribution p(x_T | z, x_S): "gaussian" (or None), N(mu, I), where mu is the network's
+            output; "bernoulli", for pixels that are 0 or 1, where the output is their log-odds (beta = 1 is then the
+            ELBO itself); or an object of your own subclass of `Observations`.
 
     Attributes:
-        same_model: of a subclass whose `terms` are its own: whether they are another bound on the likelihood of the
-            same model, with these observations, such as one of importance weights. With True it is measured as all
-            others are, by the ELBO above, and has bounds in nats; otherwise it is measured as it is itself.
+        same_model: for a subclass with its own `terms`: whether these are another bound on the likelihood of the same
+            model, with these observations, such as an importance-weighted one. If True, its models are measured like
+            all others, by the ELBO above, and have bounds in nats; if False, they are measured by its own objective.
 
     Raises:
         ValueError: on values outside these.
@@ -142,11 +142,13 @@ class BigLearnELBO:
         }
 
     def compiled(self, **options: Any) -> "BigLearnELBO":
-        """The same objective, of which torch.compile makes one graph with the network: weights are read and their
-        gradients added up there, once for all passes. What is drawn and beta stay outside, so nothing is compiled anew.
+        """The same objective, compiled: torch.compile makes one graph of `terms` and the network.
+
+        The graph reads weights and adds up their gradients once for all calls of the network. Random numbers and beta
+        stay outside, so no change of theirs recompiles it.
 
         Args:
-            options: of torch.compile.
+            options: arguments of torch.compile.
         """
         result = copy.copy(self)
         result._compiled = torch.compile(result.terms, **options)
@@ -171,21 +173,21 @@ class BigLearnELBO:
         random: StepRandom | None = None,
         step: int | Tensor | None = None,
     ) -> ELBO:
-        """The parts of the ELBO of a batch.
+        """Compute the objective for a batch.
 
         Args:
             net: a network with the forward of `models.MaskedViT`, wrapped or not.
-            x: tokens (B, L, D), or a pair of tokens and a boolean mask (B, L) of those that were ever recorded. A NaN
-                in a token means that it was not, too. What was not recorded is in neither S nor T.
+            x: tokens (B, L, D), or a pair of tokens and a boolean mask (B, L) of those that were ever recorded. Tokens
+                with a NaN also count as not recorded. What was not recorded is removed from S and T.
             S, T: disjoint boolean masks (B, L) or one for all, T not empty; drawn by `masks` if not given.
-            noise: standard normal numbers (B, Z) that become z; drawn if not given.
-            random: where what is not given is drawn from.
+            noise: standard normal numbers (B, Z), from which z is made; drawn if not given.
+            random: the source of whatever is to be drawn.
             step: training step, for the warm-up of beta; without it beta is final.
 
         Raises:
             ValueError: if something is to be drawn and there is no `random`, on arguments of another shape or type,
-                and, unless `step` is given, if S and T are not disjoint, T is empty or x_T cannot be observed. (A step
-                of training does not ask: on a GPU the answer would have to be waited for.)
+                and, unless `step` is given, if S and T are not disjoint, T is empty, or x_T has values that the
+                observations cannot have. (A training step skips this: on a GPU it would wait for the device.)
         """
         if random is None and (S is None or T is None or noise is None):
             raise ValueError("give S, T and noise, or random to draw them from")
@@ -204,18 +206,18 @@ class BigLearnELBO:
         return ELBO(reconstruction, kl, self.weight(step), T.sum(-1), x.shape[-1], self.observations)
 
     def draw(self, x: Tensor | tuple[Tensor, Tensor], random: StepRandom) -> tuple[Tensor, Tensor]:
-        """S and T (B, L) of q(S, T), of what was recorded of x, as a call without them draws them before the noise."""
+        """Draw S and T (B, L) from q(S, T) for what was recorded of x, as a call without them does before the noise."""
         return _task(self.masks, x, None, None, random, None)[1:]
 
     def terms(self, net: nn.Module, x: Tensor, S: Tensor, T: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction and KL (B,) of an `ELBO`, as functions of tensors alone; see `__call__` for these.
+        """Reconstruction and KL (B,) of an `ELBO`, as functions of tensors alone; see `__call__` for the arguments.
 
-        x are all tokens. A subclass that calls a network by itself gives it those of `masks.seen(x, S)`, lest it looks
-        at what it is to predict.
+        x holds all tokens. A subclass that calls the network itself must give it `masks.seen(x, S)`, so that it does
+        not see what it is to predict.
         """
         q, p = self._posterior_and_prior(net, x, S, T)
         output = _asked(net, x, S, q.sample(noise), T)  # (B, L, D)
-        nothing = ~(S | T).any(-1)  # was recorded, and N(0, I) would still be asked of what the network says of it
+        nothing = ~(S | T).any(-1)  # was recorded; with a standard prior the KL would still count
         return self.observations.reconstruction(x, output, T), q.kl(p).masked_fill(nothing, 0)
 
     def _posterior_and_prior(
@@ -224,15 +226,15 @@ class BigLearnELBO:
         """p(z | x_{S u T}) and p(z | x_S), or None for the standard normal."""
         if self.prior == "standard":
             return _asked(net, x, S | T), None
-        if not getattr(_unwrapped(net), "fixed_shapes", True):  # they are not of one length
+        if not getattr(_unwrapped(net), "fixed_shapes", True):  # sequences of S u T and of S differ in length
             return _asked(net, x, S | T), _asked(net, x, S)
         both = _asked(net, torch.cat([x, x]), torch.cat([S | T, S]))
         return both[: len(x)], both[len(x) :]
 
 
 def has_model(loss: Any) -> bool:
-    """Whether the likelihood is known that an objective bounds, so that there are bounds in nats: of a BigLearnELBO
-    without terms of its own, or one that says so."""
+    """Whether it is known which likelihood an objective bounds, so that there are bounds in nats: it is a BigLearnELBO
+    without terms of its own, or one with `same_model`."""
     return is_elbo(loss) or (isinstance(loss, BigLearnELBO) and bool(loss.same_model))
 
 
@@ -260,7 +262,7 @@ def _sampler(given: Masks | None) -> Masks:
 
 
 def _check_call(net: nn.Module, random: StepRandom | None) -> None:
-    """Raise a ValueError unless a loss can be had of this network, by these random numbers if any."""
+    """Raise a ValueError unless the network is a module, and `random` a StepRandom or None."""
     if not isinstance(net, nn.Module):
         raise ValueError(
             f"expected a network such as UniversalViT (of a BigLearnVAE its .net), got {type(net).__name__}"
@@ -280,7 +282,7 @@ def _task(
     random: StepRandom | None,
     step: int | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens of a batch, and S and T, drawn if not given, of what was recorded."""
+    """The tokens of a batch, and S and T, drawn if not given, without what was not recorded."""
     x, recorded = _recorded(batch)
     if S is not None and T is not None:
         _check_masks(S, T, recorded, values=step is None and not torch.compiler.is_compiling())
@@ -292,7 +294,7 @@ def _task(
 
 
 def _drawn(sampler: Masks, x: Tensor, recorded: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
-    """S and T of q(S, T), drawn for all processes together, of whose data this one knows its own alone."""
+    """Draw S and T from q(S, T) for all processes together; `recorded` is known for this process's images only."""
     if isinstance(sampler, MaskSampler) and type(sampler).__call__ is MaskSampler.__call__:
         draw, length = sampler.draw, x.shape[1]
         s_ratio, t_ratio, order = random.rows(len(x), lambda rows, generator: draw(rows, length, generator))
@@ -307,8 +309,8 @@ def _drawn(sampler: Masks, x: Tensor, recorded: Tensor, random: StepRandom) -> t
 
 
 def _check_masks(S: Tensor, T: Tensor, recorded: Tensor, values: bool) -> None:
-    """Raise a ValueError unless S and T are masks of tokens (B, L) and, if asked, disjoint, with T empty only where
-    nothing was recorded. To ask for the values is to wait for the device."""
+    """Raise a ValueError unless S and T are masks of tokens (B, L) and, if `values` are checked, disjoint, with T empty
+    only where nothing was recorded. Checking values waits for the device."""
     shape = tuple(recorded.shape)
     for name, mask in (("S", S), ("T", T)):
         if not checks.is_mask(mask) or tuple(mask.shape) not in (shape, (1, shape[1]), shape[1:]):
@@ -324,14 +326,14 @@ def _check_masks(S: Tensor, T: Tensor, recorded: Tensor, values: bool) -> None:
 
 
 def name_of(part: Any) -> str:
-    """That of a function, also in a functools.partial, or of an object's class."""
+    """The name of a function, also in a functools.partial, or of an object's class."""
     part = part.func if isinstance(part, functools.partial) else part
     return getattr(part, "__qualname__", type(part).__qualname__)
 
 
 def settings_of(part: Any) -> dict[str, Any]:
-    """What was given to make an object, by name, as far as it keeps that under these names; nothing of a function, and
-    of a functools.partial what it adds."""
+    """The arguments an object was made with, by name, as far as it keeps them under these names; for a function none,
+    for a functools.partial its keywords."""
     if isinstance(part, functools.partial):
         return part.keywords
     makers = [vars(kind)["__init__"] for kind in type(part).__mro__ if "__init__" in vars(kind)]
@@ -375,13 +377,14 @@ class PatchError:
 class PatchAELoss:
     """Mean squared error of the reconstructions of a random share of the patches of each image (stage 1, Appendix B).
 
-    It is the mean over all patches of a batch that were chosen and recorded. So where images have fewer than that share
-    of their patches, a batch that is taken in parts, by several processes or one, has another loss: the mean of theirs.
+    The mean is over all patches of a batch that were chosen and recorded. So if fewer than that share of
+    an image's patches were recorded, a batch that is split, over several processes or within one, has another loss: the
+    mean of its parts' losses.
 
     Args:
-        share: of the patches of an image, in (0, 1], rounded up.
-        border_weight: of the outermost pixels of a patch over the others, at least 1. There the errors of two patches
-            meet, which is what is seen as a seam.
+        share: of the patches of an image, in (0, 1], rounded up to a whole number.
+        border_weight: weight of the outermost pixels of a patch relative to the others, at least 1. There the errors of
+            two patches meet, which shows as a seam.
 
     Raises:
         ValueError: on values outside these.
@@ -404,9 +407,9 @@ class PatchAELoss:
 
         Args:
             net: takes patches (N, C, P, P) and returns as many, as `patch_ae.PatchAE` does; wrapped or not.
-            patches: all patches of the images of a batch, (B, L, C, P, P). Those with NaN in them, never recorded as a
-                whole, are chosen last and do not count.
-            random: where the choice of patches is drawn from.
+            patches: all patches of the images of a batch, (B, L, C, P, P). Those with a NaN, which were not recorded as
+                a whole, are chosen last and do not count.
+            random: the source of the choice of patches.
             step: not used.
 
         Raises:
@@ -439,13 +442,13 @@ class PatchAELoss:
 
 
 class InpaintingRegression:
-    """1/2 ||x_T - mu(x_S)||^2, mu being the mean of p(x_T | z, x_S) at z = 0: the same network without its latent.
+    """1/2 ||x_T - mu(x_S)||^2, where mu is the mean of p(x_T | z, x_S) at z = 0: the same network without its latent.
 
-    What only encoding uses gets no gradient. DistributedDataParallel, which waits for every gradient, needs it frozen
-    first (`freeze`).
+    Parameters that only encoding uses get no gradient. DistributedDataParallel waits for all gradients, so `freeze`
+    them before.
 
     Args:
-        masks: q(S, T), for calls that do not give S and T, as `BigLearnELBO` takes it.
+        masks: q(S, T), for calls that do not give S and T, as for `BigLearnELBO`.
     """
 
     def __init__(self, masks: Masks | None = None):
@@ -461,11 +464,11 @@ class InpaintingRegression:
         random: StepRandom | None = None,
         step: int | Tensor | None = None,
     ) -> ELBO:
-        """As an ELBO whose KL is 0; for the same `random`, S and T are those of `BigLearnELBO`.
+        """Compute the objective as an `ELBO` with a KL of 0; S and T are those of `BigLearnELBO` for the same `random`.
 
         Args:
             net, x, S, T, random: see `BigLearnELBO`.
-            step: training step; S and T that are given are checked without one alone.
+            step: training step; the values of given S and T are checked only without it.
 
         Raises:
             ValueError: if S and T are to be drawn and there is no `random`, and on what `BigLearnELBO` refuses.
@@ -480,7 +483,7 @@ class InpaintingRegression:
 
     @staticmethod
     def freeze(net: Any) -> None:
-        """Ask for no gradient of the parameters that only encoding uses: the latent's head and mask, its own stack."""
+        """Freeze the parameters that only encoding uses: the latent's head and mask, and a separate encoder stack."""
         unused = [net.latent_mask, *net.latent_norm.parameters(), *net.latent_out.parameters()]
         if net.encoder is not net.decoder:
             unused += net.encoder.parameters()
@@ -489,7 +492,7 @@ class InpaintingRegression:
 
 
 def _asked(net: nn.Module, x: Tensor, S: Tensor, *more: Tensor) -> Any:
-    """What a network says of the tokens in S, of which it is given these alone."""
+    """The network's output when it sees the tokens in S alone."""
     return net(masks.seen(x, S), S, *more)
 
 

@@ -45,7 +45,7 @@ class MaskSampler:
         checks.check_choice("ratios_per", self.ratios_per, ("sample", "step"))
 
     def altered(self, **settings: Any) -> "MaskSampler":
-        """The same with other settings; of a subclass, too, of which dataclasses.replace may not keep all."""
+        """A copy with other settings. It keeps all that a subclass has, which dataclasses.replace may not."""
         result = copy.copy(self)
         for name, value in settings.items():
             object.__setattr__(result, name, value)
@@ -58,10 +58,10 @@ class MaskSampler:
 
         Args:
             recorded: boolean (batch_size, num_tokens), the patches that were ever recorded; by default all. S and T
-                are subsets of them, with L their number. T is empty only where nothing was recorded.
+                are subsets of them, and their number takes the place of L. T is empty only where nothing was recorded.
 
         Raises:
-            ValueError: on sizes that are no whole numbers, and arguments of another type or shape.
+            ValueError: if sizes are not whole numbers, or arguments have another type or shape.
         """
         shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
         if not isinstance(generator, torch.Generator):
@@ -108,15 +108,15 @@ def seen(x: Tensor, S: Tensor) -> Tensor:
 
 
 def rank_among(mask: Tensor, order: Tensor) -> Tensor:
-    """Places (B, L), from 0 on, of the patches in a mask (B, L) by `order`, numbers in [0, 1]; others come behind."""
+    """Ranks (B, L), from 0 on, of the patches in a mask (B, L) by `order`, numbers in [0, 1]; others come after."""
     return order.masked_fill(~mask, 2).argsort(dim=-1).argsort(dim=-1)
 
 
 def turns(T: Tensor, passes: int, seed: int | None = None) -> Tensor:
-    """In which of so many passes each patch of T (B, L) is taken, 0 to passes - 1, and -1 for all others: (B, L).
+    """The number of the pass, 0 to passes - 1, that takes each patch of T (B, L), and -1 for all others: (B, L).
 
-    The order is random, another one for each row, and the passes take equally many, up to one; if a row has fewer
-    patches than there are passes, some take none of it.
+    The order is random, another one for each row. The numbers of patches that passes take of a row differ by at most
+    one; if a row has fewer patches than there are passes, some take none of it.
     """
     if not checks.is_mask(T) or T.ndim != 2:
         raise ValueError(f"expected a boolean mask (B, L), got {checks.described(T)}")
@@ -127,10 +127,10 @@ def turns(T: Tensor, passes: int, seed: int | None = None) -> Tensor:
 
 
 def in_turns(S: Tensor, T: Tensor, passes: int, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is seen and what is asked for, (B, L) each, in each of so many passes over T given S: the chain rule.
+    """For each of several passes over T given S, what is seen and what is asked for, (B, L) each: the chain rule.
 
     The patches of T are asked for in turns (see `turns`), and seen from the next pass on. There are no more passes
-    than the most patches of T in a row, and one if T is empty.
+    than patches of T in the row that has the most, and one pass if T is empty.
     """
     passes = checks.whole_number("passes", passes, 1)
     if passes == 1:
@@ -141,10 +141,11 @@ def in_turns(S: Tensor, T: Tensor, passes: int, seed: int | None = None) -> Iter
 
 
 def positions(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Where a mask (B, L) is True, and after that where another is: places (B, n), n being the most of any row.
+    """Indices (B, n) where a mask (B, L) is True, followed by those where a second one is.
 
-    Rows with fewer are filled up with others of their places; the second result, boolean (B, n), says which are
-    right, and is None if all are. On a GPU this waits for the device, since n is a number of the host's.
+    n is the most that any row has; other rows are filled up with indices where neither is True. The second result,
+    boolean (B, n), is False for these, and None if there are none. On a GPU this waits for the device, since the host
+    has to know n.
     """
     mask = first if second is None else first | second
     rank = (~mask).byte() if second is None else (~mask).byte() + (~first)
@@ -155,12 +156,12 @@ def positions(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def _beta(parameters: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
-    """Beta(a, b) numbers in [0, 1], (count,): G_a / (G_a + G_b) of Gamma variables, which torch's Beta cannot seed.
+    """Beta(a, b) numbers in [0, 1], (count,): G_a / (G_a + G_b) of Gamma variables; torch's own takes no generator.
 
     Computed through logarithms, by G_a = G_{a+1} U^(1/a), so that small parameters do not underflow to 0 / 0.
     """
     device = generator.device
-    # Filled there: what is copied from the host could not be part of a CUDA graph.
+    # Made on the device: a copy from the host could not be part of a CUDA graph.
     concentration = torch.stack([torch.full((count,), p, dtype=torch.float64, device=device) for p in parameters], -1)
     uniform = _uniform((count, 2), generator, torch.float64)
     logs = torch._standard_gamma(concentration + 1, generator=generator).log() + uniform.log() / concentration
@@ -170,11 +171,12 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
 def random(
     batch_size: int, num_tokens: int, ratio: float, seed: int | None = None, recorded: Tensor | None = None
 ) -> Tensor:
-    """Masks (B, L) in which a random `ratio` of the patches, rounded, is observed: the same ones for the same seed, or,
-    without one, after the same `torch.manual_seed`.
+    """Masks (B, L) in which a share `ratio` of the patches, rounded to a whole number, is observed, chosen at random.
+
+    The same seed gives the same masks; without one, `torch.manual_seed` determines them.
 
     Args:
-        recorded: boolean (B, L); then as many patches are chosen among these, or all of them where there are fewer.
+        recorded: boolean (B, L), patches to choose from: as many as without it, or all of them where there are fewer.
     """
     shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
     seen = round(checks.real_number("ratio", ratio, "[0, 1]") * shape[1])
@@ -209,8 +211,10 @@ def box(grid: tuple[int, int], top: int, left: int, height: int, width: int) -> 
 
 
 def centre(grid: tuple[int, int]) -> Tensor:
-    """Mask (L,) in which the middle of the image, half of its height and width, is hidden: rounded up, and towards
-    the top left where there is no middle."""
+    """Mask (L,) in which the middle of the image, half of its height and half of its width, is hidden.
+
+    Halves are rounded up to whole patches; a box that cannot be centred lies nearer to the top left.
+    """
     rows, columns = checks.check_grid(grid)
     return box(grid, rows // 4, columns // 4, -(-rows // 2), -(-columns // 2))
 

@@ -1,11 +1,12 @@
 """The networks: p(z | x_S) and p(x_T | z, x_S) by one forward, with one stack of blocks or two.
 
     net(x, S)    -> DiagGaussian over z, (B, Z)       p(z | x_S)
-    net(x, S, z) -> (B, L, D)                          the mean of p(x_T | z, x_S), T being all that is not in S
+    net(x, S, z) -> (B, L, D)                          the mean of p(x_T | z, x_S), with T all that is not in S
     net(x, S, z, T)                                    the same for another T
 
-Whether z is given is the paper's switch "T = True/False" (Section 3.2.2). S is boolean, True = observed; what x holds
-where S is False has no influence, and no gradient, whatever it is.
+For Bernoulli observations the output is not the mean but its log-odds. Whether z is given is the paper's switch
+"T = True/False" (Section 3.2.2). S is boolean, True = observed; what x holds where S is False has no influence, and no
+gradient, whatever it is.
 
 B batch, L tokens, D token dimension, d embedding dimension, Z latent dimension, r MLP ratio.
 """
@@ -26,7 +27,7 @@ from biglearn_vae.layers import Block, Linear, init_weights, mlp, sincos_positio
 # inverse overflows in float32, and so that gradients reach a saturated unit (a hard clamp would stop them).
 LOGVAR_BOUND = 12.0
 INITIAL_LOGVAR = -4.6  # a standard deviation of 0.11, once it is bounded
-HIDDEN = ("mask", "drop")  # what becomes of a position that is not observed
+HIDDEN = ("mask", "drop")  # what becomes of positions that are not observed
 # Far beyond any data: larger inputs are cut to this, since their squares would overflow in a LayerNorm.
 INPUT_BOUND = 1e6
 
@@ -41,8 +42,8 @@ class MaskedViT(nn.Module):
     """What both networks share: embeddings, positions, heads. A subclass says which blocks encode and which decode.
 
     The sequence is [z token, L x tokens]. A position that is not observed holds the mask token, and so does z while
-    it is not given; type vectors tell z from x, and x tokens carry fixed 2-D sine-cosine positions. With
-    hidden="drop", tokens that carry nothing are not there: encoding sees [z token, x_S], decoding [z, x_S, and a mask
+    it is not given; type vectors distinguish z from x, and x tokens carry fixed 2-D sine-cosine positions. With
+    hidden="drop", tokens that carry nothing are left out: encoding sees [z token, x_S], decoding [z, x_S, and a mask
     token for each position of T].
     """
 
@@ -105,12 +106,12 @@ class MaskedViT(nn.Module):
             x: tokens (B, L, D).
             S: observed positions, boolean (B, L).
             z: latent vectors (B, Z), if they are given.
-            T: positions asked for, boolean (B, L); by default all that S leaves. Only hidden="drop" makes use of it.
+            T: positions asked for, boolean (B, L); by default all outside S. Only hidden="drop" uses it.
 
         Returns:
-            p(z | x_S), or means (B, L, D). With hidden="mask" there is one at every position, whatever is asked for:
-            T is indexing. With hidden="drop" there is one at each position of T, 0 elsewhere, and it depends on which
-            others are asked for with it.
+            p(z | x_S), or means (B, L, D). With hidden="mask" they do not depend on T: there is one at every position,
+            from which those of T may be picked. With hidden="drop" there is one at each position of T, 0 elsewhere, and
+            it depends on which other positions are in T.
 
         Raises:
             ValueError: on tensors of another shape or type. What they hold is not looked at: on a GPU that would wait
@@ -124,7 +125,7 @@ class MaskedViT(nn.Module):
     def _encode(self, x: Tensor, S: Tensor) -> DiagGaussian:
         """p(z | x_S)."""
         index, valid = masks.positions(S) if self.hidden == "drop" else (None, None)
-        # Nothing but the z token of the last block is of use.
+        # Of the output of the last block only the z token is used.
         latent = _through(self.encoder, self._embed(x, S, None, index), 1, valid, self.fixed_shapes)[:, 0]
         # The code and its KL stay in full precision, whatever the blocks compute in.
         with torch.autocast(x.device.type, enabled=False):
@@ -139,7 +140,7 @@ class MaskedViT(nn.Module):
     def _decode_only(self, x: Tensor, S: Tensor, z: Tensor, T: Tensor) -> Tensor:
         """Means at T alone, (B, L, D), from a sequence of z, T and S."""
         index, valid = masks.positions(T, S)
-        asked = int(T.sum(-1).max()) if len(T) else 0  # the last block and the head work for these, which come first
+        asked = int(T.sum(-1).max()) if len(T) else 0  # come first; the last block and the head compute these alone
         sequence = _through(self.decoder, self._embed(x, S, z, index), 1 + asked, valid, steady=False)
         mean = self.token_out(self.token_norm(sequence[:, 1:])).to(x.dtype)  # (B, asked, D)
         index = index[:, :asked]
@@ -201,9 +202,10 @@ class UniversalViT(MaskedViT):
         depth: number of blocks.
         z_dim: Z.
         mlp_ratio: r.
-        heads: attention heads; by default one for each 64 dimensions. No parameter count depends on it.
+        heads: attention heads; by default one for each 64 dimensions, or fewer where that does not divide d. No
+            parameter count depends on it.
         hidden: "mask", the paper's: a hidden position holds the mask token; or "drop": it is left out. That is less
-            work, most of all where a batch shares its sizes (`MaskSampler(ratios_per="step")`).
+            work, most of all if |S| and |T| are the same for a whole batch (`MaskSampler(ratios_per="step")`).
 
     Raises:
         ValueError: on sizes that do not fit each other.
@@ -240,7 +242,7 @@ class UniversalViT(MaskedViT):
 class TwoStackViT(MaskedViT):
     """An encoder stack p_Phi(z | x_S) and a decoder stack p_Theta(x_T | z, x_S) on shared embeddings (Fig. 1a, Eq. 6).
 
-    It has the parameter count of the universal model with as many blocks in all.
+    It has as many parameters as a universal model with the same number of blocks in all.
 
     Args:
         depth: number of blocks of the encoder and of the decoder, such as (4, 4). The others: see `UniversalViT`.
@@ -283,9 +285,10 @@ def _through(
     valid: Tensor | None = None,
     steady: bool = True,
 ) -> Tensor:
-    """The sequence (B, 1 + n, d) after these blocks, of which the last works for its first `queries` tokens alone.
+    """The sequence (B, 1 + n, d) after these blocks; with `queries`, only its first tokens, (B, queries, d).
 
-    `valid` (B, n) says which of the tokens behind z are seen; z always is. `steady`: see `Attention`.
+    The last block then computes these alone. `valid` (B, n) says which of the tokens after z are seen; z always is.
+    `steady`: see `Attention`.
     """
     valid = None if valid is None else F.pad(valid, (1, 0), value=True)
     update = None

@@ -1,7 +1,7 @@
-"""What is observed, given what a network says of it: p(x_T | z, x_S), each number for itself.
+"""Distributions of observed numbers, given a network's output: p(x_T | z, x_S), independent for each number.
 
-B images, L tokens, D token dimension. What a network gives at a position of T is an output (D,): the mean of a normal
-distribution, or the log-odds of a pixel that is 1.
+B images, L tokens, D token dimension. At each position of T the network gives an output (D,): the means of normal
+distributions, or the log-odds that pixels are 1.
 """
 
 import math
@@ -16,12 +16,14 @@ from biglearn_vae.gaussian import generator as generator_of
 
 
 class Observations:
-    """p(x | output) of single numbers. Subclasses say which.
+    """p(x | output), the distribution of single numbers.
+
+    Subclasses define `terms`, `nats`, `mean` and `sample`, and where needed `as_observed` and `check`.
 
     Attributes:
-        name: that of the class, in small letters.
-        scaled: whether they are N(output, variance I), of a variance that may be fitted, and which is beta where
-            training weights the KL by beta.
+        name: the name of the class, in lower case.
+        scaled: whether they are N(output, variance I). The variance may be fitted; if training weights the KL by beta,
+            it is beta.
     """
 
     name: str
@@ -32,11 +34,11 @@ class Observations:
         cls.name = cls.__name__.lower()
 
     def reconstruction(self, x: Tensor, output: Tensor, T: Tensor) -> Tensor:
-        """What training maximises: the sum over T of `terms`, in float32 at least, as thousands are summed.
+        """The reconstruction of the objective: the sum of `terms` over T, in float32 at least, as thousands are summed.
 
         Args:
             x: tokens (..., L, D); outside T they may be anything.
-            output: of a network, (..., L, D).
+            output: the network's, (..., L, D).
             T: (..., L)
         """
         dtype, others = torch.promote_types(x.dtype, torch.float32), ~T.unsqueeze(-1)
@@ -45,11 +47,11 @@ class Observations:
         return terms.masked_fill(others, 0).sum((-2, -1))
 
     def terms(self, x: Tensor, output: Tensor) -> Tensor:
-        """log p(x | output) of each number, of variance 1 where there is one and without its constant."""
+        """log p(x | output) of each number; if it has a variance, for variance 1 and without the constant."""
         raise NotImplementedError
 
     def nats(self, reconstruction: Tensor, numbers: Tensor, variance: float | Tensor) -> Tensor:
-        """log p(x_T | output) of a sum of `terms` over so many numbers."""
+        """log p(x_T | output) in nats, from the sum of `terms` (`reconstruction`) over so many numbers."""
         raise NotImplementedError
 
     def mean(self, output: Tensor) -> Tensor:
@@ -61,12 +63,12 @@ class Observations:
         raise NotImplementedError
 
     def as_observed(self, mean: Tensor, seed: int | None = None) -> Tensor:
-        """What a network is given in place of an observation with this mean, in several passes: the mean itself, or a
-        draw where a mean could not be observed."""
+        """What the next of several passes observes where this mean was completed: the mean itself, or a draw if such a
+        mean could not be observed."""
         return mean
 
     def check(self, x: Tensor, T: Tensor) -> None:
-        """Raise a ValueError unless the tokens x (..., L, D) at T (..., L) are what can be observed."""
+        """Raise a ValueError unless the tokens x (..., L, D) at T (..., L) have values that can be observed."""
 
 
 class Gaussian(Observations):
@@ -125,7 +127,7 @@ KINDS = {kind.name: kind for kind in (Gaussian, Bernoulli)}
 
 
 def as_observations(given: Any) -> Observations:
-    """Observations by their name, or themselves; None are Gaussian.
+    """Observations from their name; an `Observations` is returned as it is, None gives Gaussian ones.
 
     Raises:
         ValueError: for anything else.
@@ -139,5 +141,5 @@ def as_observations(given: Any) -> Observations:
 
 
 def is_own(observations: Observations) -> bool:
-    """Whether they are none of this library, so that their name does not make them again."""
+    """Whether observations are not of this library, so that their name is not enough to restore them."""
     return type(observations) not in KINDS.values()

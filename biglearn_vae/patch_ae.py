@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from biglearn_vae import checks, states
 from biglearn_vae.patches import Patchify
 
-PATCHES_AT_ONCE = 2**13  # that pass through the layers, which bounds the memory
-ON_CPU = 2**9  # the same on CPUs, in whose cache what is computed then stays
+PATCHES_AT_ONCE = 2**13  # that pass through the layers at once, which bounds the memory
+ON_CPU = 2**9  # the same on CPUs: intermediate results then stay in the cache
 
 
 class Residual(nn.Sequential):
@@ -35,17 +35,17 @@ class Residual(nn.Sequential):
 
 
 class PatchAE(nn.Module):
-    """Codes each patch of an image by itself; `encode` and `decode` are those of `Patchify`, on codes.
+    """Auto-encoder of single patches; `encode` and `decode` are used like those of `Patchify`, with codes as tokens.
 
     With patches of 16 x 16 x 3 and a width of 128 it has 2,432,003 parameters, and a code is 128 x 2 x 2 = 512 numbers.
-    A patch that halves fewer than three times takes fewer strided layers. Codes are standardised with statistics that
-    `fit_statistics` takes from training images; they are kept with the weights.
+    A patch size that can be halved fewer than three times takes fewer strided layers. Codes are standardised with
+    statistics that `fit_statistics` takes from training images; they are kept with the weights.
 
     Args:
         image_size: height and width in pixels, or one number for both.
         patch_size: side of a patch in pixels; an even number that divides both sides of the image.
         channels: channels per pixel.
-        width: channels of the convolutions, an even number; D is `width` for each cell of the smallest map.
+        width: channels of the convolutions, an even number; D is `width` times the cells of the smallest map.
 
     Raises:
         ValueError: on sizes outside these.
@@ -97,7 +97,7 @@ class PatchAE(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) with values in [0, 1] -> standardised codes (B, L, D)."""
-        pixels = images.to(self.code_std)  # of a network of another precision, which gets the codes in its own
+        pixels = images.to(self.code_std)  # the network's precision may be another; codes are returned in it
         codes = self._codes(self.patches.cut(pixels).flatten(0, 1))
         codes = ((codes - self.code_mean) / self.code_std).view(len(images), self.num_tokens, self.token_dim)
         return codes.to(images) if images.is_floating_point() else codes
@@ -121,8 +121,8 @@ class PatchAE(nn.Module):
         """Take the mean and the standard deviation of each number of a code over all patches of these images.
 
         Args:
-            images: batches (B, C, H, W), patches with NaN in them are left out; a number that never varies is only
-                centred.
+            images: batches (B, C, H, W). Patches with a NaN are left out; a number of the code that never varies is
+                only centred.
 
         Raises:
             ValueError: if there is no patch.
@@ -147,7 +147,7 @@ class PatchAE(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Any], image_size: int | tuple[int, int] | None = None) -> "PatchAE":
-        """What `state` described, frozen, for images of its size or of another.
+        """Make the PatchAE that `state` described, frozen, for images of its size or another.
 
         Raises:
             ValueError: if it is not such a description.
@@ -156,7 +156,7 @@ class PatchAE(nn.Module):
 
 
 def _split(patches: Tensor) -> tuple[Tensor, ...]:
-    """As many patches, or codes, at a time as pass through the layers at once."""
+    """Parts of patches, or codes, that pass through the layers at once."""
     return patches.split(ON_CPU if patches.device.type == "cpu" else PATCHES_AT_ONCE)
 
 
@@ -168,7 +168,7 @@ def _init(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         inputs: float = module.in_channels * module.kernel_size[0] ** 2
         if isinstance(module, nn.ConvTranspose2d):
-            inputs /= module.stride[0] ** 2  # so many of them meet in a pixel
+            inputs /= module.stride[0] ** 2  # so many inputs meet in a pixel
         nn.init.normal_(module.weight, std=inputs**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -67,7 +67,7 @@ class Patchify(nn.Module):
 
 def _check_shape(name: str, batch: Tensor, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless each of the batch is of this shape."""
-    if not hasattr(batch, "shape") or tuple(batch.shape[1:]) != shape:  # NumPy's arrays are as good
+    if not hasattr(batch, "shape") or tuple(batch.shape[1:]) != shape:  # NumPy arrays will do
         raise ValueError(f"expected {name} of shape {of_batch(shape)}, got {checks.described(batch)}")
 
 

@@ -1,9 +1,9 @@
 """Linear probing: what a linear classifier reads from the codes of incomplete images, with a floor and a ceiling.
 
 As in He et al. (2021), the encoder is frozen and a linear classifier is trained on what it gives, here the mean of
-p(z | x_S) under random masks. Beside it the training images with the nearest codes vote, which also reads what is not
-linear in them. The floors are the same classifier on raw pixels and the votes of the training images that are nearest
-over the observed pixels, the ceiling is the same network trained with labels.
+p(z | x_S) under random masks. Besides, the training images with the nearest codes vote, which can also use what is not
+linear in the codes. The floors are the same classifier on raw pixels and the votes of the training images that are
+nearest over the observed pixels; the ceiling is the same network trained with labels.
 
 N images, C channels, H x W pixels, L tokens, D token dimension, Z latent dimension, F features, A attributes.
 """
@@ -36,9 +36,9 @@ RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # S-ratios, shares of the patches
 LOGIT_VARIANCE = 32.0
 MAX_ITER = 500  # of the solver
 MOST_KEPT = 2**29  # tokens of a set are kept for all masks if they are at most so many floats, 2 GiB
-RAW_NUMBERS = 4096  # of an image of which raw pixels are probed by default
+RAW_NUMBERS = 4096  # in an image, at most, for its raw pixels to be probed by default
 NEIGHBOURS = 10  # that vote by default
-ROUNDING = 1e-4  # by which numbers of a code may differ if it depends on which others it is computed with
+ROUNDING = 1e-4  # by which numbers of a code may differ, depending on which others it is computed with
 BATCH_SIZE = 128  # of the ceiling's training
 
 
@@ -49,13 +49,14 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
     Args:
         images: (N, C, H, W) in [0, 1], a tensor or a set, which is read in parts, or their tokens (N, L, D). What was
             never recorded (NaN) is not observed.
-        ratio: share of the patches in S, in [0, 1]; of an image that lacks some as many as of others, if there are.
+        ratio: share of the patches in S, in [0, 1]. If an image lacks patches, as many of it are observed as of the
+            others, or all that it has.
         seed: of the masks.
     """
     found = []
     for x, S in _observed(vae, images, ratio, seed):
         tokens = masks.seen(_tokens(vae, x).to(vae.dtype), S)
-        mean = vae._encode(tokens, S).mean  # to `encode` the tokens of one image may look like an image
+        mean = vae._encode(tokens, S).mean  # `encode` could take the tokens of one image for an image
         found.append(mean.to(torch.promote_types(mean.dtype, torch.float32)).cpu())  # NumPy has no bfloat16
     return torch.cat(found)
 
@@ -64,8 +65,8 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
     """The pixels under the same masks as `features`, zero where hidden: (N, C H W) on the CPU.
 
     Args:
-        vae: for its patches alone; images may have other channels than its own.
-        images, ratio, seed: see `features`, but no tokens.
+        vae: only the size of its images and its grid of patches are used; images may have other channels.
+        images, ratio, seed: see `features`; images cannot be tokens.
     """
     found = []
     for x, S in _observed(vae, images, ratio, seed):
@@ -77,7 +78,7 @@ def _observed(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: i
     """Images (n, C, H, W), or tokens (n, L, D), and which patches of them are observed (n, L), part by part."""
     if not len(images):
         raise ValueError("expected at least one image, got none")
-    mask = masks.random(len(images), vae.num_tokens, ratio, seed, _recorded(vae, images))  # whatever the parts are
+    mask = masks.random(len(images), vae.num_tokens, ratio, seed, _recorded(vae, images))  # of all, whatever the parts
     for x, S in zip(parts(images, vae.device, vae.rows), mask.split(vae.rows), strict=True):
         yield x, S.to(vae.device)
 
@@ -96,9 +97,9 @@ def _tokens(vae: BigLearnVAE, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tokens_of(vae: BigLearnVAE, images: Tensor | ImageSet, most: int = MOST_KEPT) -> Tensor | ImageSet:
-    """The tokens (N, L, D) of images on the CPU, made once for all masks; the images if they are over `most` floats.
+    """The tokens (N, L, D) of images, on the CPU; the images themselves if the tokens were more than `most` floats.
 
-    A PatchAE takes longer over an image than the encoder of `case=celeba_small`.
+    So they are made once for all masks: a PatchAE takes longer over an image than the encoder of `case=celeba_small`.
     """
     if len(images) * vae.num_tokens * vae.net.token_dim > most:
         return images
@@ -121,22 +122,22 @@ def some(images: ImageSet, count: int | None) -> ImageSet:
 def nearest_classes(
     vae: BigLearnVAE, images: Images, S: Tensor, train: ImageSet, neighbours: int = NEIGHBOURS
 ) -> Tensor:
-    """What the labels of the nearest training images say: classes (N, R), or attributes (N, R, A).
+    """Predict labels by a vote of the nearest training images: classes (N, R), or attributes (N, R, A).
 
-    Nearest is by the observed pixels: codes that tell the classes no better add nothing to the training images. Each
-    neighbour has a vote; of classes with as many, the one with the nearer images wins. An attribute is predicted where
-    it is more frequent among the neighbours than among all training images, which gives both classes the same weight,
-    as `fit` does. Where nothing is observed, it is the most frequent class, and no attribute.
+    Nearest is by the observed pixels: codes that predict no better add nothing to the training images. Each neighbour
+    has a vote; of classes with equally many votes, the one with the nearer images wins. An attribute is predicted if it
+    is more frequent among the neighbours than among all training images, which gives both classes the same weight, as
+    `fit` does with balanced=True. Where nothing is observed, the most frequent class is predicted, and no attribute.
 
     Args:
-        images: N of them.
+        images: N images.
         S: R sets of observed patches for each, boolean (N, R, L); what was never recorded (NaN) is not observed.
         train: training images with labels.
         neighbours: at least 1.
-        vae: for the size of its images and the grid of its patches alone.
+        vae: only the size of its images and its grid of patches are used.
 
     Raises:
-        ValueError: if the training images have no labels, or without a neighbour.
+        ValueError: if the training images have no labels, or `neighbours` is below 1.
     """
     neighbours, labels = checks.whole_number("neighbours", neighbours, 1), labels_of(train)
     recorded = [masks.recorded_patches(x, vae.grid) for x in parts(images, vae.device)]
@@ -147,10 +148,10 @@ def nearest_classes(
 
 
 def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
-    """What the labels of the training images with the nearest codes say: classes (N,), or attributes (N, A).
+    """Predict labels by a vote of the training images with the nearest codes: classes (N,), or attributes (N, A).
 
-    They vote as in `nearest_classes`; if all training codes are the same but for rounding, as where nothing is
-    observed, it is the most frequent class, and no attribute. Distances are of the codes as they are, not in
+    They vote as in `nearest_classes`. If all training codes are the same but for rounding, as where nothing is
+    observed, the most frequent class is predicted, and no attribute. Distances are between codes as they are, not in
     units of the learned p(z).
 
     Args:
@@ -159,12 +160,12 @@ def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbour
         neighbours: at least 1.
 
     Raises:
-        ValueError: without a neighbour or a training code.
+        ValueError: if `neighbours` is below 1, or there is no training code.
     """
     count = min(checks.whole_number("neighbours", neighbours, 1), len(train_x))
     if not count:
         raise ValueError("expected at least one training code, of which the nearest are looked for, got none")
-    exact = train_x.double()  # which cdist subtracts after multiplying
+    exact = train_x.double()  # cdist subtracts after multiplying, for which float32 has too few digits
     chunks = (torch.cdist(part.double(), exact) for part in test_x.split(CHUNK))
     near = torch.cat([distances.topk(count, largest=False).indices for distances in chunks])
     differ = ((train_x - train_x[:1]).abs() > ROUNDING).any()
@@ -172,11 +173,11 @@ def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbour
 
 
 def _majority(labels: Tensor, near: Tensor, seen: Tensor) -> Tensor:
-    """What the labels at positions (N, k), the nearest first, say, where anything was seen (N,): (N,) or (N, A)."""
+    """The vote of the labels at positions (N, k), nearest first; a default where nothing was `seen` (N,)."""
     if labels.ndim == 1:
         classes, y = labels.unique(return_inverse=True)
         count = near.shape[-1]
-        vote = count**2 + torch.arange(count, 0, -1)  # what is added decides where votes are equal
+        vote = count**2 + torch.arange(count, 0, -1)  # what is added decides between equal votes
         votes = vote.new_zeros(len(near), len(classes)).scatter_add_(-1, y[near], vote.expand(near.shape))
         return classes[torch.where(seen.unsqueeze(-1), votes, y.bincount()).argmax(-1)]
     share, everyone = (_share_of_ones(y, dim) for y, dim in ((labels[near], -2), (labels, 0)))
@@ -184,7 +185,7 @@ def _majority(labels: Tensor, near: Tensor, seen: Tensor) -> Tensor:
 
 
 def _share_of_ones(labels: Tensor, dim: int) -> Tensor:
-    """Of those that are known; 0 where none is."""
+    """The share of ones among known labels; 0 where none is known."""
     return (labels == 1).sum(dim) / (labels >= 0).sum(dim).clamp(min=1)
 
 
@@ -194,8 +195,8 @@ class Score:
 
     Attributes:
         value: accuracy of classes, or the mean of `attributes`, in [0, 1].
-        attributes: balanced accuracy, the mean of the two classes' recalls, of each attribute; None for one without
-            both classes among the training images and among the test images. None as a whole for classes.
+        attributes: balanced accuracy of each attribute, the mean of the two classes' recalls; None for an attribute
+            that lacks a class among the training images or the test images. For classes, the whole is None.
         unconverged: number of classifiers whose solver stopped before it converged.
     """
 
@@ -249,9 +250,9 @@ def fit_and_score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
 
     Args:
         train_x, test_x: features (N, F) on the CPU.
-        train_y, test_y: classes (N,), for one classifier and its accuracy; or attributes (N, A) of 1, 0 and, where it
-            is not known, -1, for one classifier each, of the images of which it is known. Those give both classes
-            the same weight, as balanced accuracy does: without it a rare attribute would never be predicted.
+        train_y, test_y: classes (N,), for one classifier, scored by its accuracy; or attributes (N, A) of 1, 0 or -1
+            (not known), for one classifier each, on the images for which the attribute is known. These give both
+            classes the same weight, as balanced accuracy does: otherwise a rare attribute would never be predicted.
 
     Raises:
         ValueError: on features or labels of other shapes or values, on training images of a single class, and if no
@@ -354,7 +355,7 @@ class LabelledViT(nn.Module):
         self.net, self.fixed_shapes = net, getattr(net, "fixed_shapes", True)  # what a Trainer asks
         self.register_buffer("classes", labels.unique() if labels.ndim == 1 else None)
         self.head = nn.Linear(self.net.z_dim, labels.shape[1] if self.classes is None else len(self.classes))
-        nn.init.zeros_(self.head.weight)  # it depends on no random numbers then
+        nn.init.zeros_(self.head.weight)  # so that it depends on no random numbers
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, S: Tensor) -> Tensor:
@@ -407,7 +408,7 @@ class LabelLoss:
             return LabelLossParts(F.cross_entropy(logits, y))
         known = (y >= 0).to(logits.dtype)
         target = (y == 1).to(logits.dtype)
-        self.weight = self.weight.to(logits)  # once: a GPU would wait for it at each step
+        self.weight = self.weight.to(logits)  # kept: a copy at each step would make a GPU wait
         weight = known * torch.where(y == 1, self.weight[:, 1], self.weight[:, 0])
         loss = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
         return LabelLossParts(loss / known.sum().clamp(min=1))
@@ -509,11 +510,11 @@ def linear_probe(
         ratios: S-ratios in [0, 1].
         draws: how often masks are drawn.
         raw: whether the same is done with raw pixels, the floor; by default for images of up to `RAW_NUMBERS` numbers,
-            of larger ones it would take hours and much memory.
+            since with larger ones it would take hours and much memory.
         ceiling: a network trained with labels (`train_ceiling`), to be tested under the same masks.
-        neighbours: of these training images, how many vote, nearest by their codes (`nearest_by_codes`) and, another
-            floor, over the observed pixels (`nearest_classes`); 0 leaves both out, by default it is `NEIGHBOURS`, over
-            pixels where raw pixels are probed.
+        neighbours: how many training images vote, those nearest by code (`nearest_by_codes`) and, as another floor,
+            those nearest over the observed pixels (`nearest_classes`); 0 leaves both out. By default it is
+            `NEIGHBOURS`, and over pixels only if raw pixels are probed.
 
     Returns:
         metric: "accuracy" or "balanced accuracy".
@@ -551,7 +552,7 @@ def linear_probe(
 
 
 def _checked_draws(draws: int, ratios: Sequence[float]) -> int:
-    """How often masks are drawn; a ValueError also for ratios that are no list of any."""
+    """How often masks are drawn; a ValueError also if ratios are not a list or tuple of at least one."""
     if not isinstance(ratios, list | tuple) or not ratios:
         raise ValueError(f"ratios must be S-ratios in [0, 1], in a list of at least one, got {ratios!r}")
     return checks.whole_number("draws", draws, 1)
@@ -583,7 +584,7 @@ def _scores_of_draw(
 
 
 def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: Images, ratio: float, seed: int) -> Tensor:
-    """What a network trained with labels says of images under masks."""
+    """The labels that a network trained with labels predicts for images under masks."""
     return torch.cat([ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, images, ratio, seed)])
 
 
@@ -636,7 +637,7 @@ def _over_draws(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The numbers of a probe as lines of text, and which classifiers are not quite trained."""
+    """The numbers of a probe as lines of text, and which classifiers did not converge."""
     words = {
         "codes": "codes, the mean of p(z | x_S)",
         "nearest_codes": f"the {result['settings'].get('neighbours')} nearest codes",

@@ -1,4 +1,4 @@
-"""How good the images are that a model draws, in one pass or in several.
+"""The quality of images that a model samples, in one pass or in several.
 
 N images, M samples.
 """
@@ -22,18 +22,18 @@ def precision_recall(samples: Tensor, images: Tensor, neighbours: int = 3) -> di
     """How many samples look like images, and how many images like samples (Kynkaanniemi et al. 2019).
 
     Around each image lies a ball that just reaches its k-th nearest other image. `precision` is the share of the
-    samples that lie in one of these balls, `recall` the share of the images that lie in one of the balls that the
-    samples have among themselves. Distances are those between pixels, not between features of a network: made for
-    small images. Real images of equal number, in place of the samples, say what perfect samples would have. More
+    samples that lie in one of these balls, `recall` the share of the images that lie in one of the balls made in the
+    same way around samples. Distances are between pixels, not between features of a network, so this is meant for
+    small images. The same number of real images in place of the samples shows what perfect samples would reach. More
     precision than theirs is no merit: samples that are smoother than images lie among them more often than images do.
 
     Args:
         samples: (M, C, H, W).
         images: (N, C, H, W), real ones; N should be near M, since balls shrink with their number.
-        neighbours: k, below N and M.
+        neighbours: k, at least 1, below N and M.
 
     Raises:
-        ValueError: on other shapes, numbers that are not finite, or too few of either.
+        ValueError: on other shapes, numbers that are not finite, or too few samples or images.
     """
     neighbours = checks.whole_number("neighbours", neighbours, 1)
     for name, x in (("samples", samples), ("images", images)):
@@ -51,7 +51,7 @@ def precision_recall(samples: Tensor, images: Tensor, neighbours: int = 3) -> di
 
 
 def _covered(x: Tensor, y: Tensor, neighbours: int) -> float:
-    """The share of x (n, F) within a ball of y (m, F)."""
+    """The share of x (n, F) that lies in a ball around one of y (m, F), which reaches its k-th neighbour in y."""
     radius = torch.cat([torch.cdist(part, y).kthvalue(neighbours + 1, 1).values for part in y.split(BLOCK)])
     inside = [(torch.cdist(part, y) <= radius).any(1) for part in x.split(BLOCK)]
     return torch.cat(inside).double().mean().item()
@@ -66,22 +66,23 @@ def by_passes(
     samples: int = 64,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """By number of passes: `precision_recall` of N samples, the seconds that they took, and a bound on log p(x).
+    """By number of passes: `precision_recall` of N samples, the seconds they took, and a bound on log p(x).
 
     Args:
         images: whole ones (N, C, H, W), in [0, 1].
-        train: whole training images, of which the first `likelihood_images` give the variance of the observations, if
-            they have one, for each number of passes (`best_variance`).
-        likelihood_images: of so many images the bound (`BigLearnVAE.log_prob`) is taken, "joint_nats", mean an image;
-            0, or no training images, leaves it out.
-        samples: of the bound, for each image and pass.
+        train: whole training images. If the observations have a variance, it is fitted on the first `likelihood_images`
+            of these, for each number of passes (`best_variance`).
+        likelihood_images: how many images the bound (`BigLearnVAE.log_prob`) is taken of: "joint_nats", the mean per
+            image; 0, or no training images, leaves it out.
+        samples: importance samples of the bound, for each image and pass.
+        seed: of samples and bound.
     """
     if not isinstance(images, Tensor):
         raise ValueError(
             f"expected a tensor of images (N, C, H, W), got {checks.described(images)}: images[:] of a set"
         )
     images, result = images.to(vae.device), {}
-    vae.sample(len(images), seed=seed)  # a first call takes longer
+    vae.sample(len(images), seed=seed)  # a first call takes longer, and is not timed
     for count in passes:
         start = time.perf_counter()
         drawn = vae.sample(len(images), seed=seed, passes=count)
@@ -98,7 +99,7 @@ def by_passes(
 
 
 def table(found: dict[str, dict[str, float]], real: dict[str, float] | None = None) -> list[str]:
-    """What `by_passes` gave and `precision_recall` of real images, as lines of text and an empty one, or no line."""
+    """The result of `by_passes`, and `precision_recall` of real images, as lines of text, the last empty; or none."""
     if not found:
         return []
     found = found | ({"real": real} if real else {})

@@ -19,20 +19,20 @@ def weights_of(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def rebuilt(kind: type[Part], state: dict[str, Any], **sizes: Any) -> Part:
-    """What `of` described, frozen, in evaluation mode, with numbers of the same type.
+    """Make the module that `of` described, frozen, in evaluation mode, with weights of the same precision.
 
     Args:
-        kind: its class.
-        sizes: those in which it is to differ.
+        kind: the class of the module.
+        sizes: arguments in which it is to differ.
 
     Raises:
-        ValueError: if it is not such a description.
+        ValueError: if `state` is not such a description.
     """
     try:
-        with torch.random.fork_rng(devices=[]):  # its first weights are drawn in vain
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
             part = kind(**state["sizes"] | sizes)
         part.load_state_dict(state["weights"], assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # the third of weights that are no dictionary
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # the third if weights are not a dictionary
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"expected the state of a {kind.__name__}, sizes and weights: {reason}") from None
     return part.requires_grad_(False).eval()
