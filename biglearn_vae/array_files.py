@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 PART_WORDS = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
-WHOLE = ("images", "x")  # of all images, where they are not in parts
+WHOLE = ("images", "x")  # names of all images at once, without parts
 UNNAMED = "arr_0"  # what NumPy calls the first array that is given no name
 LABELS = ("labels", "y")
 MAGIC = (b"PK", b"\x93NUMPY")  # with which .npz and .npy files begin
-DARK = 32  # of 255: bytes that are all below are numbers of another range, such as 0 to 16
+DARK = 32  # of 255: if no byte reaches this, they may be numbers of another range, such as 0 to 16
 TOLERANCE = 1e-3  # beyond [0, 1], for floats that were computed
-NEAR = 0.3  # beyond it, as far as filters that sharpen lead
-FEW = 20  # standard deviations, beyond which no pixel is of images that were normalised
+NEAR = 0.3  # beyond [0, 1], as far as sharpening filters overshoot
+FEW = 20  # standard deviations, within which all pixels of normalised images lie
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ class Content:
 
     Attributes:
         parts: "train", "test" and perhaps "valid", or "images" alone.
-        label_names: of classes that are not numbered 0, 1, ..., and numbers of attributes; else none.
-        note: which of its arrays were not taken, and what may be meant otherwise; empty if there is nothing.
+        label_names: names of classes that are not numbered 0, 1, ..., or the numbers of attributes; else empty.
+        note: which arrays were not taken, and what may mean something else than it is taken for; else empty.
     """
 
     parts: dict[str, Arrays]
@@ -60,13 +60,13 @@ def read(path: Path) -> Content:
     `x_val`, and so on, their labels `train_labels` or `y_train`; all images at once `images` or `x`, or `arr_0`
     if there is nothing else, their labels `labels` or `y`. An .npy file holds images alone.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels: bytes, booleans, or floats in [0, 1], of
-    which NaN was never recorded; floats are rounded to bytes. Labels are classes, (N,) or (N, 1), text or whole numbers
-    from 0 on, or attributes, (N, A) with A > 1, that are 1, 0, or -1 where it is not known. Classes that are not 0, 1,
-    ... are numbered in their order, and have names.
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels: bytes, booleans, or floats in [0, 1], where
+    NaN was never recorded; floats are rounded to bytes. Labels are classes, (N,) or (N, 1), text or whole numbers from
+    0 on, or attributes, (N, A) with A > 1, that are 1, 0, or -1 where unknown. Classes other than 0, 1, ... are sorted,
+    numbered in that order, and keep their names.
 
     Raises:
-        ValueError: if it is no such file, holds no such arrays, or they do not fit together.
+        ValueError: if it is no such file, holds no such arrays, or these do not fit together.
     """
     content = _opened(path)
     names = _names(list(content))
@@ -95,7 +95,7 @@ def read(path: Path) -> Content:
 
 
 def doubts(parts: Mapping[str, Arrays], source: Path | str) -> Iterator[str]:
-    """What may be meant otherwise than it is taken."""
+    """What may mean something else than it is taken for."""
     largest = max(int(part.pixels.max()) for part in parts.values())
     if largest < DARK:
         yield (
@@ -111,7 +111,7 @@ def doubts(parts: Mapping[str, Arrays], source: Path | str) -> Iterator[str]:
 
 
 def _opened(path: Path) -> Mapping[str, np.ndarray]:
-    """What is in a file, by name; of an .npz file it is read when it is asked for."""
+    """The arrays in a file, by name; those of an .npz file are read when they are asked for."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
         raise ValueError(f"{path} {what}: point data.root at an .npz or .npy file of images")
@@ -133,7 +133,7 @@ def _array(content: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarr
 
 @contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """What cannot be read is a ValueError that says what to do."""
+    """Make what goes wrong while an array is read a ValueError that says what to do."""
     try:
         yield
     except Exception as error:  # of NumPy, zipfile, zlib and whatever else unpacks it
@@ -144,7 +144,7 @@ def _readable(what: str) -> Iterator[None]:
 
 
 def _names(given: Sequence[str]) -> dict[str, tuple[str, str | None]]:
-    """What images and labels are called, by part; none if they are not called so."""
+    """The names of images and of their labels, by part; empty if no array has such a name."""
 
     def first(*names: str) -> str | None:
         return next((name for name in names if name in given), None)
@@ -161,10 +161,10 @@ def _names(given: Sequence[str]) -> dict[str, tuple[str, str | None]]:
 
 
 def bytes_of(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
-    """Bytes (N, C, H, W) and what was recorded of them, (N, H, W), None if all is; of images as `read` takes them.
+    """Images as `read` takes them, as bytes (N, C, H, W), and which pixels were recorded, (N, H, W), None for all.
 
     Raises:
-        ValueError: naming them as `what`, if they are none of these.
+        ValueError: if they are no such images; it calls them `what`.
     """
     shape = array.shape
     if array.ndim == 4 and shape[1] in (1, 3) and shape[-1] in (1, 3):
@@ -194,7 +194,7 @@ def bytes_of(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
 
 
 def check_part(arrays: Arrays, what: str, bytes_alone: bool) -> None:
-    """Raise a ValueError for images of which nothing was recorded, and for bytes that are 0 and 1 alone."""
+    """Raise a ValueError for images of which nothing was recorded, and for bytes none of which is above 1."""
     if arrays.recorded is not None and not arrays.recorded.any():
         raise ValueError(f"{what} holds nothing but NaN: no pixel was recorded")
     if bytes_alone and arrays.pixels.max() == 1:
@@ -223,7 +223,7 @@ def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | Non
 
 
 def _remedy(low: float, high: float) -> str:
-    """What makes floats in [0, 1] of those that are from `low` to `high`."""
+    """Advice on how to bring floats from `low` to `high` into [0, 1]."""
     if low >= -NEAR and high <= 1 + NEAR:
         return "If they are but a little beyond, as after resizing, clip them: np.clip(x, 0, 1)"
     if low >= -1 - TOLERANCE and high <= 1 + TOLERANCE:
@@ -234,7 +234,7 @@ def _remedy(low: float, high: float) -> str:
 
 
 def labels_of(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Labels by the names of their arrays, and what they are called; see `read`.
+    """Labels by the names of their arrays, and the names of classes or attributes; see `read`.
 
     Raises:
         ValueError: if they are no labels, or not all of one kind.
@@ -254,7 +254,7 @@ def labels_of(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dic
 
 
 def _classes(arrays: Mapping[str, np.ndarray], source: Path | str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Classes (N,), numbered over all arrays, and their names, unless these are their numbers."""
+    """Classes (N,), numbered alike in all arrays, and their names, unless these are just their numbers."""
     texts = {
         name: np.char.decode(a, "utf-8", "backslashreplace") if a.dtype.kind == "S" else a for name, a in arrays.items()
     }

@@ -22,7 +22,7 @@ MOST_NUMBERS = 2**13  # of the tokens behind the first of a head, padded: so man
 
 
 def fits(x: Tensor, heads: int) -> bool:
-    """Whether the kernels take queries, keys and values like the numbers of these tokens (B, N, d), and are right."""
+    """Whether the kernels take queries, keys and values of the shape and type of these tokens, and are right."""
     tokens, width = x.shape[1] - 1, x.shape[-1] // heads
     even = width & (width - 1) == 0 and 16 <= width <= 128 and 16 <= tokens <= 128
     half = x.dtype in (torch.bfloat16, torch.float16)  # products of float32 would be rounded

@@ -92,7 +92,7 @@ class Plan:
             raise ValueError(f"json must end in .json, for the plot to be a .png beside it, got {self.json}")
 
     def loader_workers(self, device: str) -> int:
-        """Processes of the plain version's DataLoader: beside a GPU some, as one would have them there."""
+        """Processes of the plain version's DataLoader: some for a GPU, as is usual there, else none."""
         if self.workers is not None:
             return self.workers
         return min(LOADER_WORKERS, cores() - 1) if device == "cuda" else 0
@@ -116,11 +116,11 @@ class Plan:
         """The stages to measure, each with its measures.
 
         Without names these are all that training in this precision on this kind of device ("cpu", "cuda") goes through.
-        A precision that it does not use is no measure of any stage, unless its stage is asked for; nor is what it does
-        not do with hidden tokens. Whole trainings are of the first and the last of them, unless others are named.
+        A measure that training does not use (bfloat16, leaving out hidden tokens, ...) is in no stage, unless its own
+        is named. Whole trainings are those of the first and the last stage, unless others are named.
 
         Raises:
-            ValueError: for tokens that are left out in what is compiled.
+            ValueError: if hidden tokens are left out in a stage that is compiled or a CUDA graph.
         """
         able = device == "cuda" and hidden == "mask"
         used = {"bfloat16": precision == "bfloat16", "drop": hidden == "drop"}
@@ -155,7 +155,7 @@ class Work:
         workers: processes of the plain version's DataLoader.
 
     Raises:
-        ValueError: if a batch is not from 1 to all of the images, or there is no step.
+        ValueError: if the batch size is not from 1 to the number of images, or there is no step.
     """
 
     net: MaskedViT
@@ -196,7 +196,7 @@ class Work:
 def load_images(settings: dict[str, Any], batch_size: int, stand_ins: bool = True) -> tuple[ImageSet, Tensor, str]:
     """The training images of these settings of `data.load`, the same before they were resized, and what they are.
 
-    Random images of the same shapes stand for those of `STAND_INS`, if they may, where these cannot be had.
+    With `stand_ins`, random images of the same shapes stand in for those of `STAND_INS` that are not available.
     """
     name = settings["name"]
     try:
@@ -328,7 +328,7 @@ def _all_queries(_, args, kwargs):
 
 
 class LoopStep:
-    """A training step as one would write it from the paper, less what `measures` improve; call it to take one."""
+    """A training step as one would write it from the paper, improved by `measures`; call it to take one."""
 
     def __init__(self, work: Work, measures: frozenset[str] = frozenset()):
         self.work, self.measures, self.step = work, measures, 0
@@ -482,8 +482,8 @@ def block_multiply_adds(d: int, r: int, tokens: int, queries: int | None = None)
 def step_multiply_adds(work: Work, measures: frozenset[str], steps: Iterable[int] = (0,)) -> int:
     """Multiply-adds of a training step with these measures, the mean over some steps.
 
-    The forwards of the ELBO, and twice as many for their backwards. Where hidden tokens are left out it is a matter
-    of how many there are.
+    The forward passes of the ELBO, and twice as many for the backward passes. If hidden tokens are left out, the number
+    depends on how many there are.
     """
     net, L, code_only = work.net, work.net.num_tokens, "code_only" in measures
     learned = work.loss.prior == "learned"
@@ -642,7 +642,7 @@ def measure(work: Work, plan: Plan, say: Callable[[str], Any] = print) -> Result
 
 
 def prepare(work: Work, measures: frozenset[str], warmup: int) -> tuple[LoopStep | TrainerStep, int | None]:
-    """A stage's step after its first ones, and the bytes it took for itself at the peak of them."""
+    """A stage's step after its first ones, and how many bytes more than before were in use at their peak."""
     before = start_peak(work.device)
     step = step_of(work, measures)
     step.warm_up()

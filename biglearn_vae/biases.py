@@ -1,7 +1,8 @@
 """Linear layers whose biases get their gradients from a kernel of our own on GPUs.
 
-Such a gradient is a sum over all tokens. torch's takes ten times as long as the memory needs, in a small network as
-long as the matrix products take. torch.compile writes such sums well, and is left to it. Figures: `results/choices.md`.
+Such a gradient is a sum over all tokens. torch's kernel takes ten times as long as reading the memory does, in a small
+network as long as the matrix products. The code that torch.compile writes for such sums is good, so there it is left
+alone. Figures: `results/choices.md`.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Checks of what a caller gave: what was expected and what came, as a ValueError, before it fails somewhere deep."""
+"""Checks of arguments: a ValueError says what was expected and what came, before something fails deep inside."""
 
 import operator
 import sys
@@ -24,7 +24,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 
 
 def whole_numbers(values: Any, least: int) -> list[int]:
-    """Whole numbers not below `least` as ints; none if it is anything else, which the caller then refuses."""
+    """Whole numbers not below `least` as ints; an empty list for anything else, which the caller then refuses."""
     try:
         return [whole_number("each", value, least) for value in values]
     except (TypeError, ValueError):
@@ -83,7 +83,7 @@ def check_seed(seed: int | None) -> None:
 
 
 def seed_or_drawn(seed: int | None) -> int:
-    """A seed, or without one a number that `torch.manual_seed` determines, as it does what torch itself draws."""
+    """This seed or, for None, one drawn from torch's global generator, so that `torch.manual_seed` determines it."""
     check_seed(seed)
     return int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
 
@@ -120,7 +120,7 @@ def check_pixels(images: Tensor, where: str = "") -> None:
 
 
 def warn(message: str) -> None:
-    """Warn of what the code outside of this package and of torch did, once for each place there."""
+    """Warn at the line outside of this package and of torch that led here, once for each such line."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("biglearn_vae", "torch"):
         frame, level = frame.f_back, level + 1

@@ -62,24 +62,24 @@ _COMMAND: list[str] = []  # as it was typed, of which Hydra and its launchers le
 
 
 def run_script(script: str, overrides: Sequence[str] = (), config_name: str | None = None) -> Any:
-    """What a script does, in this process: run_script("train", ["case=case1", "data=mnist"]) does, prints and writes
-    what `python scripts/train.py case=case1 data=mnist` does, or goes on with what that began.
+    """Run a script in this process: run_script("train", ["case=case1", "data=mnist"]) does, prints and writes what
+    `python scripts/train.py case=case1 data=mnist` does, and resumes what that began.
 
     Args:
-        script: train, evaluate, figures, complete, probe, benchmark or reproduce, which starts processes: a file that
-            calls for it must do nothing when it is imported (`if __name__ == "__main__":`).
-        overrides: NAME=VALUE, as on its command line, without flags: a sweep is a loop.
-        config_name: of the settings, where they are not the script's own: "patch_ae" trains stage 1.
+        script: train, evaluate, figures, complete, probe, benchmark or reproduce. As reproduce starts processes, a file
+            that runs it must do nothing when it is imported (`if __name__ == "__main__":`).
+        overrides: NAME=VALUE, as on its command line, without flags; for a sweep write a loop.
+        config_name: name of the settings file, if it is not the script's own: "patch_ae" trains stage 1.
 
     Returns:
-        What it found: of train the run's summary with its folder as "run" (under torchrun, in the first process), of
-        evaluate, complete, probe and benchmark what they write, of figures the path of the page, of reproduce whether
-        all is there, which it is not if its budget or Ctrl-C ended it.
+        What it found: for train the run's summary with its folder as "run" (under torchrun, in the first process); for
+        evaluate, complete, probe and benchmark what they write; for figures the path of the page; for reproduce whether
+        everything is there, which is False if its budget or Ctrl-C ended it.
 
     Raises:
-        ValueError, OSError, TrainingError, torch.OutOfMemoryError, MemoryError: with what the script would end with as
-            its error.
-        KeyboardInterrupt: at Ctrl-C; of train `trainer.Interrupted`, after a checkpoint, also at SIGTERM.
+        ValueError, OSError, TrainingError, torch.OutOfMemoryError, MemoryError: with the message that the script would
+            end with.
+        KeyboardInterrupt: at Ctrl-C; by train `trainer.Interrupted`, after a checkpoint, also at SIGTERM.
     """
     checks.check_choice("script", script, SCRIPTS)
     config_name = config_name or script
@@ -104,7 +104,7 @@ def call(script: str, words: Sequence[str], flags: Sequence[str] = ()) -> None:
 def main(task: Callable[["DictConfig", Sequence[str]], Any], config_name: str) -> None:
     """The main program of a script: compose the settings of the command line and call task(settings, overrides).
 
-    What the user can mend ends with a line of explanation and exit code 2. HYDRA_FULL_ERROR=1 shows where it arose.
+    What the user can fix ends with a line of explanation and exit code 2. HYDRA_FULL_ERROR=1 shows where it arose.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -201,8 +201,8 @@ def _prepare() -> None:
 
 
 def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | None:
-    """See that what was typed are settings; the words of a sweep, those of the settings file included, None if it is
-    none."""
+    """Check that what was typed are settings; returns the words of a sweep, with those of the settings file, or None
+    if it is no sweep."""
     _check_program(script, config_name, "--config-name")
     in_file, swept = config.sweep_in_file(config_name)
     given = {override.key_or_group: override for override in config.parsed(typed.overrides)}
@@ -221,7 +221,7 @@ def _check_program(script: str, config_name: str, called: str = "config_name") -
 
 
 def _performed(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]) -> Any:
-    """What a task returns. A training that was interrupted ends the program, and with it a sweep, with exit code 0."""
+    """What a task returns. An interrupted training ends the program, and with it a sweep, with exit code 0."""
     try:
         with _memory_told():
             return task(cfg, words)
@@ -233,7 +233,7 @@ def _performed(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]
 
 @contextmanager
 def _memory_told() -> Iterator[None]:
-    """A MemoryError also where torch has a RuntimeError for it, on CPUs."""
+    """Raise a MemoryError also on CPUs, where torch raises a RuntimeError for it."""
     try:
         yield
     except RuntimeError as error:
@@ -247,7 +247,7 @@ def _memory_told() -> Iterator[None]:
 
 
 def _once_free(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]) -> Any:
-    """What a task returns, once no other process does the same, as another terminal with the same search does."""
+    """What a task returns, called once no other process does the same, such as the same search in another terminal."""
     said = False
     while True:
         try:
@@ -260,8 +260,8 @@ def _once_free(task: Callable[..., Any], cfg: "DictConfig", words: Sequence[str]
 
 
 def _command_line() -> Namespace:
-    """What was typed. To Hydra are left settings, then flags, as it takes none between settings, and no --config-dir,
-    of which `config.search_also` tells it."""
+    """What was typed. Hydra is left settings, then flags, since it takes none between settings, but no --config-dir,
+    which `config.search_also` tells it."""
     from hydra._internal.utils import get_args_parser
 
     typed, words = get_args_parser().parse_intermixed_args(), sys.argv[1:]
@@ -276,8 +276,8 @@ def _command_line() -> Namespace:
 
 
 def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None, searches: bool) -> list[str]:
-    """What went wrong, with the words that a job of a sweep has for itself, shown at once, as the other jobs may take
-    days; nothing if another process does what this job was to do."""
+    """What went wrong, with the words of a sweep that are this job's own; printed at once, as the other jobs may take
+    days. Empty if another process does what this job was to do."""
     swept, said = config.swept(sweep or []), config.in_a_line(error)
     own = " ".join(w for w, o in zip(words, config.parsed(words), strict=True) if o.key_or_group in swept)
     if searches and not own:  # the sweeper has a list of its own, of what it searches over
@@ -292,7 +292,7 @@ def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None,
 
 
 def _is_checked_search(words: Sequence[str], script: str, config_name: str) -> bool:
-    """Whether a sweep searches; refuses one under torchrun, one of which results would be lost (see
+    """Whether a sweep searches; refuses a sweep under torchrun, one that would lose results (see
     `runs.refuse_shared_folders`), and one that searches in vain (see `search.check`)."""
     if under_torchrun():
         raise ValueError("a sweep (-m) cannot run under torchrun: start one torchrun for each run of the sweep")
@@ -331,7 +331,7 @@ def _is_main() -> bool:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """What a user's settings, files or data can cause, and a user can mend."""
+    """The errors that a user's settings, files or data can cause, and the user can fix."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -340,7 +340,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 
 def train(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Train a run, or go on with one, and evaluate it; returns its summary, with its folder (on the main process).
+    """Train a run, or resume one, and evaluate it; returns its summary, with its folder (on the main process).
 
     Raises:
         Interrupted: after a checkpoint, if Ctrl-C or SIGTERM ended the training early, and after everything if it was
@@ -400,7 +400,7 @@ def _fit(trainer: Trainer, loggers: list[Logger]) -> None:
 
 
 def _unfinished_warm_ups(cfg: "DictConfig") -> Iterator[str]:
-    """What rises over more steps than there are, and so never is what was asked for, while the numbers say it is."""
+    """Warnings of warm-ups that are longer than the training, and so never reach the value that the settings say."""
     from omegaconf import OmegaConf
 
     for name, what in (("loss.beta_warmup_steps", "loss.beta"), ("optim.warmup_steps", "the learning rate")):
@@ -571,7 +571,7 @@ def measure_likelihood(
     """Bounds on log-likelihoods, with the model's variance and with one fitted on training images, if observations have
     such, and consistency.
 
-    They are of whole images; nothing if, of these, something was never recorded in each.
+    Only whole images are used; without any the result is empty.
     """
     count = settings.likelihood_images
     images = evaluation.whole(getattr(splits, split).select(slice(count)), vae.grid)
@@ -595,8 +595,8 @@ def measure_likelihood(
 
 
 def measure_samples(vae: BigLearnVAE, splits: Splits, settings: "DictConfig", split: str, seed: int) -> dict[str, Any]:
-    """`samples.by_passes` beside whole images of a split, and what as many other training images have in place of
-    samples, if there are as many; nothing of too few images."""
+    """`samples.by_passes` against whole images of a split, and the same numbers of as many other training images in
+    place of samples, if there are enough; empty for fewer than 4 images."""
     whole = evaluation.whole(getattr(splits, split).select(slice(settings.images)), vae.grid)
     if len(whole) <= 3:
         print(f"fewer than 4 of these {settings.images} images were recorded as a whole: samples are not measured")
@@ -661,7 +661,7 @@ def complete(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def _write_measured(run: Path, script: str, found: dict[str, Any]) -> Path:
-    """Write what a measuring script found, and say where what it found before is kept."""
+    """Write what a measuring script found, and print where its previous result is kept."""
     if kept := runs.write_measured(run, script, found):
         print(f"{kept!s:<60} what was measured before, with other settings, on other images or at another step")
     return run / runs.FILES[script]
@@ -698,8 +698,8 @@ class _Trained(NamedTuple):
     has_model: bool
 
     def described(self, cfg: "DictConfig", **settings: Any) -> dict[str, Any]:
-        """What a script measured: of which network, on which images, with which settings that its numbers depend on,
-        and where."""
+        """What describes a measurement: the network, the images, the settings that its numbers depend on, and the
+        machine."""
         own = {name: value for name, value in config.leaves(cfg) if name not in (*config.PLACE, "checkpoint")}
         network = {"name": self.run.name, "checkpoint": self.checkpoint, "step": self.step}
         data = {"data": getattr(self.splits, cfg.split).fingerprint()}
@@ -734,8 +734,8 @@ def _trained(cfg: "DictConfig") -> _Trained:
 
 
 def _likelihood_images(trained: _Trained, asked: int) -> int:
-    """Of how many images log-likelihoods are bounded: as many as were asked for, and none of an objective of which
-    it is not known what it bounds, which is said."""
+    """For how many images log-likelihoods are bounded: as many as were asked for, or none, with a message, if it is not
+    known what the objective bounds."""
     if asked and not trained.has_model:
         print(
             "no log-likelihoods and no consistency: the objective has terms of its own; same_model = True in its "
@@ -746,10 +746,10 @@ def _likelihood_images(trained: _Trained, asked: int) -> int:
 
 
 def _warn_of_shares(shares: Sequence[completion.Task], num_tokens: int, most: int) -> None:
-    """Of images of few patches, warn of shares that are rounded to nothing, or to the same as others.
+    """If images have few patches, warn of shares that are rounded to nothing, or to the same as others.
 
     Args:
-        most: so many patches at most are observed.
+        most: the largest number of patches that are observed.
     """
     counts: dict[int, list[str]] = {}
     for share in shares:
@@ -805,7 +805,7 @@ def benchmark(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any
 
 
 def _tokenizer_to_measure(cfg: "DictConfig", plan: timing.Plan) -> Patchify | PatchAE:
-    """That of these settings. An untrained PatchAE stands for one that is not there, where nothing is learned."""
+    """The tokenizer of these settings. If nothing is learned, an untrained PatchAE stands in for a missing one."""
     needed = cfg.tokens.name != config.PATCH_AE or cfg.tokens.run is not None or plan.evaluations is not None
     if needed or (config.patch_ae_run(cfg) / config.PATCH_AE_FILE).is_file():
         return config.tokenizer(cfg)
@@ -935,7 +935,7 @@ def reproduce(cfg: "DictConfig", overrides: Sequence[str] = ()) -> bool:
     """Make what results/ lacks of the paper's experiments, then its page and plots; returns whether all is there.
 
     Raises:
-        ValueError: in the end, if scripts failed.
+        ValueError: after everything else, if scripts failed.
     """
     hints: dict[str, Any] = {"target": str, "workers": int, "budget": float | None, "output_dir": str}
     hints |= {"results_dir": str, "device": str, "data_root": str | None, "only": str | None, "preset": dict}

@@ -60,20 +60,20 @@ def folder() -> Path:
 
 
 def folders() -> list[Path]:
-    """All folders in which settings are looked for: that of this package, then one's own, if any (`search_also`)."""
+    """All folders in which settings are looked for: this package's, then the user's own, if any (`search_also`)."""
     return [folder(), *_OWN_FOLDERS]
 
 
 def search_also(own: str | Path | None) -> None:
-    """Look for choices of groups and for main files in a folder of one's own, too, as --config-dir does.
+    """Look for choices of groups and for main files in a folder of your own, too, as --config-dir does.
 
     Args:
         own: the folder, laid out as `folder()` is: OWN/case/wide.yaml is case=wide. It replaces the one before; None
-            for no such folder. After changes in it, it has to be given again.
+            stands for no such folder. After files in it have changed, it has to be given again.
 
     Raises:
-        ValueError: if it is no folder, or a file in it has the name of one that is here, which would be read in place
-            of it.
+        ValueError: if it is no folder, or a file in it has the name of one of this package's, which would be read in
+            its place.
     """
     from hydra.core.plugins import Plugins
 
@@ -94,7 +94,7 @@ def search_also(own: str | Path | None) -> None:
 
 
 def own_main_files(programs: Sequence[str]) -> list[str]:
-    """The names that --config-name may have, of one's own folder: of files with one of these in their defaults."""
+    """The names in the user's own folder that --config-name may have: files with one of these in their defaults."""
     names = sorted(path.stem for own in _OWN_FOLDERS for path in own.glob("*.yaml"))
     return [name for name in names if {path.stem for path in _main_files(name)} & set(programs)]
 
@@ -103,7 +103,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     """The settings that these command-line overrides give: compose(["case=case1", "data=mnist"]).
 
     Raises:
-        ValueError: see `check` and `words_of`; and for a setting of Hydra's own, which starts scripts.
+        ValueError: see `check` and `words_of`; and for a setting of Hydra's own, as these are for starting scripts.
     """
     overrides = words_of(overrides)
     if of_hydra := [o.input_line for o in parsed(overrides) if _is_of_hydra(o)]:
@@ -117,10 +117,10 @@ def _is_of_hydra(override: "Override") -> bool:
 
 
 def words_of(overrides: Iterable[str]) -> list[str]:
-    """The words of a command line, of whatever gives them.
+    """The words of a command line as a list, from any iterable.
 
     Raises:
-        ValueError: for a text in place of a list of words, and for what gives none.
+        ValueError: for a text in place of a list of words, and for what is no iterable.
     """
     if isinstance(overrides, str):
         raise ValueError(f"expected a list of settings, such as {overrides.split()}, got the text {overrides!r}")
@@ -130,7 +130,7 @@ def words_of(overrides: Iterable[str]) -> list[str]:
 
 
 def sweep_in_file(config_name: str) -> tuple[bool, list[str]]:
-    """What a settings file of one's own says of a sweep: whether it is one without -m (hydra.mode: MULTIRUN), and over
+    """What a user's own settings file says of a sweep: whether it is one without -m (hydra.mode: MULTIRUN), and over
     what (hydra.sweeper.params), as words of a command line."""
     hydra = _as_written(config_name).hydra
     params = hydra.sweeper.get("params") or {}
@@ -208,17 +208,16 @@ def in_a_line(error: Exception) -> str:
 
 
 def check(words: Sequence[str], config_name: str = "train", sweep: bool = False) -> None:
-    """See that words NAME=VALUE of a command line are settings, before anything starts.
+    """Check that the words NAME=VALUE of a command line are settings, before anything starts.
 
-    Hydra itself would advise to type +NAME=VALUE for a name that it does not know, which it then takes and nothing
-    reads.
+    For an unknown name, Hydra itself would advise +NAME=VALUE, which it then accepts although nothing reads it.
 
     Args:
         sweep: whether a setting may have several values, as with -m.
 
     Raises:
-        ValueError: for the first word that is not NAME=VALUE, or whose name or choice there is not, with those near it;
-            for several values without -m.
+        ValueError: for the first word that is not NAME=VALUE, or whose name or choice does not exist (it names similar
+            ones); for several values without -m.
     """
     overrides = parsed(words)
     plugins = [(o.key_or_group, name) for o in overrides if o.key_or_group in PLUGINS for name in values_of(o)]
@@ -314,7 +313,7 @@ def choices(group: str) -> list[str]:
 
 
 def _check_choices(overrides: "Sequence[Override]", config_name: str) -> list[list[str]]:
-    """The words that choose of groups; in a sweep over groups several lists, in which each choice occurs."""
+    """The words that choose from groups; in a sweep over groups several lists, in which each choice occurs."""
     groups = _groups(config_name)
     first, others = {}, []
     for override in overrides:
@@ -377,7 +376,7 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
 
 
 def _check_parts(cfg: "DictConfig", explained: Iterable[str]) -> None:
-    """Raise a ValueError for a part that a file of one's own gives a value in place of its settings."""
+    """Raise a ValueError for a part to which a user's own file gives a value in place of its settings."""
     from omegaconf import DictConfig
 
     parts = {name.partition(".")[0] for name in explained if "." in name} - {*explained}
@@ -387,7 +386,7 @@ def _check_parts(cfg: "DictConfig", explained: Iterable[str]) -> None:
 
 
 def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:
-    """Raise a ValueError for a choice of one's own that calls itself otherwise, where results go by its name."""
+    """Raise a ValueError for a user's own choice whose `name` differs from that of its file, as results go by it."""
     from omegaconf import OmegaConf
 
     for group in (group for group in ("case", "method", "preset") if group in chosen):
@@ -403,7 +402,7 @@ def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:
 
 
 def _check_left_out(name: str, known: set[str], targets: set[str], any_names: bool) -> None:
-    """Raise a ValueError for a word ~NAME, unless it leaves out what something else takes, or one of any names."""
+    """Raise a ValueError for a word ~NAME, unless that is an argument of a `_target_`, or may have any name."""
     parent = name.rpartition(".")[0]
     if f"{name}._target_" in targets:
         raise ValueError(f"{name} cannot be left out: {name}._target_=MODULE.CLASS takes another")
@@ -417,7 +416,7 @@ def _check_left_out(name: str, known: set[str], targets: set[str], any_names: bo
 
 
 def _given(overrides: "Sequence[Override]", known: set[str]) -> "Iterator[tuple[Override, str, Any]]":
-    """Each word with its name and value, and what a word NAME={...} gives NAME that it does not have."""
+    """Each word with its name and value, and the settings in a word NAME={...} that NAME does not have."""
     for override in overrides:
         name, value = override.key_or_group, override.value()
         yield override, name, value
@@ -527,7 +526,7 @@ def build(settings: "DictConfig", where: str, **given: Any) -> Any:
     as it is, with these settings.
 
     Raises:
-        ValueError: naming the setting, if there is no such target, or it doesn't take it, or not of this type or value.
+        ValueError: naming the setting, if there is no such target, or it does not take this setting, type or value.
     """
     values = as_dict(settings)
     if "_target_" not in values:
@@ -571,7 +570,7 @@ def named(name: str, setting: str) -> Callable[..., Any]:
 
 
 def _hints(target: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
-    """The types of what a class or a function takes, as far as it tells them; of these names if it takes any."""
+    """The types of what a class or function takes, as far as annotated; for these names, too, if it takes any."""
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except Exception:  # of names that are there for type checkers alone, and of what has no hints
@@ -796,7 +795,7 @@ def _seeded(seed: int) -> AbstractContextManager[None]:
 
 
 def objective(cfg: "DictConfig", drawing: bool = True) -> BigLearnELBO:
-    """The loss of these settings, with its q(S, T) or, where nothing is drawn from that, another."""
+    """The loss of these settings, with its q(S, T); without `drawing`, a default one stands in for that."""
     loss = build(cfg.loss, "loss", masks=build(cfg.masks, "masks") if drawing else MaskSampler())
     if lacking := [name for name in ("masks", "prior", "beta") if not hasattr(loss, name)]:
         raise ValueError(f"loss: expected an objective like BigLearnELBO, got one without {', '.join(lacking)}")
@@ -916,12 +915,12 @@ def data_name(cfg: "DictConfig") -> str:
 
 
 def target_name(target: str) -> str:
-    """What a run is called by what makes its data: the last part of its dotted name."""
+    """What the maker of its data adds to the name of a run: the last part of its dotted name."""
     return target.rpartition(".")[2]
 
 
 def own_name(root: str) -> str:
-    """What a run is called by data of one's own: the name of the folder or file."""
+    """What data of the user's own adds to the name of a run: the name of the folder or file."""
     path = data_root(str(root))
     return path.stem if path.suffix in (".npz", ".npy") else path.name
 
@@ -992,7 +991,7 @@ def _raw_leaves(cfg: "DictConfig", prefix: str = "") -> Iterator[tuple[str, str]
 def explanations(config_name: str = "train", chosen: Mapping[str, str] | None = None) -> dict[str, str]:
     """Dotted name -> the comment behind the setting, from the YAML files of the groups and of this program.
 
-    Of a setting that several choices of a group have it is that of the choice in `chosen`, by group.
+    If several choices of a group have a setting, the comment is that of the group's choice in `chosen`.
     """
     return _explanations(config_name, frozenset((chosen or {}).items()))
 

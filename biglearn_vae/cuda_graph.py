@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: a single launch in place of hundreds, each of which a GPU would wait for."""
+"""A training step as one CUDA graph: a single launch in place of hundreds, for each of which a GPU would wait."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ _recording = False
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """While entered, what runs is a graph or is about to become one."""
+    """While entered, what runs is being recorded as a CUDA graph, or is about to be."""
     global _recording
     before, _recording = _recording, True
     try:
@@ -24,7 +24,7 @@ def recording() -> Iterator[None]:
 
 
 def is_worth_launching(numbers: int) -> bool:
-    """Whether a kernel that Python launches pays for so many numbers; while recording it always does."""
+    """Whether a kernel that Python launches pays off for this many numbers; while recording it always does."""
     return _recording or numbers >= MANY
 
 
@@ -35,8 +35,8 @@ class NotRecorded(RuntimeError):
 class StepGraph:
     """Records what a function does with a batch and some numbers as a CUDA graph, and replays it with others.
 
-    The first calls run as they are, so that what is kept from one to the next is there and what is compiled is
-    compiled; the one after them is recorded. From then on its Python is not run any more.
+    The first calls run as they are, so that state kept between calls exists and everything is compiled; the one after
+    them is recorded. From then on the Python code of the function no longer runs.
 
     Args:
         generators: what the function draws from, seeded before each call.
@@ -54,13 +54,13 @@ class StepGraph:
         """What the function returns for these.
 
         Args:
-            function: (batch, *numbers) -> Tensor, the same in all calls. It may change what it holds in place, such as
-                weights; what it holds must stay where it is, and nothing may be waited for.
+            function: (batch, *numbers) -> Tensor, the same in all calls. It may change its state, such as weights, in
+                place; this must stay at its place in memory, and the function must not wait for the device.
             batch: tensors on a GPU, of the same shapes and types in all calls; a list reaches the function as a tuple.
             numbers: they reach the function as tensors ().
 
         Raises:
-            ValueError: for another batch.
+            ValueError: for a batch that is not on a GPU, or has other shapes or types than before.
             NotRecorded: if the function waits for the device.
         """
         batch = tuple(batch) if isinstance(batch, list) else batch

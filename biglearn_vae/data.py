@@ -34,13 +34,13 @@ class ImageSet:
 
     Attributes:
         pixels: uint8 (N, C, H, W), possibly a file that is mapped into memory.
-        labels: int64, or None: the class of each image, (N,), or several attributes of each that are 1, 0 or, where
-            it is not known, -1, (N, A).
+        labels: int64, or None: the class of each image, (N,), or attributes of each, (N, A), that are 1, 0, or -1 where
+            unknown.
         recorded: boolean (N, rows, columns), which cells of a grid on each image were ever recorded, or None for all.
 
     Raises:
-        ValueError: for pixels of another type or number of axes or with channels last, labels that are no whole
-            numbers, cells that do not divide the images, and labels or `recorded` of other images.
+        ValueError: for pixels of another type or number of axes or with channels last, labels that are not whole
+            numbers, cells that do not divide the images, and labels or `recorded` that are not N.
     """
 
     pixels: Tensor
@@ -49,13 +49,13 @@ class ImageSet:
 
     @classmethod
     def of(cls, dataset: Any, image_size: "Size | None" = None, channels: int | None = None) -> "ImageSet":
-        """The images of a torch Dataset, read into memory once; of what its items may be, see `torch_datasets.read`.
+        """The images of a torch Dataset, read into memory once; for what its items may be, see `torch_datasets.read`.
 
         Args:
-            image_size, channels: as of `load`; without them all images have to be alike.
+            image_size, channels: see `load`; without them all images must have one shape.
 
         Raises:
-            ValueError: if they are not, or it is no such data set.
+            ValueError: if they have not, or it is no such data set.
         """
         fit = functools.partial(_fitted, image_size=_checked_size(image_size), channels=_checked_channels(channels))
         if isinstance(dataset, Mapping):
@@ -120,9 +120,9 @@ class ImageSet:
         return self.pixels.device
 
     def select(self, index: Tensor | slice | Sequence[int]) -> "ImageSet":
-        """The set of these images alone: a view of it for a slice, a copy for positions, (B,), or for a mask (N,).
+        """The set of these images alone: a view for a slice, a copy for positions (B,) or a mask (N,).
 
-        Positions may repeat. Still bytes, so `images.select(index).to(device)[:]` makes floats on the device.
+        Positions may repeat. Pixels stay bytes, so `images.select(index).to(device)[:]` makes floats on the device.
         """
         if not isinstance(index, slice):
             index = self._positions(torch.as_tensor(index))
@@ -130,7 +130,7 @@ class ImageSet:
         return ImageSet(_rows(self.pixels, index), labels, recorded)
 
     def _positions(self, index: Tensor) -> Tensor:
-        """Positions as numbers from 0 on, of such or of a mask."""
+        """Positions counted from 0, given as these, as negative ones or as a mask."""
         if index.dtype == torch.bool and tuple(index.shape) == (len(self),):
             return index.nonzero().flatten()
         if index.ndim == 1 and not len(index):
@@ -161,7 +161,7 @@ class ImageSet:
         """A short digest of the size and of at most 1,000 evenly spaced images, to tell one data set from another."""
         parts = [self.pixels]
         if self.recorded is not None and self.recorded.shape[-2:] == self.pixels.shape[-2:]:
-            parts.append(self.recorded)  # of patches it is that of `with_missing`, whose settings tell it
+            parts.append(self.recorded)  # one of patches is from `with_missing`, whose settings identify it
         some = [part[:: -(-len(self) // 1000)].contiguous().cpu().numpy().tobytes() for part in parts]
         return hashlib.blake2b(repr(tuple(self.pixels.shape)).encode() + b"".join(some), digest_size=8).hexdigest()
 
@@ -175,23 +175,23 @@ class ImageSet:
 
 
 Size = int | Sequence[int]  # side in pixels, or height and width
-Images: TypeAlias = Tensor | ImageSet  # floats (N, C, H, W) in [0, 1], or a set of which parts are made such
+Images: TypeAlias = Tensor | ImageSet  # floats (N, C, H, W) in [0, 1], or a set, made such a part at a time
 CHUNK = 1024  # images at a time, at most
 NUMBERS = 2**26  # floats at a time, about, whatever the size of an image
 
 
 def rows_of(numbers: int, chunks: int = 1) -> int:
-    """How many rows of so many numbers are a part, of so many chunks at most."""
+    """How many rows of this many numbers each are taken at a time, at most this many chunks."""
     return max(1, min(chunks * CHUNK, NUMBERS // numbers))
 
 
 def take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
-    """Some images as floats in [0, 1] on a device; bytes travel there as bytes, a quarter of the floats.
+    """Some images as floats in [0, 1] on a device; bytes are moved there as bytes, a quarter of the size of floats.
 
-    Tokens (N, L, D), of any values, are taken as they are.
+    Tokens (N, L, D), of any values, are taken as they are. Images that seem to be in [-1, 1] cause a warning.
 
     Raises:
-        ValueError: for images in 0..255 that are not bytes; of those that seem to be in [-1, 1] it warns.
+        ValueError: for images in 0..255 that are not bytes.
     """
     if isinstance(images, ImageSet):  # without its labels: they are on the CPU, and a step would wait for the index
         return replace(images, labels=None).select(index).to(device)[:]
@@ -202,12 +202,12 @@ def take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
 
 
 def parts(images: Images, device: torch.device, rows: int | None = None) -> Iterator[Tensor]:
-    """So many images at a time (n, C, H, W), by default as many as memory allows, as floats on a device.
+    """Images as floats on a device, `rows` at a time (n, C, H, W), by default as many as `rows_of` says.
 
-    On a terminal, a bar shows how far it is where that takes more than a few seconds.
+    On a terminal, a bar shows the progress if it takes more than a few seconds.
 
     Raises:
-        ValueError: if there are none, or something else is given.
+        ValueError: if there are none, or these are no images.
     """
     if images.ndim not in (3, 4) if isinstance(images, Tensor) else hasattr(images, "__array__"):
         raise ValueError(
@@ -236,9 +236,9 @@ class Splits:
 
     Attributes:
         train, valid, test: `valid` is carved out of the training data where a data set has no such part.
-        note: what was left out.
-        label_names: of the classes, by their numbers, or of the attributes, where the labels are (N, A); none if the
-            data has no names for them.
+        note: what was left out or is doubtful, in words; empty if nothing is.
+        label_names: names of the classes, in the order of their numbers, or of the attributes, if labels are (N, A);
+            empty if the data has no names for them.
     """
 
     train: ImageSet
@@ -249,10 +249,10 @@ class Splits:
 
 
 class Batches:
-    """batches(step): the images of a step, an endless reshuffled pass over the set.
+    """batches(step): the images of a step, in endless passes over the set.
 
     Each epoch is a new permutation that depends on the seed alone; a process takes its share of each batch. So a
-    batch is a function of (seed, rank, step), and all ranks' batches together are those of a single process.
+    batch is a function of (seed, rank, step), and the batches of all ranks together are that of a single process.
 
     Args:
         images: the set; keep it on the training device if it fits there (`ImageSet.resident`).
@@ -315,21 +315,21 @@ def load(
     """A data set by name.
 
     Args:
-        name: one of `SOURCES`: digits, mnist, fashion_mnist, celeba, image_folder, array_file.
+        name: one of `SOURCES`: digits, mnist, fashion_mnist, celeba, image_folder, array_file, torch_dataset.
         root: where its files are or are downloaded to; by default the environment variable BIGLEARN_DATA, else data/.
-            Of image_folder and array_file the folder or the file itself.
-        image_size: side in pixels that images are resized to, or height and width; each source has its default. What
-            is resized is the middle, as much as has these proportions.
+            For image_folder and array_file, the folder or the file itself.
+        image_size: side in pixels that images are resized to, or height and width; each source has its default.
+            Images are first cropped at their centre to these proportions.
         channels: 1 (grey) or 3; each source has its default.
-        options: of celeba and image_folder `crop`, the side in pixels of the square in the middle that is taken
-            before resizing, None for the largest that there is (which is also taken of an image smaller than the
-            crop); each source has its default. `cache`, a folder that keeps the decoded images, to be mapped into
-            memory at the next start (`image_files.read`); None, the default, decodes them into memory at each start.
-            Of torch_dataset `target`, a class or a function that makes one, and what that takes.
+        options: for celeba and image_folder, `crop` is the side in pixels of a centred square that is cut out before
+            all else, None for no such square (nor is one cut out of an image smaller than the crop); each source has
+            its default. `cache` is a folder that keeps the decoded images, to be mapped into memory at the next start
+            (`image_files.read`); None, the default, decodes them into memory at each start. For torch_dataset, `target`
+            is a class or function that makes the data set, and other options are its arguments.
 
     Raises:
         ValueError: on an unknown name, wrong sizes, options that a data set does not take, or data that is not there
-            and cannot be had.
+            and cannot be downloaded.
     """
     checks.check_choice("the data set", name, list(SOURCES))
     sizes = dict(image_size=_checked_size(image_size), channels=_checked_channels(channels))
@@ -357,7 +357,7 @@ def _checked_size(image_size: Size | None) -> Size | None:
 
 
 def _check_classes(splits: Splits) -> None:
-    """Warn of classes that are to be told by their training images and have none."""
+    """Warn of classes of test images that have no training image to be learned from."""
     train, test = (part.labels for part in (splits.train, splits.test))
     if train is None or test is None or train.ndim > 1:
         return
@@ -384,13 +384,13 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
 
 
 def with_missing(splits: Splits, share: float, grid: tuple[int, int], unit: str = "patch") -> Splits:
-    """The same data of which a share was never recorded, completely at random; the test images stay as they are.
+    """The same data as if a share had never been recorded, completely at random; test images stay as they are.
 
     Args:
-        share: of what is lost, in [0, 1).
+        share: what is lost, in [0, 1).
         grid: rows and columns of patches.
-        unit: "patch" loses each patch of the training and validation images with that probability, whatever else is
-            lost; "image" loses that share of the images, each as a whole.
+        unit: "patch" loses each patch of the training and validation images with that probability, independently of the
+            others; "image" loses that share of the images, each as a whole.
 
     Raises:
         ValueError: if nothing would be left, or on values outside these.
@@ -435,7 +435,7 @@ def _binarized(images: ImageSet, how: str) -> ImageSet:
 
 
 def check_recorded(splits: Splits, grid: tuple[int, int]) -> None:
-    """Raise a ValueError if a part has no patch that was recorded as a whole; warn if NaN costs most of what was."""
+    """Raise a ValueError if a part has no patch recorded as a whole; warn if NaN costs most of what was recorded."""
     for part in PARTS:
         images: ImageSet = getattr(splits, part)
         if images.recorded is None:
@@ -478,9 +478,9 @@ def images(
     channels: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """All images of a split ("train", "valid" or "test") as float32 in [0, 1], (N, C, H, W). The others: see `load`.
+    """All images of a split ("train", "valid" or "test") as float32 in [0, 1], (N, C, H, W); see `load`.
 
-    The test images of CelebA are 4 GB as floats: of a large set, take `load(...).test[:8]`.
+    The test images of CelebA are 4 GB as floats: from a large set, take some by `load(...).test[:8]`.
     """
     checks.check_choice("split", split, PARTS)
     return getattr(load(name, root, image_size, channels, **options), split)[:]
@@ -500,7 +500,7 @@ def digits(root: Path | None = None, image_size: Size = 8, channels: int = 1) ->
 
 def _digits_table() -> np.ndarray:
     """Scikit-learn's file of digits, a row for each: 64 pixels from 0 to 16, and the label. The file itself is read,
-    since to import scikit-learn takes 2 s, of which `load_digits` needs nothing."""
+    since importing scikit-learn takes 2 s."""
     found = importlib.util.find_spec("sklearn")
     path = Path(found.origin).parent / DIGITS if found and found.origin else None
     if path and path.exists():
@@ -552,7 +552,7 @@ def _torchvision(name: str, root: Path, image_size: Size, channels: int, num_val
 
 
 def _check_fit(name: str, root: Path, part: Any, least: int) -> None:
-    """Raise a ValueError unless a part of MNIST has labels for its images, and more of these than that."""
+    """Raise a ValueError unless a part of MNIST has a label for each image, and more than `least` images."""
     images, labels = len(part.data), len(part.targets)
     if images != labels or images <= least:
         kind = "training" if part.train else "test"
@@ -565,15 +565,15 @@ def _check_fit(name: str, root: Path, part: Any, least: int) -> None:
 def celeba(
     root: Path, image_size: Size = 128, channels: int = 3, crop: int | None = 148, cache: str | Path | None = None
 ) -> Splits:
-    """CelebA, the aligned faces of 178 x 218 pixels, or any of them, with the official partition.
+    """CelebA, the aligned faces of 178 x 218 pixels, or any subset of them, with the official partition.
 
     The images are root/celeba/img_align_celeba/000001.jpg to 202599.jpg (or root/img_align_celeba/...). Beside that
     folder may lie list_eval_partition.txt, without which the official ranges are taken, and list_attr_celeba.txt,
     whose attributes become labels (N, 40): 1, 0, or -1 for images that it does not list. Images of the partition that
-    are not there, and files that it does not name, are counted in the note. If there is nothing, all is downloaded.
+    are not there, and files that it does not name, are counted in the note. If no image is there, all are downloaded.
 
     Raises:
-        ValueError: if there is nothing and it cannot be downloaded, a part has no image, or a line of these files is
+        ValueError: if no image is there and none can be downloaded, a part has no image, or a line of these files is
             malformed.
     """
     folder = _celeba_folder(root)
@@ -694,14 +694,14 @@ def image_folder(
 ) -> Splits:
     """Any folder of images, of any sizes and modes, in subfolders or not: 80 % train, 10 % validation, 10 % test.
 
-    The square of `crop` pixels in the middle, or all, is cut to the proportions of `image_size` and resized.
-    Transparency is laid on white. If every image lies in a subfolder, the first-level subfolders, in the order of their
-    names, are the classes. The split depends on the relative paths alone, and one more image moves hardly any other to
-    another part. If the first-level subfolders are `train` and `test` or `valid` (or `val`), they are the split, a
-    tenth of `train` being validation or test images if there are none, and those in them the classes; images beside
-    them are not taken. These and files that cannot be read are named in a warning, skipped and counted; hidden files
-    and folders (.NAME) are left alone, links are followed. Grey images of 32 bits or floats say nothing of their range:
-    each counts as of 0..255, 16 bits or [0, 1] by its largest number.
+    The centred square of `crop` pixels, or the whole image, is cropped to the proportions of `image_size` and resized.
+    Transparent images are laid on white. If every image lies in a subfolder, the first-level subfolders, in the order
+    of their names, are the classes. The split depends on the relative paths alone; an additional image moves hardly any
+    other to another part. If the first-level subfolders are `train` and, with it, `test`, `valid` (or `val`) or both,
+    they are the split, and the folders in them the classes; if there are no validation or test images, a tenth of
+    `train` serves as such. Images outside these folders, and files that cannot be read, are named in a warning, skipped
+    and counted; hidden files and folders (.NAME) are ignored, links are followed. Grey images of 32 bits or floats do
+    not say what their range is: it is taken to be 0..255, 16 bits or [0, 1], by the largest number of each image.
 
     Raises:
         ValueError: if the folder is missing or holds fewer than three readable images.
@@ -736,8 +736,8 @@ def image_folder(
 
 
 def _by_part(names: list[str], own: dict[str, str]) -> list[str]:
-    """Names in an order of their own, test images first, then those of validation, if they have their parts; else by
-    that order alone. Where an image comes or goes, the order of the others stays."""
+    """Names in an order that looks random (by hashes of the names); if they have parts, test images first, then those
+    of validation. When images are added or removed, the order of the others stays."""
 
     def place(name: str) -> tuple[int, bytes]:
         return PARTS[::-1].index(own.get(name, "train")), hashlib.blake2b(os.fsencode(name)).digest()
@@ -779,11 +779,11 @@ def _doubts(names: list[str], own: dict[str, str], root: Path, foreign: list[str
 def array_file(root: Path, image_size: Size = 32, channels: int = 3) -> Splits:
     """The images of an .npz or .npy file, as `array_files.read` finds them: NaN in floats was never recorded.
 
-    The middle, as much as has the proportions of `image_size`, is resized to it, but for images with NaN, which have to
-    be of that size.
-    The parts are those of the file, a tenth of the training images being validation images if it has none; images
-    without parts are split by their order alone: 80 % train, 10 % validation, 10 % test. Within a part they are
-    shuffled, always alike, as the first so many stand for all in what is measured, and a file may be sorted by class.
+    Images are cropped at their centre to the proportions of `image_size` and resized, except those with NaN, which must
+    have that size.
+    The parts are those of the file; if it has no validation images, a tenth of the training images serve as such.
+    Images without parts are split by their positions alone: 80 % train, 10 % validation, 10 % test. Each part is
+    shuffled, always in the same way: a file may be sorted by class, and measurements take the first images of a part.
 
     Raises:
         ValueError: if the file is missing, cannot be read, or holds no such images, too few of them, or some with NaN
@@ -812,16 +812,16 @@ def torch_dataset(
 ) -> Splits:
     """The images of torch Datasets, such as torchvision's, read into memory; see `torch_datasets.read`.
 
-    The middle, as much as has the proportions of `image_size`, is resized to it, but for images with NaN, which have to
-    be of that size. A part that there is not is a tenth of the training images, or of all, and each part is shuffled,
-    as of `array_file`.
+    Images are cropped at their centre to the proportions of `image_size` and resized, except those with NaN, which must
+    have that size. A missing part is a tenth of the training images, or of all. Each part is shuffled, as in
+    `array_file`.
 
     Args:
-        target: a class or a function that makes one; which parts are asked of it and how, `torch_datasets.parts` says.
-        own: what else it takes.
+        target: a class or function that makes data sets; how it is called for each part, `torch_datasets.parts` says.
+        own: other arguments of it.
 
     Raises:
-        ValueError: if it does not take that or fails, an image cannot be read, or there are too few.
+        ValueError: if it does not take these or fails, an image cannot be read, or there are too few.
     """
     if not callable(target):
         raise ValueError(f"target must be a class or a function that makes a torch Dataset, got {target!r}")
@@ -837,7 +837,7 @@ def torch_dataset(
 def _fitted(
     pixels: Tensor, recorded: Tensor | None, what: str, image_size: Size | None, channels: int | None
 ) -> Tensor:
-    """`_sized`, where something is asked for, of images of which some may not have been recorded."""
+    """`_sized`, to what is asked for if anything is; images with NaN must have that size already."""
     height, width = pixels.shape[-2:]
     size = (height, width) if image_size is None else checks.height_and_width("image_size", image_size)
     if recorded is not None and (height, width) != size:
@@ -858,7 +858,7 @@ def _image_set(arrays: array_files.Arrays) -> ImageSet:
 
 
 def _all_parts(content: array_files.Content, source: str) -> Splits:
-    """The three parts, shuffled: of each that there is not a tenth of the training images, or of all."""
+    """The three parts, shuffled; a missing one is a tenth of the training images, or of all."""
     if content.note:
         checks.warn(content.note)
     sets = {part: _image_set(arrays) for part, arrays in content.parts.items()}
@@ -926,7 +926,7 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Take back the empty folders that a failed download made."""
+    """Remove the empty folders that a failed download made."""
     for folder in reversed(folders):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -942,4 +942,4 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "torch_dataset": torch_dataset,
 }
 NAMED_BY_ROOT = ("image_folder", "array_file")  # a folder or file of the user's
-OWN = (*NAMED_BY_ROOT, "torch_dataset")  # of which `root` or more says which images they are
+OWN = (*NAMED_BY_ROOT, "torch_dataset")  # whose images are identified by `root` or by more

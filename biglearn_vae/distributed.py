@@ -1,6 +1,6 @@
 """The processes of one run: start-up under torchrun, rank, reductions, and random numbers that do not depend on them.
 
-A single process is `World()`, and needs of all this its device and its random numbers alone.
+A single process is `World()`, and needs only its device and the random numbers from here.
 """
 
 import hashlib
@@ -174,7 +174,7 @@ def shard(net: nn.Module, world: World) -> None:
 
 
 def sum_gradients(net: Any, summed: bool) -> None:
-    """Whether the next gradients of a network that is split (`shard`) are summed over the processes."""
+    """Set whether the next gradients of a network that is split (`shard`) are summed over the processes."""
     net.set_requires_gradient_sync(summed)
 
 
@@ -189,7 +189,7 @@ def is_split(value) -> bool:
 
 
 def gathered(state, world: World):
-    """On the main process the same with the whole of each split tensor, on the CPU; nothing in their place elsewhere.
+    """On the main process the same with each split tensor whole, on the CPU; on the others None in its place.
 
     One tensor after the other, so that a device never holds more than one of them whole. Every process must call it.
 
@@ -207,7 +207,7 @@ def gathered(state, world: World):
 
 
 def split(state, like):
-    """The contrary of `gathered`: tensors that all processes have, split as those at the same places of `like` are."""
+    """The inverse of `gathered`: tensors that all processes have, split as those at the same places of `like` are."""
 
     def one(value, own):
         if not is_split(own):
@@ -236,7 +236,7 @@ def cores() -> int:
 
 
 def derive_seed(*parts: float | str | None) -> int:
-    """One well-mixed seed from several numbers and words: unlike their sum, it does not repeat between runs.
+    """One well-mixed seed from several numbers and words: unlike a sum, it does not repeat between runs.
 
     Numbers may be of any type, such as NumPy's: they count as those of Python.
     """
@@ -259,13 +259,13 @@ class StepRandom:
 
     @classmethod
     def at(cls, seed: int, step: int, world: World) -> "StepRandom":
-        """Those of this step, on the world's device."""
+        """The random numbers of this step, on the world's device."""
         generator = torch.Generator(world.device).manual_seed(cls.seed_at(seed, step))
         return cls(generator, world.rank, world.size)
 
     @staticmethod
     def seed_at(seed: int, step: int) -> int:
-        """Of the generator of this step."""
+        """The seed of this step's generator."""
         return derive_seed("step", seed, step)
 
     def rows(self, count: int, draw: Callable[[int, torch.Generator], Tensor | tuple[Tensor, ...]]):

@@ -1,7 +1,7 @@
 """Numbers about a trained model: ELBOs, likelihoods, consistency, in-painting against the nearest training images.
 
-Images are a tensor (N, C, H, W) in [0, 1] or an `ImageSet`, of which only parts are ever made floats, so that it may be
-larger than the memory.
+Images are a tensor (N, C, H, W) in [0, 1] or an `ImageSet`, of which only a part at a time is made floats, so that it
+may be larger than the memory.
 
 N images, L tokens, D token dimension.
 """
@@ -37,24 +37,24 @@ SHAPES: dict[str, Callable[[tuple[int, int]], Tensor]] = {
 
 @torch.no_grad()
 def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = True, seed: int = 0) -> dict[str, float]:
-    """Mean ELBO of images, one latent draw and, unless joint, one (S, T) for each image, the same for the same seed.
+    """Mean ELBO of images, with one latent draw and, unless joint, one (S, T) for each image; `seed` determines it.
 
     Args:
         images: N of them.
-        loss: whose beta (the final one), prior and q(S, T) are used; prior and observations must be the model's. One
-            with terms of its own (`losses.has_model`) is computed as it is itself.
+        loss: its beta (the final one), prior and q(S, T) are used; prior and observations must be the model's. Terms of
+            its own are computed if it is not known what likelihood they bound (`losses.has_model`).
         joint: S empty and T everything, the JointELBO (Eq. 1); else (S, T) is drawn from the loss's q(S, T), with
-            ratios of each image's own, whatever the batches of training share: one pair for all would be a single task.
+            separate ratios for each image, also if training shares them in a batch: one pair would be a single task.
 
     Returns:
-        By name, means over the images: reconstruction, of Gaussian observations without the constant of N(mu, I); kl,
-        as it is; elbo, which is reconstruction - beta kl; and, unless beta is 0 for these or the loss has terms of its
-        own (`losses.has_model`), elbo_nats, a bound on the log-likelihood of one draw, for these under N(mu, beta I)
-        (`BigLearnVAE.log_prob` takes more). Images of which nothing was recorded do not count.
+        Means over the images by name: reconstruction (for Gaussian observations without the constant of N(mu, I)); kl,
+        without beta; elbo, which is reconstruction - beta kl; and elbo_nats, a bound on the log-likelihood by one draw
+        (`BigLearnVAE.log_prob` takes more), for Gaussian observations under N(mu, beta I), left out if these have beta
+        0 or the likelihood is not known (`losses.has_model`). Images of which nothing was recorded do not count.
 
     Raises:
-        ValueError: if the loss has another prior or other observations than the model, or gives something else than an
-            ELBO, and for images that cannot be observed so.
+        ValueError: if the loss has another prior or other observations than the model, or returns something else than
+            an ELBO, and for images that are none of these observations.
     """
     if not callable(loss):
         raise ValueError(f"expected an objective, such as BigLearnELBO(beta), got {loss!r:.80}")
@@ -84,7 +84,7 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
 
 def _elbos(vae: BigLearnVAE, loss: BigLearnELBO, tokens: Tensor, joint: bool, random: StepRandom) -> Iterator[ELBO]:
-    """As many images at a time as pass through the network at once, with what is drawn for all of them."""
+    """The ELBOs of as many images at a time as pass through the network at once; draws are made for all together."""
     S, known = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device), has_model(loss)
     vae.observations.check(tokens, masks.recorded(tokens))
     if not known and type(loss).__call__ is not BigLearnELBO.__call__:
@@ -107,12 +107,12 @@ def _check_parts(parts: Any) -> None:
 
 
 def _tokens(vae: BigLearnVAE, images: Images) -> Iterator[Tensor]:
-    """Those of a part of the images at a time, in the network's precision."""
+    """The tokens of a part of the images at a time, in the network's precision."""
     return (vae.tokenizer.encode(part.to(vae.dtype)) for part in parts(images, vae.device))
 
 
 def _mean(parts: Sequence[ELBO], name: str) -> float:
-    """Over the images of which something was asked for."""
+    """The mean over the images of which something was asked for."""
     values, counts = (torch.cat([getattr(part, of) for part in parts]) for of in (name, "num_targets"))
     return values[counts > 0].double().mean().item()
 
@@ -137,14 +137,14 @@ def inpainting_psnr(
 def nearest_psnr(
     vae: BigLearnVAE, images: Images, train: Images, ratios: Sequence[Task], neighbours: int = 10, seed: int = 0
 ) -> dict[Task, float]:
-    """The same for the mean of the nearest training images, nearest over the observed pixels: the floor to beat.
+    """Like `inpainting_psnr`, of the mean of the training images nearest over the observed pixels: the floor to beat.
 
-    The training images are read once for all ratios, and then the neighbours. Where nothing is observed, it is the mean
-    of all training images.
+    The training images are read once for all ratios, then the neighbours again. Where nothing is observed, the
+    completion is the mean of all training images.
 
     Args:
         train: M training images.
-        vae: for the size of its images and the grid of its patches alone.
+        vae: only its image size and the grid of its patches are used.
     """
     neighbours = checks.whole_number("neighbours", neighbours, 1)
     patches = _patches_of(vae, vae.image_shape[0])
@@ -169,10 +169,10 @@ def nearest_positions(vae: BigLearnVAE, images: Images, S: Tensor, train: Images
 
     Args:
         images: N of them.
-        S: R sets of patches for each, boolean (N, R, L), of what was recorded. Over an empty one none is nearer than
-            others. Of images that are equally near, such as blank ones over a blank patch, any may be taken.
+        S: R sets of patches for each, boolean (N, R, L), of what was recorded. Over an empty set all are equally near.
+            Of images that are equally near, such as blank ones over a blank patch, any may be taken.
         train: training images.
-        vae: for the size of its images and the grid of its patches alone; images may have other channels than its own.
+        vae: only its image size and the grid of its patches are used; images may have other channels than its own.
     """
     patches = _patches_of(vae, take(train, slice(1), vae.device).shape[1])
     x, known = (_Patches(part, patches, vae.device) for part in (images, train))
@@ -186,7 +186,7 @@ def _patches_of(vae: BigLearnVAE, channels: int) -> Patchify:
 
 
 class _Tokens(Protocol):
-    """What has a length and gives tokens (n, L, D) for a slice or a tensor of positions."""
+    """Anything with a length that gives tokens (n, L, D) for a slice or a tensor of positions."""
 
     def __len__(self) -> int: ...
 
@@ -209,10 +209,10 @@ class _Patches:
 def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10) -> Tensor:
     """The mean of the training tokens (M, L, D) that are nearest to x (N, L, D) over the patches S (N, L).
 
-    What of the training tokens was not recorded (NaN) counts in the distance as it would on average, by the mean and
-    the variance of the number over the training images that have it; left out, those images would be nearest of which
-    least was recorded. The completion is the mean of the neighbours that have a number, or else of all training images,
-    as where S is empty; of a number that none of them has, the mean of all numbers.
+    A number that a training token lacks (NaN) enters the distance with its expected squared difference, by the mean and
+    the variance of that number over the training images that have it; if it were left out, the images with the least
+    recorded would be nearest. Each number of the completion is the mean over the neighbours that have it; if none has,
+    or S is empty, over all training images; and if none of these has it, the mean of all numbers.
     """
     nearest, everyone = _nearest(x, S.unsqueeze(1), train, neighbours)
     rows = rows_of(neighbours * train[0].numel())
@@ -263,7 +263,7 @@ def _nearest(x: _Tokens, S: Tensor, train: _Tokens, neighbours: int) -> tuple[Te
 
 
 def _moments(train: _Tokens, rows: int, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (L, D) of what was recorded of each number less `centre`, 0 of one of which nothing was."""
+    """Mean and variance (L, D) of each number less `centre`, over what was recorded; 0 if nothing was."""
     parts = (train[start : start + rows].double() - centre for start in range(0, len(train), rows))
     sums = (torch.stack([(~y.isnan()).sum(0), y.nansum(0), y.square().nansum(0)]) for y in parts)
     count, total, squares = reduce(torch.add, sums)
@@ -280,7 +280,7 @@ def _distances(
 
     Args:
         has: where y has a number, (m, L, D), which is 0 where it was not recorded; None if y has them all.
-        moments: mean and variance (L, D) of such numbers, by which (x - y)^2 is expected to be what it is on average.
+        moments: mean and variance (L, D) of the numbers, which give the expected (x - y)^2 where y has none.
     """
     y = y.to(x.dtype)
     # What no S holds may be NaN.
@@ -342,7 +342,7 @@ def _is_task(task: Any) -> bool:
 def tasks_in_parts(
     vae: BigLearnVAE, images: Images, ratios: Sequence[Task], seed: int, rows: int
 ) -> Iterator[tuple[Tensor, dict[Task, tuple[Tensor, Tensor]]]]:
-    """So many images (n, C, H, W) at a time, and by ratio S and T, what is observed and what is hidden of them.
+    """`rows` images (n, C, H, W) at a time and, by ratio, S and T, what is observed and what is hidden of them.
 
     Both are patches (n, L), and together what was recorded. The masks are `hidden_masks` with the same seed.
     """
@@ -397,10 +397,9 @@ def _decibels(parts: Sequence[_Error]) -> float:
 
 @torch.no_grad()
 def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
-    """The variance of N(mu, variance I) under which images are likeliest, as their JointELBO sees it; of Gaussian
-    observations.
+    """The variance of Gaussian observations N(mu, variance I) that makes the JointELBO of images, in nats, largest.
 
-    That is the mean squared error of a reconstruction, z ~ p(z | x), over all numbers that were recorded. Fit it on
+    It is the mean squared error of a reconstruction, z ~ p(z | x), over all numbers that were recorded. Fit it on
     training images; `vae.log_prob(..., variance=)` takes it.
 
     Raises:
@@ -421,7 +420,7 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
 
 
 def whole(images: ImageSet, grid: tuple[int, int], most: int | None = None) -> ImageSet:
-    """Those of which every patch was recorded, all or the first ones, beyond which nothing is read."""
+    """The images of which every patch was recorded: all, or the first `most`, beyond which nothing is read."""
     if not len(images):
         return images
     recorded, count = [], 0
@@ -444,7 +443,7 @@ def likelihood(
     """Bounds on log-likelihoods (`BigLearnVAE.log_prob`), mean per image in nats and in bits per dimension.
 
     joint: of the whole image; marginal: of a random half of its patches, another half for each image; conditional: of
-    the other half given that one. Where there is but one patch, joint alone. The images must be whole (see `whole`).
+    the other half given that one. With a single patch, joint alone. The images must be whole (see `whole`).
 
     Args:
         annealing_steps: of `annealed_log_prob`, whose bounds are tighter the more there are; None is `log_prob`.
@@ -503,13 +502,13 @@ def consistency(
 
     - order_gap: |log p(x_A) + log p(x_B | x_A) - log p(x_B) - log p(x_A | x_B)|, mean over images, in nats. Both
       orders give log p(x_A, x_B) if the conditionals agree.
-    - order_noise: the same between two estimates of one order, with other draws: what the noise of estimation alone
-      explains. That each is too low, and not by the same, it does not see; more samples show it.
-    - posterior_gap: KL[p(z | x_S) || p(z) p(x_S | z) / p(x_S)] in nats, from the posterior of Bayes' rule, S = A, as
-      log p(x_S) less the mean log of importance weights: as that is bounded, in expectation a lower bound. With the
-      same weights' bound it is near the truth while that is below some log K, and far below it beyond (36 nats are
-      seen as 5 with K = 16, as 8 with K = 256); with annealing_steps it isn't held down.
-    - effective_samples: (sum w)^2 / sum w^2 / K of those weights, 1 if the two are equal, and never below 1 / K.
+    - order_noise: the same between two estimates of one order with different draws: what the noise of estimation alone
+      explains. It does not show that estimates are too low, each by another amount; more samples do.
+    - posterior_gap: KL[p(z | x_S) || p(z) p(x_S | z) / p(x_S)] in nats, from the posterior of Bayes' rule, S = A:
+      log p(x_S) less the mean log importance weight. As a bound stands for log p(x_S), it is a lower bound in
+      expectation. If the bound is from the same weights, it is near the truth up to about log K, and far too low beyond
+      (36 nats appear as 5 with K = 16, as 8 with K = 256); with annealing_steps it has no such limit.
+    - effective_samples: (sum w)^2 / sum w^2 / K of those weights: 1 if both distributions are equal, at least 1 / K.
 
     Args:
         samples: K, of every estimate.
@@ -517,7 +516,7 @@ def consistency(
             `log_prob`.
 
     Raises:
-        ValueError: if there is but one patch.
+        ValueError: if there is only one patch.
     """
     if vae.num_tokens < 2:
         raise ValueError("expected images of at least two patches, got one")
@@ -605,9 +604,9 @@ def completion_psnr(
     """PSNR over the missing pixels of any completion, by the ratio of patches observed, with `hidden_masks`.
 
     Args:
-        vae: for its patches alone.
+        vae: only its patches are used.
         complete: from images (n, C, H, W) and what is observed of them, (n, L), on the model's device, to completions
-            (n, C, H, W); n is at most `data.CHUNK`. Of a network trained without z (`losses.InpaintingRegression`):
+            (n, C, H, W); n is at most `data.CHUNK`. For a network trained without z (`losses.InpaintingRegression`):
             `lambda x, S: vae.decode(torch.zeros(len(x), vae.z_dim), x, S)`.
     """
     rows = rows_of(math.prod(vae.image_shape))
@@ -633,12 +632,12 @@ def _psnr_by_task(
 def training_mean_psnr(
     vae: BigLearnVAE, images: Images, train: Images, ratios: Sequence[Task], seed: int = 0
 ) -> dict[Task, float]:
-    """The same for the mean of all training images, whatever is observed: the lowest floor.
+    """Like `inpainting_psnr`, of the mean of all training images, whatever is observed: the lowest floor.
 
     Args:
-        train: M training images. Of a number that was not recorded (NaN) in any of them, the mean of all numbers takes
-            the place.
-        vae: for its patches alone.
+        train: M training images. A number that was not recorded (NaN) in any of them is replaced by the mean of all
+            numbers.
+        vae: only its patches are used.
     """
     mean = _mean_image(train)
     return completion_psnr(vae, images, ratios, lambda x, S: mean.to(x).expand_as(x), seed)
@@ -664,8 +663,8 @@ def completion_scores(draws: Tensor, images: Tensor, hidden: Tensor) -> dict[str
     Returns:
         psnr_draw: in dB, of one draw, its squared error being the mean over all K.
         psnr_mean: in dB, of the mean of the K draws.
-        diversity: standard deviation of a hidden number between draws, by the variance without bias: the root mean
-            square over all pairs of draws of their difference, over sqrt(2). So the squared error of one draw is that
+        diversity: standard deviation of a hidden number between draws (from the unbiased variance); that is, the root
+            mean square difference over all pairs of draws, divided by sqrt(2). So the squared error of one draw is that
             of the mean plus (1 - 1/K) diversity^2.
 
     Raises:
@@ -709,7 +708,7 @@ class LogProb:
     error: Tensor
 
     def __getitem__(self, index: Any) -> "LogProb":
-        """Those of some images, as of tensors."""
+        """The estimates of some images, indexed like a tensor."""
         return LogProb(self.nats[index], self.error[index])
 
 
@@ -741,23 +740,23 @@ def annealed_log_prob(
     seed: int = 0,
     steps: int = 200,
 ) -> LogProb:
-    """log p(x_T | x_S) under p(z | x_S) N(x_T; mu(z, x_S), variance I): `BigLearnVAE.log_prob`'s, more tightly.
+    """log p(x_T | x_S) under p(z | x_S) N(x_T; mu(z, x_S), variance I), more tightly than `BigLearnVAE.log_prob`.
 
-    By annealed importance sampling from p(z | x_{S u T}); with steps=1 it is that bound. In expectation it is a lower
-    bound for any samples and steps, and rises to the truth with both. Where p(z | x_{S u T}) is narrower than the
-    posterior of Bayes' rule, as training with a small beta leaves it, importance weights of thousands of samples
-    stay nats below it.
+    It is estimated by annealed importance sampling from p(z | x_{S u T}); with steps=1 it is that bound. In expectation
+    it is a lower bound for any samples and steps, and rises to the truth with both. Where p(z | x_{S u T}) is narrower
+    than the posterior of Bayes' rule, as training with a small beta leaves it, importance weights of thousands of
+    samples stay several nats below the truth.
 
     Args:
         x, T, given: see `BigLearnVAE.log_prob`.
         samples: K, chains of each image.
         variance: of the observations, by default that of `vae`.
-        steps: of the annealing, each 3.75 decodings with gradients for every sample, and more for each of fewer than 16
-            (none with steps=1).
+        steps: of the annealing; each takes 3.75 decodings with gradients per sample, more if there are fewer than 16
+            samples (with steps=1 none).
 
     Returns:
-        Of a batch numbers (N,), of a single image (). The lengths of annealing's steps are found for several images
-        together, so a number hangs a little on which others come with it.
+        For a batch numbers (N,), for a single image (). Step lengths of the annealing are found for several images
+        together, so a number depends a little on which others come with it.
 
     Raises:
         ValueError: if the variance is not positive, or T and given are not such masks.
@@ -785,15 +784,15 @@ def conditional_log_prob_joint(
     q(z | x), log p(x_S) from p(z).
 
     Each is below the truth in expectation and rises to it with `steps` and `samples`; their difference is neither a
-    lower nor an upper bound. The bias of each is about -error^2 / 2 once its error is well below 1, which it cannot
-    exceed: near 1 a single sample outweighs the others, and nothing is known. log p(x_S) is the harder one; as long as
-    it is too low by more, the difference is too high: the error favours the joint VAE. Whether it has settled shows in
-    a run with twice the steps.
+    lower nor an upper bound. The bias of each is about -error^2 / 2 once its error is well below 1. An error cannot
+    exceed 1; near 1 a single sample outweighs the others, and nothing is known. log p(x_S) is the harder one; as long
+    as it is too low by more, the difference is too high: the error favours the joint VAE. Whether it has settled shows
+    in a run with twice the steps.
 
     Args:
         x: images or tokens, a batch or one, whole.
         S: what is observed, a mask as for every method of `vae`.
-        samples, variance, seed, steps: see `annealed_log_prob`, which this takes twice.
+        samples, variance, seed, steps: see `annealed_log_prob`, which is run twice here.
         joint: log p(x) of these images, if it is known: `annealed_log_prob(vae, images)`, or `joint` of the result for
             another S.
 
@@ -827,7 +826,7 @@ def _annealed(
     seed: int,
     steps: int,
 ) -> LogProb:
-    """log p(x_T | x_S) from p(z | x_{S u T}), or from p(z | x_S), from which the way is longer at its beginning."""
+    """log p(x_T | x_S), annealed from p(z | x_{S u T}), or from p(z | x_S), where early steps have further to go."""
     if torch.is_inference_mode_enabled():
         raise ValueError("annealing follows gradients: take torch.no_grad() in place of torch.inference_mode()")
     variance, samples = checked_variance(vae, variance), checks.whole_number("samples", samples, 1)

@@ -1,7 +1,7 @@
 """The paper's experiments: which runs a preset has, what is missing of them, and one small JSON file of each.
 
-Every run is trained and measured by the scripts themselves, several at a time, in as many processes that go from script
-to script; one that is stopped goes on when it is called again.
+Every run is trained and measured by the scripts themselves, several runs at a time, in as many processes, each of which
+runs one script after another. What was stopped goes on when it is called again.
 """
 
 import itertools
@@ -56,15 +56,15 @@ class Preset:
         methods: methods.
         seeds: seeds by case.
         settings: command-line settings of each script, for all runs.
-        more: more of them for runs that are all that is named, such as "biglearn_u" or "biglearn_u case1 seed0", also
-            as {"biglearn_u": {"seed0": ...}}.
-        scripts: which of them are called, of those that a target needs.
-        grid: what is compared, by name; of each, its levels and what they are on the command line of scripts/train.py.
-            Every combination is trained, as by Hydra's multirun.
+        more: more settings for the runs that match every word of a key, such as "biglearn_u" or "biglearn_u case1
+            seed0", also nested, {"biglearn_u": {"seed0": ...}}.
+        scripts: which scripts are called, of those that a target needs.
+        grid: what is compared, by name: the levels of each, with their settings on the command line of
+            scripts/train.py. Every combination is trained, as by Hydra's multirun.
 
     Raises:
-        ValueError: for scripts that there are not, for `more` of what there is not, for settings that would make it
-            another run, such as seed=1, and for a grid that is not made so or whose runs share a name.
+        ValueError: for unknown scripts, for words in `more` that are of no run, for settings that would make it another
+            run, such as seed=1, and for a grid of another form or whose runs share a name.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Preset:
                 raise ValueError(f'names in a grid must be text: write "{other[0]}", in quotes, for {other[0]}')
 
     def runs(self) -> list["Run"]:
-        """All of them, seed by seed, so that every method is there before any is there twice."""
+        """All runs, seed by seed, so that every method is made once before any is made again."""
         of_case = [(seed, case) for case, seeds in self.seeds.items() for seed in seeds]
         ordered = sorted(of_case, key=lambda pair: pair[0])
         cells = [tuple(zip(self.grid, levels, strict=True)) for levels in itertools.product(*self.grid.values())]
@@ -141,7 +141,7 @@ class Preset:
         ]
 
     def matching(self, only: str) -> list["Run"]:
-        """Those of its runs that are all that is named, "vae seed0".
+        """Those of its runs that match every word of a text, "vae seed0".
 
         Raises:
             ValueError: for words that name no run of it.
@@ -185,7 +185,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the matrix; `levels` is its place in the grid, what is compared and how it is here."""
+    """One run of the matrix; `levels` is its place in the grid, pairs of what is compared and the level it has."""
 
     data: str
     case: str
@@ -203,7 +203,7 @@ class Run:
         return (self.data, self.case, self.method, f"seed{self.seed}", *levels)
 
     def is_all(self, which: str) -> bool:
-        """Whether it is of each data set, case, method, seed and level in a text, "biglearn_u seed0"."""
+        """Whether it matches every word of a text: data set, case, method, seed or level, "biglearn_u seed0"."""
         return set(self._parts).issuperset(which.split())
 
     def words(self) -> list[str]:
@@ -237,7 +237,7 @@ class Stopped(Exception):
 
 @dataclass
 class Campaign:
-    """Makes what results/ lacks.
+    """Makes those runs and measurements of a preset that results/ lacks.
 
     Args:
         preset: what to make.
@@ -248,11 +248,11 @@ class Campaign:
         data_root: folder of the data, or None for the default of each data set.
         workers: runs at a time.
         budget: minutes, or None.
-        only: the runs that are all that is named, "mnist case4 seed0", or None for all; a level of a grid is named as
-            in the folder of its run, "changed-beta-0.1".
+        only: make only the runs that match every word, "mnist case4 seed0", or None for all; a level of a grid is named
+            as in the folder of its run, "changed-beta-0.1".
 
     Raises:
-        ValueError: on an unknown target, workers or a budget that are not positive, and words that no run is.
+        ValueError: on an unknown target, workers or a budget that are not positive, and words that match no run.
     """
 
     preset: Preset
@@ -291,11 +291,11 @@ class Campaign:
     def make(self, call: Callable[[str, list[str]], Any]) -> bool:
         """Make what is missing; returns whether nothing is left. Ctrl-C and SIGTERM stop it like the end of its budget.
 
-        A run of which a script fails is left; `failures` has the end of what it said, and the others go on. So they do
-        where another process trains a run, which is left to that (`left`).
+        If a script fails, its run is given up and the others go on; `failures` has the end of what the script said. A
+        run that another process trains is left to that process (`left`).
 
         Args:
-            call: what runs a script, given its name and the words of its command line; a module's function, since it is
+            call: runs a script, given its name and the words of its command line; a module's function, since it is
                 called in other processes.
         """
         threads = max(1, cores() // self.workers)  # each of several gets its share of the processor
@@ -397,7 +397,7 @@ class Campaign:
         return asked or (self._deadline is not None and time.monotonic() > self._deadline)
 
     def _found(self, run: Run, script: str) -> tuple[int, int] | None:
-        """What tells the file that a script has left from any other; None if there is none."""
+        """What identifies the file that a script has left; None if there is none."""
         made = self._folder(run) / FILES[script]
         if not made.exists():
             return None
@@ -405,8 +405,8 @@ class Campaign:
         return found.st_ino, found.st_mtime_ns
 
     def _is_made(self, run: Run, script: str, before: tuple[int, int] | None) -> bool:
-        """Whether a script has left its numbers since; while a training goes on, those of fewer steps are still there,
-        and one that was done leaves them as they are."""
+        """Whether a script has left its numbers since. A training is judged by its steps: while it goes on, the numbers
+        of fewer steps are still there, and if it was done before, they stay as they are."""
         if script != "train":
             return self._found(run, script) not in (None, before)
         steps = read_json(self._folder(run) / FILES[script]).get("steps")

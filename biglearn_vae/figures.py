@@ -2,8 +2,8 @@
 
 N images, n of them drawn, C channels, H x W pixels, L tokens, Z latent dimension, R panels.
 
-The functions in `FIGURES` take a model and images (N, C, H, W) in [0, 1], of which they draw a few, those of
-different classes if there are labels (N,). What was never recorded (NaN) is observed in none of them.
+The functions in `FIGURES` take a model and images (N, C, H, W) in [0, 1], of which they draw a few, from different
+classes if there are labels (N,). What was never recorded (NaN) is never observed.
 """
 
 import html
@@ -160,7 +160,7 @@ def shapes(vae: BigLearnVAE, count: int, seed: int = 0) -> dict[str, Tensor]:
 def completions(
     vae: BigLearnVAE, images: Tensor, ratio: float = 0.5, draws: int = 4, seed: int = 0, title: str = ""
 ) -> np.ndarray:
-    """In-painting in short: images (N, C, H, W), all of them drawn, a random `ratio` of their patches observed."""
+    """In-painting in short: all of the images (N, C, H, W), with a random `ratio` of their patches observed."""
     x, recorded = take(vae, images, None, len(images))
     S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
     block = Block.of([("image", rgb(x)), *_completions(vae, x, S, draws, seed)])
@@ -265,7 +265,7 @@ def decoding_sensitivity(
         images: (N, C, H, W); `rows` of them are drawn.
         labels: classes (N,).
         delta: how far a dimension is moved; by default 3 times the standard deviation of its means over the images.
-        dims: which dimensions, or how many, then those with the largest effect.
+        dims: which dimensions, or how many of those with the largest effect.
         ratios: shares of the patches observed.
     """
     x, recorded = take(vae, images, labels, rows)
@@ -317,7 +317,7 @@ def encoding_sensitivity(
         images: (N, C, H, W); `rows` of them are drawn.
         labels: classes (N,).
         ratio: share of the patches observed.
-        share: of all patches, one at least, that are changed at most; fewer if others have that colour already.
+        share: at most this share of all patches is changed, at least one patch; fewer if some have that colour already.
     """
     x, recorded = take(vae, images, labels, rows)
     S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
@@ -357,7 +357,7 @@ class _Change(NamedTuple):
 
 
 def _changed(vae: BigLearnVAE, x: Tensor, S: Tensor, value: float, count: int) -> _Change:
-    """Set those observed patches of each image to `value` that alone move its code furthest, at most `count`."""
+    """Set to `value` those observed patches of each image that, one by one, move its code furthest, at most `count`."""
     each = torch.eye(vae.num_tokens, dtype=torch.bool, device=x.device).repeat(len(x), 1).unsqueeze(-1)  # (n L, L, 1)
     tokens, flat = (vae.tokenizer.encode(images) for images in (x, torch.full_like(x[:1], value)))
     many, observed = (part.repeat_interleave(vae.num_tokens, 0) for part in (tokens, S))
@@ -558,8 +558,8 @@ def page(name: str, drawn: Mapping[str, str], note: str = "") -> str:
     """The HTML page of a run that shows figures, PNG files beside it.
 
     Args:
-        drawn: by the names of the figures, what each is of.
-        note: of them all.
+        drawn: what each figure shows, by the names of the figures.
+        note: about all of them.
     """
     figures = "\n".join(
         f'<figure id="{key}"><img src="{key}.png" alt="{html.escape(". ".join(TEXTS[key]))}">'
@@ -597,9 +597,9 @@ figcaption {{ font-size: small }}
 
 
 def choose(total: int, labels: Tensor | None, count: int, repeat: bool = False) -> Tensor:
-    """Positions of images, (n,): the first of each class, the second of each, ...; or just the first.
+    """Positions of images, (n,): the first of each class, the second of each, ...; without labels simply the first.
 
-    There are `count`, or `total` if that is less; with `repeat` they are taken again until it is reached.
+    There are `count`, or `total` if that is less; with `repeat` they start again until there are `count`.
     """
     order = torch.arange(total)
     if labels is not None:
@@ -629,8 +629,8 @@ def rgb(images: Tensor) -> np.ndarray:
 
 
 def hide(images: Tensor, observed: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) with what is not observed, a mask (N, 1, H, W), in the colour of hidden parts, which in
-    images that have colours is striped."""
+    """Images (N, C, H, W) with what is not in `observed`, a mask (N, 1, H, W), in the colour of hidden parts, which is
+    striped in images that have colours themselves."""
     missing, striped = images.isnan(), _is_coloured(images)
     images = torch.where(observed | missing, images.clamp(0, 1), _tone(HIDDEN, images, striped))
     return torch.where(missing, _tone(MISSING, images, striped), images).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Files that at every moment are the old ones or the new ones, whole, and folders that one process writes into."""
+"""Files that are at every moment wholly the old or wholly the new one, and folders that one process alone writes to."""
 
 import errno
 import json
@@ -13,10 +13,10 @@ from typing import Any, BinaryIO, TextIO
 
 @contextmanager
 def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
-    """Where to write what then takes the place of `path`; if writing fails, `path` stays as it is.
+    """A path to write to; that file then replaces `path`, which stays as it is if writing fails.
 
     Args:
-        alone: whether no other process writes this file. Then what is left of one that was killed is written over.
+        alone: whether no other process writes this file. Then what a killed process left half-written is overwritten.
     """
     partial = path.with_suffix(".partial") if alone else path.with_suffix(f".{os.getpid()}.partial")
     try:
@@ -41,7 +41,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of `write_json` holds; nothing if it is not there, damaged or holds something else."""
+    """What a file of `write_json` holds; an empty dict if it is missing, damaged or holds something else."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -57,7 +57,7 @@ def to_disk(file: BinaryIO | TextIO) -> None:
 
 @contextmanager
 def followed(folder: Path) -> Iterator[Callable[[], bool]]:
-    """What says whether a folder is still the one that it is now: not deleted, nor made anew by somebody else."""
+    """A function that says whether a folder is still the same one: not deleted, nor made anew by somebody else."""
     try:
         opened = os.open(folder, os.O_RDONLY)  # while it is, no other folder can get its number
     except OSError:  # Windows opens no folders
@@ -71,7 +71,7 @@ def followed(folder: Path) -> Iterator[Callable[[], bool]]:
 
 
 class Busy(ValueError):
-    """Another process does what this one was to do, where one alone can."""
+    """Another process is doing what this one was to do, and only one can."""
 
 
 LOCK = "lock"  # the file in a folder that says who writes into it
@@ -82,14 +82,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what file systems wit
 def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
     """Be the only process that writes into a folder; the kernel takes the lock from a process that ends.
 
-    Where there are no such locks (Windows, some network file systems), nothing is locked; of the latter it warns.
+    Where there are no such locks (Windows, some network file systems), nothing is locked; the latter cause a warning.
 
     Args:
-        folder: one that is there.
-        busy: what to say of another process that has it, after its name; by default that one is waited for.
+        folder: one that exists.
+        busy: what to say, behind its name, of another process that holds the lock; by default this one waits for it.
 
     Raises:
-        Busy: saying so.
+        Busy: with these words, if `busy` is given and another process holds the lock.
     """
     try:
         import fcntl

@@ -4,7 +4,7 @@ N files, C channels, H x W pixels. A cache folder holds
 
     pixels.u8      the images, uint8 (n, C, H, W), those that can be read, one after the other
     index.json     what they were made of; written last, so that without it they count as half-made
-    progress.json  the same while they are being made: how far that is
+    progress.json  the same while they are being made, and how far that is
     lock           who is making them
 """
 
@@ -36,8 +36,8 @@ SUFFIXES = frozenset(
 )
 FOREIGN = frozenset({".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".exr"})  # images, but none that are read
 PIXELS, INDEX, PROGRESS = "pixels.u8", "index.json", "progress.json"
-FORMAT = 2  # of the cache, and of what `decode` makes of a file; another number, and older ones are not used
-CHUNK_BYTES, CHUNK_FILES = 2**24, 1024  # of pixels and of files between two notes of how far a cache is
+FORMAT = 2  # version of the cache and of what `decode` makes of a file; caches of other versions are not used
+CHUNK_BYTES, CHUNK_FILES = 2**24, 1024  # at most so many bytes of pixels and files between two writes of progress.json
 
 
 Stat = tuple[int, int]  # of a file: bytes, and when it was changed, in nanoseconds
@@ -49,7 +49,7 @@ class Files:
 
     Attributes:
         root: the folder.
-        stats: names below it, with "/" between folders, in the order of the images, and of each its `Stat`.
+        stats: the `Stat` of each file by its name below the folder, with "/" between folders, in the images' order.
     """
 
     root: Path
@@ -66,13 +66,13 @@ class Files:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a file becomes: the middle of it, as much as has the proportions asked for, resized.
+    """What a file becomes: the image, cropped at its centre to the proportions of `size` and resized.
 
     Attributes:
         size: side in pixels after resizing, or height and width.
         channels: C, 1 (grey) or 3.
-        crop: side in pixels of the square that is taken before resizing. None is the largest that there is, which
-            is also taken of an image smaller than the crop.
+        crop: side in pixels of a centred square that is cut out before all else. None cuts out no such square, nor is
+            one cut out of an image smaller than the crop.
     """
 
     size: int | Sequence[int]
@@ -91,18 +91,18 @@ class Recipe:
 
     @property
     def bytes(self) -> int:
-        """Of one image."""
+        """The bytes of one image."""
         return math.prod(self.shape)
 
     @property
     def chunk(self) -> int:
-        """How many files are decoded between two notes of how far a cache is."""
+        """How many files are decoded between two writes of progress.json."""
         return max(1, min(CHUNK_FILES, CHUNK_BYTES // self.bytes))
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Images of those files that could be read, in the order of the files.
+    """The images of all files that could be read, in the order of the files.
 
     Attributes:
         pixels: uint8 (n, C, H, W).
@@ -118,8 +118,8 @@ class Decoded:
 def scan(root: Path, deep: bool = False) -> dict[str, Stat]:
     """The files in a folder by name, in no order; with `deep` those in subfolders too.
 
-    Links to files count as files and links to folders as folders, but for one to a folder that it lies in; links to
-    nothing are files that cannot be read. Subfolders that may not be read are skipped, with a warning.
+    Links to files count as files and links to folders as folders, except a link to a folder that it lies in itself;
+    broken links count as files that cannot be read. Subfolders without permission to read are skipped, with a warning.
     """
     stats: dict[str, Stat] = {}
     folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]  # each with those that it lies in
@@ -175,14 +175,14 @@ def read(files: Files, recipe: Recipe, cache: str | Path | None = None, kind: st
         files: in the order in which their images are wanted.
         recipe: what becomes of each.
         cache: None decodes into memory. A folder keeps the images of these files and this recipe in a subfolder of
-            its own, from which later calls map them without opening a file, read as they are asked for. An
-            interrupted call is continued by the next; while one process writes there, others wait for it. Where
-            files came, went, or changed their size or their time, the images are made again, with a warning.
+            its own; later calls map them into memory from there without opening the image files. An interrupted call
+            is continued by the next; while one process writes there, others wait for it. If files were added or
+            removed, or changed in size or time, the images are made again, with a warning.
         kind: of data, for the name of the subfolder.
 
     Raises:
-        ValueError: if the memory does not suffice; if the cache cannot be written, is damaged, or was made of
-            another folder or by another recipe.
+        ValueError: if there is not enough memory; if the cache cannot be written, is damaged, or was made of another
+            folder or by another recipe.
     """
     if not files:
         return Decoded(torch.empty(0, *recipe.shape, dtype=torch.uint8), [], "")
@@ -229,7 +229,7 @@ def _into_memory(files: Files, recipe: Recipe) -> tuple[Tensor, dict[str, str]]:
 
 
 def _decoded(files: Files, recipe: Recipe, start: int = 0) -> Iterator[dict[str, Tensor | str]]:
-    """A chunk of files at a time from the file `start` on, what `decode` makes of each by its name."""
+    """What `decode` makes of each file, by name, a chunk of files at a time, from the file `start` on."""
     from tqdm import tqdm
 
     names = list(files.stats)
@@ -248,7 +248,7 @@ def _decoded(files: Files, recipe: Recipe, start: int = 0) -> Iterator[dict[str,
 
 
 def decode(path: Path, recipe: Recipe) -> Tensor | str:
-    """A file as uint8 (C, H, W), or in words why it cannot be read. Transparency is laid on white."""
+    """A file as uint8 (C, H, W), or in words why it cannot be read. Transparent images are laid on white."""
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -264,10 +264,10 @@ def decode(path: Path, recipe: Recipe) -> Tensor | str:
 
 
 def plain(file: "Image.Image") -> "Image.Image":
-    """An image of any mode in 8 bits, upright, transparency laid on white.
+    """An image of any mode in 8 bits, turned upright, transparent ones laid on white.
 
     Raises:
-        ValueError: if its range is none that is known.
+        ValueError: if its numbers are in no known range.
     """
     from PIL import Image, ImageOps
 
@@ -287,8 +287,8 @@ def plain(file: "Image.Image") -> "Image.Image":
 def _eight_bits(image: "Image.Image", sixteen: bool) -> "Image.Image":
     """A grey image of 16 or 32 bits or of floats, in 8 bits; convert() would clip it.
 
-    16 bits are 0..65535; 32 bits are, too, unless they are `sixteen` for sure or all are in 0..255; floats are in
-    [0, 1], a little beyond is clipped, or in 0..255 if one is above 2.
+    16 bits are 0..65535; 32 bits are, too, if they are `sixteen` for sure or one is above 255, else 0..255; floats are
+    0..255 if one is above 2, else [0, 1], and a little beyond is clipped.
 
     Raises:
         ValueError: if they are none of these.
@@ -317,11 +317,11 @@ class _State:
     """What a cache was made of and how far it is: the content of index.json and progress.json.
 
     Attributes:
-        settings: the recipe, and of which folder.
+        settings: the recipe, and the folder of the files.
         digest: of the files' names, sizes and times.
         files: how many they are.
         done: how many of them, from the first, are in the cache or broken.
-        broken: why files that cannot be read cannot.
+        broken: why files cannot be read, by their names.
     """
 
     settings: dict[str, Any]
@@ -389,7 +389,7 @@ def _mapped(path: Path, images: int, recipe: Recipe) -> Tensor:
 
 
 def _index(folder: Path, wanted: _State, recipe: Recipe) -> _State | None:
-    """What a whole cache was made of, be it of these files or not; None if there is none.
+    """What a complete cache was made of, whether of these files or others; None if there is none.
 
     Raises:
         ValueError: if it is damaged or of other settings.
@@ -449,7 +449,7 @@ def _build(folder: Path, files: Files, recipe: Recipe, wanted: _State, outdated:
 
 
 def _progress(folder: Path, wanted: _State, recipe: Recipe) -> _State:
-    """How far an interrupted process came with the same files; what is of others is removed."""
+    """How far an interrupted process came with the same files; what is left of other files is removed."""
     try:
         state = _State.load(folder / PROGRESS)
     except ValueError:
@@ -470,7 +470,7 @@ def _progress(folder: Path, wanted: _State, recipe: Recipe) -> _State:
 
 @contextmanager
 def _written(folder: Path) -> Iterator[None]:
-    """Make a folder; what fails while files in it are written is a ValueError that says what to do."""
+    """Make a folder; an OSError while files in it are written becomes a ValueError that says what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

@@ -18,7 +18,7 @@ LARGEST_ERROR = 0.02  # relative, of what is computed in bfloat16; that of a ker
 
 
 def asked_once(function: Callable[..., bool]) -> Callable[..., bool]:
-    """Decorator: it is called once for the same arguments, and not traced where a network is compiled."""
+    """Decorator: the function is called once for the same arguments, and not traced when a network is compiled."""
     cached = functools.cache(function)
 
     @functools.wraps(function)
@@ -35,7 +35,7 @@ def is_right(
     gradients: Sequence[Tensor],
     words: str,
 ) -> bool:
-    """Whether a kernel gives what the plain function gives in float64, but for rounding; a warning says if not.
+    """Whether a kernel gives what the plain function gives in float64, up to rounding; a warning says if not.
 
     Args:
         kernel, plain: tensors, as many as `inputs` -> a tensor, or several.
@@ -86,7 +86,7 @@ def multiprocessors(device: torch.device) -> int:
 def sum_rows(x: Tensor) -> Tensor:
     """The sum over the rows of a matrix, (M, N) -> (N,), in float32; N must not be 0.
 
-    The same numbers give the same sum: programs add rows of their own, then one adds what they found, in order.
+    The same numbers always give the same sum: each program adds its own rows, then one adds these sums in order.
     """
     x = x.contiguous()
     rows, columns = x.shape

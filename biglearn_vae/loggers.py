@@ -16,7 +16,7 @@ from biglearn_vae.files import replacing, write_text
 
 
 class Logger:
-    """One that ignores everything; the others override what they take."""
+    """A logger that ignores everything; subclasses override what they take."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Numbers by name, at a step."""
@@ -89,7 +89,7 @@ class Pictures(Logger):
 
     @staticmethod
     def save(path: Path, pixels: np.ndarray, about: str = "") -> None:
-        """One picture as a PNG file, which also says what it is of."""
+        """One picture as a PNG file, which also holds `about`, words on what it shows."""
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
 
@@ -100,7 +100,7 @@ class Pictures(Logger):
 
     @staticmethod
     def about(path: Path) -> str:
-        """What a PNG file says that it is of; nothing if it does not, or is damaged."""
+        """What a PNG file says that it shows; an empty text if it says nothing, or is damaged."""
         from PIL import Image
 
         with suppress(OSError, SyntaxError, ValueError), Image.open(path) as image:

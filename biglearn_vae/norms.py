@@ -1,8 +1,8 @@
 """Sums of the residual stream and their LayerNorms on GPUs, as one Triton kernel in each direction.
 
-Whatever stands between the matrix products of a block takes the time of the memory it touches. Here a token's numbers
-are read once to add an update to them and normalise the sum, and once to take both gradients back, with those of the
-norm's own parameters. What it gains is in `results/choices.md`.
+Whatever stands between the matrix products of a block takes as long as reading and writing its memory does. Here a
+token's numbers are read once to add an update to them and normalise the sum, and once more for the gradients of both
+and of the norm's own parameters. What it gains is in `results/choices.md`.
 
 M tokens of all sequences together, d their dimension.
 """
@@ -20,7 +20,7 @@ NUMBERS = 2048  # that a program takes at once, of one token or several
 
 
 def fits(x: Tensor, update: Tensor) -> bool:
-    """Whether `add_norm` takes these summands, is right about such, and worth being launched."""
+    """Whether `add_norm` takes these summands, computes them right, and is worth launching."""
     half = update.dtype in (torch.bfloat16, torch.float16)
     able = x.is_cuda and x.dtype == torch.float32 and half and x.shape == update.shape and x.shape[-1] <= LARGEST
     return able and cuda_graph.is_worth_launching(x.numel()) and is_right(x.shape[-1], update.dtype, str(x.device))

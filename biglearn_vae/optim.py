@@ -32,12 +32,12 @@ class Optim:
         muon_lr: peak learning rate of Muon (Jordan et al. 2024), which then takes the matrices between hidden layers,
             those of the members of a `ModuleList` such as the blocks of a transformer, and the kernels of convolutions,
             and leaves the rest to AdamW. Its updates are orthogonalised and scaled to the size of AdamW's (Liu et al.
-            2025): their singular values are 0.2 times the root of the larger side, so that what suits a network is
-            too much for a wider one, by the root of the ratio (`optim=muon` sees to it). None leaves everything to
-            AdamW.
+            2025): their singular values are 0.2 times the root of the larger side, so that a rate that suits one
+            network is too high for a wider one, by the root of the ratio of widths (`optim=muon` allows for this).
+            None leaves everything to AdamW.
 
     Raises:
-        ValueError: on values outside these.
+        ValueError: on values outside these ranges.
     """
 
     lr: float = 1e-3
@@ -67,14 +67,14 @@ class Optim:
     def optimizers(
         self, net: nn.Module, fused: bool | None = None, capturable: bool = False
     ) -> list[torch.optim.Optimizer]:
-        """The optimizers that together take all of the network's parameters; "peak" of a group is its learning rate.
+        """The optimizers that together train all of the network's parameters; each group's peak rate is its "peak".
 
         A subclass may return others of torch's, from `def optimizers(self, net, **_)`, such as
-        `[torch.optim.SGD(net.parameters(), self.lr)]`. Of a group that has no "peak" it is the learning rate that the
-        group was made with.
+        `[torch.optim.SGD(net.parameters(), self.lr)]`. If a group has no "peak", the learning rate that it was made
+        with is its peak.
 
         Args:
-            fused: whether AdamW is one kernel, or what torch has by default; None fuses it where it can be.
+            fused: whether AdamW is one fused kernel; False leaves that to torch, None fuses it wherever possible.
             capturable: whether AdamW may be part of a CUDA graph.
         """
         hidden = _hidden_weights(net) if self.muon_lr else {}
@@ -98,20 +98,20 @@ class Optim:
         return warm * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
     def set_rates(self, optimizers: Iterable[torch.optim.Optimizer], share: float | Tensor) -> None:
-        """Give these optimizers this share (a tensor: ()) of their peak learning rates."""
+        """Set the learning rates of these optimizers to this share of their peaks, a number or a tensor ()."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = share * group.setdefault("peak", group["lr"])
 
     def ema_decay_at(self, step: int) -> float:
-        """Decay of the average of the weights at this step, counted from 0: it follows closely at first."""
+        """Decay of the average of the weights at this step, counted from 0: smaller at first, to follow closely."""
         return min(self.ema_decay, (1 + step) / (10 + step))
 
     @staticmethod
     @torch.no_grad()
     def update_average(average: nn.Module, net: nn.Module, change: float | Tensor) -> None:
-        """Move the average of a network's weights towards them, by this share (a tensor: ()) of the way; what else it
-        knows, such as the statistics of a BatchNorm, it takes over."""
+        """Move the average of a network's weights towards them by this share of the way, a number or a tensor ();
+        buffers, such as the statistics of a BatchNorm, are copied."""
         means: list[Tensor] = list(average.parameters())
         weights: list[Tensor] = list(net.parameters())
         if buffers := list(average.buffers()):
@@ -147,10 +147,10 @@ def optimizers_of(optim: Optim, net: nn.Module, **options: bool) -> list[torch.o
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with updates of the size of AdamW's, also of kernels (M, N, P, P): as matrices (M, N P P).
+    """`torch.optim.Muon` with updates of the size of AdamW's, also for kernels (M, N, P, P), as matrices (M, N P P).
 
-    Its steps, but of many matrices at once, where one by one they would take their time to be started; and in float32
-    where bfloat16 is slow: torch's take 20 times as long on CPUs that do not know it.
+    It takes the same steps, but of many matrices at once, since launching them one by one takes time; and in float32
+    where bfloat16 is slow: on CPUs without support for it torch's own take 20 times as long.
 
     Args:
         weights: parameters of two axes or four.
@@ -167,7 +167,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the weights from their gradients; returns what `closure` does, which may take these first."""
+        """Update the weights from their gradients; returns what `closure` returns, which may compute these first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -248,8 +248,8 @@ def _is_matrix(weight: Tensor) -> bool:
 
 
 def _hidden_weights(net: nn.Module) -> dict[nn.Parameter, None]:
-    """The matrices of the members of a network's `ModuleList`s and the kernels of its convolutions, each once; those
-    without a number, or that are no matrix in memory, are left to AdamW."""
+    """The matrices of the members of a network's `ModuleList`s and the kernels of its convolutions, each once; empty
+    ones, and kernels that are not contiguous in memory, are left to AdamW."""
     lists = (module for module in net.modules() if isinstance(module, nn.ModuleList))
     matrices = (p for blocks in lists for p in blocks.parameters() if p.ndim == 2)
     convolutions = (module for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd))

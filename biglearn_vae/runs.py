@@ -34,8 +34,8 @@ OWN_OBSERVATIONS = "own"  # in a checkpoint, of what none of this library's `obs
 FREE = (*config.PLACE, "trainer.steps", "trainer.report_every", "trainer.checkpoint_every", *MEASURED_WITH)
 IN_NAME = ("data", "data._target_", "case", "method", "seed")
 FOLDER = ("name", "output_dir")  # settings that say where a run is
-MOST_JOBS = 8  # of a sweep over a setting of which it is looked where each leaves its results
-# Scripts that leave one result in the folder of `run`, and of which settings there is one for each value.
+MOST_JOBS = 8  # of a sweep over a setting: so many are compared as to where they leave their results
+# Scripts that leave one result in the folder of `run`, and the settings of which each value leaves its own.
 MEASURING = {"evaluate": ("run",), "complete": ("run",), "probe": ("run",), "figures": ("run", "figures")}
 
 
@@ -71,8 +71,8 @@ def refuse_shared_folders(words: Sequence[str], script: str, config_name: str | 
     """Raise a ValueError if several jobs of a sweep would write into one folder, one over the other.
 
     Args:
-        words: of its command line. Of each setting that has several values the first ones are looked at, with the first
-            one of all others.
+        words: of its command line. Of each setting with several values the first ones are checked, with the first value
+            of all other settings.
         script: train, patch_ae, evaluate, ...
         config_name: of the settings file, if it is not the script's own.
     """
@@ -109,8 +109,8 @@ def _shared(key: str, cfg: "DictConfig", script: str) -> str:
 
 
 def _place(script: str, cfg: "DictConfig", words: Sequence[str]) -> str | None:
-    """Where a job of these settings and words leaves what another one would write over; None for nowhere, and where
-    Hydra alone knows, by ${hydra:job.num}."""
+    """Where a job of these settings and words leaves what another job could overwrite; None for nowhere, and where
+    only Hydra knows, by ${hydra:job.num}."""
     from omegaconf.errors import InterpolationResolutionError
 
     try:
@@ -183,7 +183,7 @@ def summary(run: Path, cfg: "DictConfig") -> dict[str, Any] | None:
 
 
 def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[dict[str, Any]]:
-    """What the runs in a folder ended with, such as those of a sweep: for each its folder, the numbers of its
+    """The results of the runs in a folder, such as those of a sweep, a row for each: its folder, the numbers of its
     summary.json and every setting, by dotted names ("inpainting_psnr.0.5", "optim.lr"), as pandas.DataFrame takes them.
 
     Runs that are not finished, or whose settings are gone, are left out.
@@ -229,8 +229,8 @@ def write_measured(run: Path, script: str, found: dict[str, Any]) -> Path | None
     """Write what a measuring script found into its file, such as probe.json.
 
     Returns:
-        Where the one before is kept, probe-1.json or so, if it was another measurement, of another step or with other
-        settings: it may have taken hours. None if there is none, or if it was the same.
+        Where the previous measurement is kept, such as probe-1.json, if it was of another step or had other settings,
+        as it may have taken hours. None if there was none, or if it was the same measurement.
     """
     path, own = run / FILES[script], json.loads(json.dumps(_measurement(found)))
     again = [other for other in sorted(kept_beside(path)) if _measurement(read_json(other)) == own]
@@ -260,8 +260,8 @@ def taken(run: Path, cfg: "DictConfig") -> Iterator[None]:
     """Make a run's folder and be the only process that trains in it.
 
     Raises:
-        Busy: if another one does, with these settings.
-        ValueError: if another one does, with others, or the folder cannot be made.
+        Busy: if another process trains this run there, with these settings.
+        ValueError: if another process trains there with other settings, or the folder cannot be made.
     """
     busy = f"trains in {run}: wait for it, or give name=NAME for another run"
     with ExitStack() as stack:
@@ -278,7 +278,7 @@ def taken(run: Path, cfg: "DictConfig") -> Iterator[None]:
 
 
 def _makes(run: Path, cfg: "DictConfig") -> bool:
-    """Whether who trains in a folder makes this run there; who has only begun does, as far as its name tells."""
+    """Whether the process that trains in a folder makes this run; if it has only begun, the folder's name tells."""
     try:
         other = config.saved(run)
     except ValueError:
@@ -299,7 +299,7 @@ def load(
         run: the folder, or the file.
         device: "auto" is a GPU if there is one.
         which: of a run "best", the largest validation ELBO, or "latest".
-        net, tokenizer: newly made ones, which take the weights, of a file whose own are not of this library.
+        net, tokenizer: new instances to take the weights, for a file whose network or tokenizer is not this library's.
 
     Raises:
         ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
@@ -326,8 +326,8 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     net = config.network(cfg, tokens)
     checkpoint.load_weights(net, state.get("average") or state["net"], path)
     net = net.to(pick_device(device)).requires_grad_(False)
-    # One's own objective may have no such settings, or observations of its own; only then is it made, which needs the
-    # code of it.
+    # An objective of the user's may have no such settings, or observations of its own. Only then is it made, since that
+    # needs its code.
     observations = state["metadata"].get("observations", cfg.loss.get("observations"))
     own = observations == OWN_OBSERVATIONS
     loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() and not own else config.objective(cfg, drawing=False)

@@ -20,7 +20,7 @@ ALL_DEPENDS_ON = ("data", "tokens", "missing", "missing_unit", "evaluation")
 
 
 def metrics(cfg: "DictConfig") -> list[str]:
-    """The numbers of the best checkpoint on validation images by which a search goes.
+    """The names of the numbers that a search goes by, of the best checkpoint on validation images.
 
     Raises:
         ValueError: for one that is not measured there.
@@ -51,14 +51,14 @@ def value(cfg: "DictConfig", summary: dict[str, Any]) -> float | list[float]:
 
 
 def check(words: Sequence[str], config_name: str) -> bool:
-    """Whether the sweeper of a sweep searches; if so, see that it looks for something, and not for the worst.
+    """Whether the sweeper of a sweep searches; if so, check that it has settings to search, and not for the worst.
 
     Args:
         words: of its command line.
         config_name: of the settings file, train and so on.
 
     Raises:
-        ValueError: if it does not, before the first training.
+        ValueError: if that is not so, before the first training.
     """
     if not config.is_search(words, config_name):
         return False
@@ -110,7 +110,7 @@ def _depends_on(name: str) -> tuple[str, ...]:
 
 
 def _warn(name: str, settings: Sequence[str], others: Sequence[str]) -> None:
-    """Say that a number does not compare runs that differ in these settings, and which does."""
+    """Warn that a number cannot compare runs that differ in these settings, and say which number can."""
     better = [other for other in reversed(others) if not set(settings) & set(_depends_on(other))]
     hint = f": optimized_metric={better[0]} does" if better else ""
     checks.warn(

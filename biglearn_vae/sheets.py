@@ -30,7 +30,7 @@ class Block:
         heading: above.
         columns: a label for each column, or none.
         rows: a label for each row, or none.
-        group: after so many rows there is more space.
+        group: every `group` rows are followed by more space; 0 for none.
 
     Attributes:
         outlined: (R, Q, H, W), areas that get an outline each, by their numbers from 1 on; 0 elsewhere.
@@ -72,7 +72,7 @@ class _Piece(NamedTuple):
     images: list[tuple[int, int, np.ndarray]]
 
     def moved(self, x: int, y: int) -> "_Piece":
-        """As part of something larger, whose size reaches to the right and lower end of this."""
+        """The same further right and down, with a size that still counts from the top left corner of the whole."""
         words = [word._replace(x=word.x + x, y=word.y + y) for word in self.words]
         images = [(left + x, top + y, pixels) for left, top, pixels in self.images]
         return _Piece(self.width + x, self.height + y, words, images)
@@ -210,8 +210,8 @@ def _renderer(width: int, height: int):
 
 @lru_cache(maxsize=4096)
 def _ink(words: str, size: int, bold: bool) -> np.ndarray:
-    """How black a line of text is where, uint8 (3 size, width), with its baseline 2 size from the top and its beginning
-    SPARE from the left. Most sheets have words of others, and to draw them is what takes time."""
+    """The ink of a line of text, uint8 (3 size, width), 255 for black, with its baseline 2 size from the top and its
+    beginning SPARE from the left. Cached: sheets share most words, and drawing them is what takes time."""
     renderer = _renderer(text_width(words, size, bold) + 2 * SPARE, 3 * size)
     renderer.draw_text(renderer.new_gc(), SPARE, 2 * size, words, _font(size, bold), 0)
     return np.asarray(renderer.buffer_rgba())[..., 3].copy()

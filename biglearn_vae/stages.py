@@ -35,7 +35,7 @@ class Stage(Protocol):
         net, loss: what the Trainer takes, the network on the training device.
         monitor: the number of `validate` whose largest value makes the best checkpoint.
         metrics: the numbers that `validate` always gives.
-        metadata: more of it for every checkpoint.
+        metadata: what else every checkpoint's metadata is to hold.
     """
 
     cfg: "DictConfig"
@@ -54,7 +54,7 @@ class Stage(Protocol):
         """Numbers and pictures of the validation images, by name."""
 
     def finish(self, run: Path, splits: Splits) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Measure the best checkpoint of a run, and leave what it is for: that, and numbers for the summary."""
+        """Measure and draw the best checkpoint of a run; returns the checkpoint, and numbers for the summary."""
 
     @staticmethod
     def report(summary: dict[str, Any], run: Path) -> str:
@@ -62,7 +62,7 @@ class Stage(Protocol):
 
 
 def of(cfg: "DictConfig") -> type[Stage]:
-    """Which of the two these settings train."""
+    """The one of the two stages that these settings train."""
     return PatchAEStage if cfg.method.name == config.PATCH_AE else VAEStage
 
 
@@ -255,7 +255,7 @@ def draw(
     Args:
         names: of `figures.FIGURES`.
         source: which weights these are, for the page.
-        images: at most so many in each; the map of codes takes its own number.
+        images: at most this many in each; the map of codes has its own number.
         delta, dims: of the decoding sensitivity.
     """
     some = splits.test.select(slice(1000))
@@ -322,7 +322,7 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
 
 
 def _under(result: dict[str, Any]) -> str:
-    """What other observations than Gaussian ones a measured run has; nothing for these."""
+    """Words on the observations of a measured run, if they are not Gaussian; else empty."""
     return f"of {result['observations'].capitalize()} observations" if "observations" in result else ""
 
 

@@ -23,7 +23,7 @@ class Point:
 
     Attributes:
         step: training steps taken so far.
-        seconds: of these alone, all that they wait for included; torch loads, compiles and records before the first.
+        seconds: of these steps alone, with all that they wait for; torch loads, compiles and records before the first.
         joint_elbo, reconstruction, kl: means over the test images, as `evaluation.elbo` gives them.
     """
 
@@ -42,9 +42,9 @@ def measure(
 ) -> Iterator[Courses]:
     """Train the stages of a plan on the same schedule, `work.total` steps each; yields all courses at each evaluation.
 
-    They go on in turn from one of the `plan.evaluations` to the next, so that a machine that slows down or speeds up
-    does so for all of them. There is one more before the first step. Progress goes to `say`. The same seed gives the
-    same numbers, but for the seconds.
+    They are trained in turn from one of the `plan.evaluations` to the next, so that a machine that slows down or speeds
+    up does so for all of them. There is one more evaluation before the first step. Progress goes to `say`. The same
+    seed gives the same numbers, except for the seconds.
 
     Args:
         test: of these at most `plan.test_images` are used, the first ones.
@@ -126,8 +126,8 @@ def as_dict(courses: Courses) -> dict[str, list[dict[str, float]]]:
 
 
 def plot(path: Path, courses: Courses, title: str) -> None:
-    """Draw the JointELBO against seconds and against steps into a PNG file, and at which second each reached what all
-    did. The start, far below, is left out, and the scales of seconds and of the JointELBO are logarithmic."""
+    """Draw the JointELBO against seconds and against steps into a PNG file, and mark when each stage reached the best
+    that all reached. The start, far below, is left out; the scales of seconds and of the JointELBO are logarithmic."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 

@@ -1,4 +1,4 @@
-"""Images of torch Datasets, such as torchvision's or one's own: as bytes, with labels and with what was recorded.
+"""Images of torch Datasets, such as torchvision's or your own: as bytes, with labels and with what was recorded.
 
 N images, C channels, H x W pixels, A attributes.
 """
@@ -21,21 +21,21 @@ from biglearn_vae.image_files import first_line, plain
 
 IMAGES, LABELS = ("image", "img", "images", "pixels", "x"), ("label", "labels", "y")  # in items that are mappings
 CHUNK = 256  # images that are made bytes at a time
-ASKED = 8  # items by which two data sets are told apart
+ASKED = 8  # items that are compared to find out whether two data sets are the same
 _KINDS = {"b": "whole", "i": "whole", "u": "whole", "U": "text", "S": "text"}  # of labels, by those of NumPy
-Fit = Callable[[Tensor, Tensor | None, str], Tensor]  # bytes (n, c, h, w), what of them was recorded, what they are
+Fit = Callable[[Tensor, Tensor | None, str], Tensor]  # bytes (n, c, h, w), what was recorded, their name
 
 
 def parts(make: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """What a class or a function makes: data sets by part, "train" and others, or one, as "images"; and a note.
+    """The data sets that a class or function makes, by part, "train" and others, or one as "images"; and a note.
 
-    One that takes `train` is called with True and False; one that takes `split`, with what its parts may be called; any
-    other once, and gives one data set, or a mapping of such by their parts. To what takes it `download` is True.
+    If it takes `train`, it is called with True and False; if it takes `split`, with the names that parts may have;
+    otherwise once, and returns one data set, or a mapping from parts to such. If it takes `download`, it is given True.
 
     Args:
         make: such as torchvision.datasets.CIFAR10.
-        settings: of the data; what takes `root` is given that, and of the others it is given what it cannot do without.
-        own: what else it is given; also in place of `train`, `split` and `download`.
+        settings: of the data; it is given `root` if it takes that, and of the others only those that it requires.
+        own: other arguments, which may also replace `train`, `split` and `download`.
 
     Raises:
         ValueError: if it does not take them, or fails.
@@ -66,8 +66,8 @@ def parts(make: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[st
 
 
 def _takes(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
-    """What a class or a function takes by name, and whether it takes any; of a class that hands on what it does not
-    know, with what the classes take that it is made of."""
+    """The arguments that a class or function takes, and whether it takes any others; if a class passes on **kwargs,
+    including those of its base classes."""
     try:
         takes = dict(inspect.signature(make).parameters)
     except ValueError as error:
@@ -87,7 +87,7 @@ def _takes_any(takes: Mapping[str, inspect.Parameter]) -> bool:
 
 @contextmanager
 def repeatable(seed: int) -> Iterator[None]:
-    """Let what draws at random, as a split or a crop may, draw the same whenever and in whichever process it is."""
+    """Let what draws at random in here, as a split or a crop may, draw the same each time and in each process."""
     before = random.getstate(), np.random.get_state()
     with global_generator(torch.device("cpu"), seed):
         random.seed(seed)
@@ -99,7 +99,7 @@ def repeatable(seed: int) -> Iterator[None]:
             np.random.set_state(before[1])
 
 
-# What says that there is no such part: its name is refused, or, of one that there often is not, no file is there.
+# Exceptions that mean that there is no such part: its name is refused or, for validation, its file is missing.
 _NO_PART: dict[str, tuple[type[Exception], ...]] = {"test": (ValueError, KeyError, AssertionError)}
 _NO_PART["valid"] = (*_NO_PART["test"], FileNotFoundError)
 
@@ -113,7 +113,7 @@ def _called(make: Callable[..., Any], name: str, **given: Any) -> Any:
 
 
 def _by_split(make: Callable[..., Any], name: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The parts that there are, and what there is not."""
+    """The parts that exist, and a note on those that do not."""
     found: dict[str, Any] = {}
     lacking = []
     for part, words in PART_WORDS.items():
@@ -131,7 +131,7 @@ def _by_split(make: Callable[..., Any], name: str, given: dict[str, Any]) -> tup
 
 
 def _without_doubles(found: dict[str, Any], name: str) -> str:
-    """Leave out parts that are others once more, as of what has an `else` or does not look at what is asked; a note."""
+    """Leave out parts that merely repeat another, as when a class ignores `split` or has an `else`; returns a note."""
     notes = []
     for part, other in (("test", "train"), ("valid", "train"), ("valid", "test")):
         if {part, other} <= found.keys() and _are_alike(found[part], found[other]):
@@ -141,7 +141,7 @@ def _without_doubles(found: dict[str, Any], name: str) -> str:
 
 
 def _are_alike(one: Any, other: Any) -> bool:
-    """Whether two data sets have as many items, and some that were looked at are the same images."""
+    """Whether two data sets have equally many items, and those that are compared are the same images."""
     try:
         count = len(one)
         if count != len(other):
@@ -163,12 +163,12 @@ def read(datasets: Mapping[str, Any], source: str, fit: Fit) -> Content:
 
     An item is an image, a tuple of an image and a label, or a mapping that holds them as "image" and "label". Images
     are PIL's, of any size and mode, or arrays or tensors (H, W), (H, W, C) or (C, H, W): bytes, booleans, or floats in
-    [0, 1] of which NaN was never recorded. Labels are those of `array_files.read`; others are left, with a note.
+    [0, 1] where NaN was never recorded. Labels are as in `array_files.read`; others are left out, with a note.
 
     Args:
         datasets: each with a length and items by number.
-        source: what they are called.
-        fit: makes images of one size of images of several.
+        source: their name in messages.
+        fit: brings images to one size.
 
     Raises:
         ValueError: if they are no such data sets, are empty, or an item cannot be read.
@@ -204,7 +204,7 @@ def _part(dataset: Any, what: str, fit: Fit) -> tuple[Arrays, list[Any]]:
 
 
 def _chunks(dataset: Any, what: str) -> Iterator[tuple[list[np.ndarray], list[Any]]]:
-    """A chunk of images at a time, as one array if they are of one size and type, else as several; and their labels."""
+    """A chunk of images at a time, as one array if all have one size and type, else as one each; and their labels."""
     from tqdm import tqdm
 
     images, labels = [], []
@@ -222,7 +222,7 @@ def _chunks(dataset: Any, what: str) -> Iterator[tuple[list[np.ndarray], list[An
 
 
 def _image_and_label(item: Any) -> tuple[Any, Any]:
-    """Of an item; None for a label that it does not have."""
+    """The image and the label of an item; None for a label that it does not have."""
     if isinstance(item, Mapping):
         image, label = (next((name for name in names if name in item), None) for names in (IMAGES, LABELS))
         if image is None:
@@ -277,7 +277,7 @@ def _classes(dataset: Any) -> tuple[str, ...]:
 def _labels(
     raw: Mapping[str, list[Any]], source: str, classes: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
-    """Labels by part, what they are called, and why they were not taken; none of either, if there are none."""
+    """Labels by part, names of classes or attributes, and why labels were not taken; all empty if there are none."""
     raw = {part: labels for part, labels in raw.items() if any(label is not None for label in labels)}
     names = [classes[part] for part in raw]
     try:
@@ -302,7 +302,7 @@ def _named(numbers: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
 
 
 def _label_array(labels: Sequence[Any]) -> np.ndarray:
-    """Labels of one kind as an array, whole numbers as int64; NumPy would make text of numbers beside text, too."""
+    """Labels of one kind as an array, whole numbers as int64; of numbers and text together NumPy would make text."""
     arrays = [np.asarray(label) for label in labels]
     kinds = {_KINDS.get(array.dtype.kind, array.dtype.kind): label for array, label in zip(arrays, labels, strict=True)}
     if len(kinds) > 1:

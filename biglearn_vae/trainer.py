@@ -1,16 +1,16 @@
 """Trainer: any network, any loss, any batches. It knows neither the model nor the data.
 
     loss(net, batch, random=StepRandom, step=int) -> an object with .loss (scalar) and .scalars() (dict of scalars);
-        where steps are replayed as a CUDA graph, step is a tensor (), and after the first steps the Python of the loss
-        is not run any more, so that it must not branch on it, count, or draw from anything but `random`
+        where steps are replayed as a CUDA graph, step is a tensor (), and after the first steps the Python code of the
+        loss no longer runs: it must not branch on step, count, or draw from anything but `random`
     loss.compiled(**options), if there is one -> the same loss, compiled together with the networks it is called on
-    loss.settings, if there are any: numbers and words by name; a run does not go on with a loss that has others
-    batches(step) -> a batch; batches.batch_size, how many images one of all processes holds
+    loss.settings, if there are any: numbers and words by name; a run is not resumed with a loss whose settings differ
+    batches(step) -> a batch; batches.batch_size, how many images a step takes in all processes together
     evaluate(net) -> (numbers by name, pictures by name)
 
-What a step draws is a function of (seed, step), so that a run that was killed and resumed equals one that was not. So
-is what comes from torch's global generator, such as dropout, which then goes on as if there had been no step (but for
-steps that are replayed as a CUDA graph, and each process draws by itself).
+What a step draws is a function of (seed, step), so that a run that was killed and resumed equals one that was not. The
+same holds for torch's global generator, from which dropout draws: it is seeded for each step, differently in each
+process, and afterwards is as it was before the step. It does not hold for steps that are replayed as a CUDA graph.
 """
 
 import copy
@@ -39,7 +39,7 @@ from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim, has_fast_bfloat16, optimizers_of
 
 PLAIN = (bool, int, float, str, type(None))  # settings that a checkpoint can hold
-OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, which no number hangs on
+OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes a step, not what it computes
 
 
 class TrainingError(RuntimeError):
@@ -55,19 +55,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-ASK_EVERY = 2.0  # seconds after which several processes share, at the latest, whether one was told to stop, or one step
+ASK_EVERY = 2.0  # seconds (or one step, if longer) within which processes tell each other whether one was told to stop
 
 
 def choose_precision(precision: str, net: nn.Module, images: int) -> str:
-    """What "auto" means for this network on its device; other names as they are.
+    """The precision that "auto" means for this network on its device; other names are returned as they are.
 
     bfloat16 where the device multiplies in it faster: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX. On CPUs small
     products gain less from it than the conversions cost: those of fewer than 1,024 tokens with fewer than 256 inputs
-    (`scripts/benchmark.py` measures it). Parameters, log-variances and losses are float32 in any case (one's own loss
-    is what it makes itself).
+    (`scripts/benchmark.py` measures it). Parameters, log-variances and losses are float32 in any case (a loss of your
+    own has the type that it computes itself).
 
     Args:
-        images: of a step, whether or not they are taken in parts, so that these do not change the numbers.
+        images: of a whole step, also where `accumulate` splits them: splitting is not to change the numbers.
 
     Raises:
         ValueError: on an unknown name.
@@ -87,11 +87,11 @@ WORTH_COMPILING = 30_000  # steps: compiling takes 45 seconds, and saves some 1.
 def choose_compile(compile: bool | str, net: nn.Module, steps: int) -> bool:
     """Whether torch.compile is used for this network on its device, in a training of so many steps.
 
-    "auto" compiles on GPUs, where Triton is there, the network's shapes are the same at every step and there are steps
-    enough to be worth it. On CPUs it gains nothing (`scripts/benchmark.py compile=true` shows it).
+    "auto" compiles on GPUs, if Triton is installed, the network's shapes are the same at every step and there are
+    enough steps to be worth it. On CPUs it gains nothing (`scripts/benchmark.py compile=true` shows it).
 
     Raises:
-        ValueError: on another word, and where it is asked for and the shapes change.
+        ValueError: on any other word, and for True if the shapes change from step to step.
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be true, false or auto, got {compile!r}")
@@ -109,13 +109,13 @@ def choose_compile(compile: bool | str, net: nn.Module, steps: int) -> bool:
 
 
 def choose_cuda_graph(cuda_graph: bool | None, net: nn.Module, world: World, optim: Optim | None = None) -> bool:
-    """Whether steps are replayed as a CUDA graph: None does so wherever it can be done.
+    """Whether steps are replayed as a CUDA graph; None means wherever that is possible.
 
-    Optimizers of one's own may count in Python or make new tensors, of which a replay knows nothing; they are recorded
-    if it is asked for alone.
+    With optimizers of your own, steps are recorded only for True: a replay would miss what they count in Python, and
+    new tensors that they make.
 
     Raises:
-        ValueError: on another word, and where it is asked for and cannot be done.
+        ValueError: on any other word, and for True where it is impossible.
     """
     device, fixed = next(net.parameters()).device, getattr(net, "fixed_shapes", True)
     possible = device.type == "cuda" and world.size == 1 and fixed
@@ -140,7 +140,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            # What is ignored, as of a background job of a shell, stays so.
+            # A signal that is ignored, as in a background job of a shell, stays ignored.
             heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
             self._handlers = {s: signal.signal(s, self._request) for s in heard}
         return self
@@ -157,10 +157,10 @@ class Interruption:
 
 
 def _joined(world: World | None, net: nn.Module) -> World:
-    """The processes that train a network, all of which start from that of the first one.
+    """The processes that train a network, all of which start from the first one's weights.
 
     Raises:
-        ValueError: if there are several and it was not said how this one is one of them, or the network is elsewhere.
+        ValueError: if torchrun started several and `world` was not given, or the network is on another device.
     """
     if world is None and distributed.under_torchrun():
         raise ValueError(
@@ -219,7 +219,7 @@ def _check(
 
 
 def _own_parameters(loss: Any, net: nn.Module) -> list[str]:
-    """The names of what in a loss needs gradients and is not the network's."""
+    """The names of a loss's tensors that need gradients and are not the network's."""
     known, held = set(map(id, net.parameters())), dict(getattr(loss, "__dict__", {}))
     for name, part in {"": loss, **held}.items():
         if isinstance(part, nn.Module):
@@ -264,7 +264,7 @@ def _load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 class BatchSource(Protocol):
-    """What gives the batches of a training: `Batches`, or a function of one's own with this attribute."""
+    """The source of a training's batches: `Batches`, or a function of your own with this attribute."""
 
     batch_size: int  # images a step, of all processes together
 
@@ -272,12 +272,12 @@ class BatchSource(Protocol):
 
 
 class Trainer:
-    """Trains a network, and resumes what an earlier one in the same folder left.
+    """Trains a network, and resumes what an earlier Trainer left in the same folder.
 
     Args:
         net: the network, on the world's device; not wrapped.
-        loss, batches, evaluate: see the module's text. `evaluate` is called at step 0, each `evaluate_every` steps
-            and at the end, on the main process.
+        loss, batches, evaluate: see the docstring of this module. `evaluate` is called at step 0, every
+            `evaluate_every` steps and at the end, on the main process.
         optim: the optimizer and its schedule.
         steps: the last step.
         folder: for checkpoints; none are written without one.
@@ -285,23 +285,23 @@ class Trainer:
         world: this process among the others.
         evaluate_every, report_every, checkpoint_every: in steps.
         monitor: the number of `evaluate` whose largest value makes the best checkpoint.
-        metadata: plain values that are written into every checkpoint; its "data", if there, names the training data.
+        metadata: plain values that are written into every checkpoint; its "data", if any, identifies the training data.
         precision: "float32", "bfloat16" (matrix products only, by autocast) or "auto" (see `choose_precision`). A run
-            that goes on elsewhere keeps the one that it was started with.
-        accumulate: parts that a step's batch is split into, one after the other, to save memory; a batch is a tensor
-            or a tuple of them.
-        compile: whether the network goes through torch.compile, or "auto" (see `choose_compile`); with a loss that has
-            a method `compiled`, and in a single process, the loss and the network in it do.
+            that is resumed on another device keeps the precision that it was started with.
+        accumulate: parts into which a step's batch is split, taken one after the other to save memory; above 1, a batch
+            must be a tensor or a tuple of them.
+        compile: whether the network goes through torch.compile, or "auto" (see `choose_compile`). If the loss has a
+            method `compiled`, and in a single process, loss and network are compiled together.
         cuda_graph: whether a step, from its batch to the new weights, is recorded as a CUDA graph and replayed, so that
-            the GPU does not wait for its launches; None for wherever it can be (see `choose_cuda_graph`).
+            the GPU does not wait for its launches; None means wherever possible (see `choose_cuda_graph`).
         shard: split parameters, gradients and the optimizer's state over the processes (FSDP2) instead of keeping all
             of them in each (DistributedDataParallel), for networks that do not fit otherwise.
 
     Raises:
-        ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split so, or the precision is
-            unknown; for a network of which no parameter is trained, a loss that has some of its own, an `optim` that is
-            no Optim, batches without a `batch_size`, metadata that no checkpoint can hold, and a folder that cannot be
-            one; see also `choose_compile` and `choose_cuda_graph`.
+        ValueError: if an interval, `steps` or `accumulate` is below 1, a batch cannot be split into equal parts, or the
+            precision is unknown; for a network without trainable parameters, a loss with trainable parameters of its
+            own, an `optim` that is no Optim, batches without a `batch_size`, metadata that a checkpoint cannot hold,
+            and a folder that is a file; see also `choose_compile` and `choose_cuda_graph`.
     """
 
     loggers: Iterable[Logger]
@@ -342,7 +342,7 @@ class Trainer:
             raise ValueError(f"accumulate must divide the {share} images of a step of each process, got {accumulate}")
         self.precision = choose_precision(precision, net, batches.batch_size)
         self.compiled = choose_compile(compile, net, steps)
-        # Each part of a batch draws for all of it, and so has a generator of its own.
+        # Each part draws for the whole batch and keeps its own rows, and so needs its own generator.
         self._generators = [torch.Generator(self.world.device) for _ in range(accumulate)]
         self.on_graph = choose_cuda_graph(cuda_graph, net, self.world, optim)
         self._graph: StepGraph | None = None
@@ -358,8 +358,8 @@ class Trainer:
                 distributed.shard(module, self.world)
         self.optimizers = optimizers_of(optim, net, capturable=self.on_graph)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
-        self._evaluated, self._best_is_lost = -1, False  # the last step at which it was
-        self._goes_on, self._is_there = False, lambda: True  # from what is in the folder, if anything is; the folder
+        self._evaluated, self._best_is_lost = -1, False  # the last step with an evaluation; whether best.pt is missing
+        self._goes_on, self._is_there = False, lambda: True  # whether to go on in the folder; whether that still exists
         self.compile_seconds = 0.0  # of `seconds`: first steps, for which the network was compiled
         self._compiles, self._torn = self.compiled, False  # whether a step was cut off while it changed the network
         self._pending: list[Tensor] = []  # the parts of the loss of each step since the last report
@@ -388,7 +388,7 @@ class Trainer:
 
     @property
     def how(self) -> str:
-        """What was chosen for its steps, in words."""
+        """How steps are computed, in words: what was chosen for "auto" and None."""
         chosen = {"compiled": self.compiled, "each step a CUDA graph": self.on_graph}
         return ", ".join([self.precision, *(words for words, taken in chosen.items() if taken)])
 
@@ -412,9 +412,9 @@ class Trainer:
         """Go on from the newest readable checkpoint of the folder, if any; returns the step.
 
         Raises:
-            ValueError: if there is one of another network, optimizer, seed, monitor or batch size, of other data (as
-                `metadata["data"]` tells them apart) or of a loss with other `settings`, or none that can be read. Then
-                nothing is changed.
+            ValueError: if that checkpoint is of another network, optimizer, seed, monitor or batch size, of other data
+                (by `metadata["data"]`) or of a loss with other `settings`, or if there are checkpoints but none can be
+                read. Nothing is changed then. Also, after loading, if processes do not see the same folder or data.
         """
         state = checkpoint.load_latest(self.folder) if self.folder else None
         if state is not None:
@@ -462,7 +462,7 @@ class Trainer:
             if path.exists():
                 checks.warn(f"{error}; it is made anew")
             return -math.inf, True
-        # One of a later step is of a course that was cut off: the next one takes its place, on this course the same.
+        # A best checkpoint of a later step is from a course that was cut off; this course makes the same one again.
         return (state["best"] if step <= state["step"] else -math.inf), False
 
     def _check_optimizers(self, states: list[dict[str, Any]]) -> None:
@@ -502,15 +502,15 @@ class Trainer:
                 )
 
     def fit(self, loggers: Iterable[Logger] = ()) -> None:
-        """Train to the last step; where it was interrupted, it goes on if it is called again.
+        """Train to the last step; after an interruption, another call continues.
 
         Args:
-            loggers: of `loggers`, or of one's own: `Progress(steps)` prints how the loss falls, `MetricsFile`,
+            loggers: from the module `loggers`, or your own: `Progress(steps)` prints how the loss falls, `MetricsFile`,
                 `TensorBoard` and `Pictures` write into files.
 
         Raises:
-            Interrupted: a KeyboardInterrupt, if Ctrl-C or SIGTERM ended it earlier, with a checkpoint written if it has
-                a folder. It is not raised at the last step: `interrupted` says whether there was such a signal.
+            Interrupted: a KeyboardInterrupt, if Ctrl-C or SIGTERM ended training early; with a folder, a checkpoint has
+                been written. At the last step it is not raised: `interrupted` says whether there was such a signal.
             ValueError: if the folder holds a run and `resume` was not called, as its checkpoints would be lost; for a
                 monitor that is NaN, a loss whose scalars change their names, a batch that cannot be shared, and, with
                 several processes, a weight without gradient.
@@ -547,8 +547,8 @@ class Trainer:
             raise Interrupted(f"stopped at step {self.step} of {self.steps}{words}", kept=self.folder is not None)
 
     def _is_stopped(self, requested: bool) -> bool:
-        """Whether a process was told to stop. All must stop at the same step, so that several share what they were told
-        every few steps: after some seconds launchers kill what has not ended."""
+        """Whether a process was told to stop. All must stop at the same step, so they tell each other every few steps;
+        launchers kill what has not ended after some seconds."""
         if self.world.size == 1:
             return requested
         if self.step < self._ask_at:
@@ -574,7 +574,7 @@ class Trainer:
         self._torn = False
 
     def _is_due(self, name: str, done: int = -1) -> bool:
-        """Whether something is done at this step, at which it was not done yet."""
+        """Whether something is due at this step, unless this is the step at which it was `done` last."""
         return self.step != done and (self.step >= self.steps or self.step % self.every[name] == 0)
 
     @contextmanager
@@ -593,8 +593,8 @@ class Trainer:
 
     @contextmanager
     def _kept_if_it_fails(self) -> Iterator[None]:
-        """Write a checkpoint if a logger, the evaluation, the data or the loss raises: what was trained is not theirs
-        to lose. A step that was cut off while it changed the network is not kept."""
+        """Write a checkpoint if a logger, the evaluation, the data or the loss raises, so that no training is lost. A
+        step that was cut off while it changed the network is not kept."""
         try:
             yield
         except TrainingError:  # the weights are spoilt
@@ -608,12 +608,12 @@ class Trainer:
 
     @functools.cached_property
     def _statistics(self) -> set[str]:
-        """Names of what the network keeps besides its weights, such as statistics, which a forward may change."""
+        """Names of the network's state besides its weights, such as statistics, which a forward pass may change."""
         return self.net.state_dict().keys() - dict(self.net.named_parameters(remove_duplicate=False)).keys()
 
     @contextmanager
     def _torn_if_it_counts(self) -> Iterator[None]:
-        """Note that what fails in here has left other statistics than it found."""
+        """Note in `_torn` whether what fails in here has changed the network's statistics."""
         if self._graph is not None:  # in which nothing may be copied
             self._torn = bool(self._statistics)
             yield
@@ -629,7 +629,7 @@ class Trainer:
 
     @contextmanager
     def _buffers_stay(self) -> Iterator[None]:
-        """Raise a ValueError if buffers are other tensors afterwards, and a CUDA graph is to be recorded of these."""
+        """Raise a ValueError if buffers have been replaced by other tensors while steps become a CUDA graph."""
         recorded = self._graph is not None and self._graph.calls > 1  # the first call may make what others find
         before = self._places() if recorded else {}
         yield
@@ -681,7 +681,7 @@ class Trainer:
             yield
 
     def _batch(self) -> Any:
-        """The step's batch; a frozen tokenizer that makes it need not be more exact than the products of the step."""
+        """The step's batch; a frozen tokenizer that makes it need not be more exact than the step's own products."""
         with _tf32_convolutions() if self.precision == "bfloat16" else nullcontext():
             batch = self.batches(self.step)
         if self.accumulate > 1 or self.world.size > 1:
@@ -689,7 +689,7 @@ class Trainer:
         return batch
 
     def _check_rows(self, batch: Any) -> None:
-        """Raise a ValueError unless a batch is a process's share: parts of others would not weigh as much."""
+        """Raise a ValueError unless a batch is exactly a process's share: otherwise images would differ in weight."""
         whole, share = self.batches.batch_size, self.world.share(self.batches.batch_size)
         parts = batch if isinstance(batch, tuple | list) else [batch]
         if self.accumulate > 1 and not all(isinstance(part, Tensor) and part.ndim for part in parts):
@@ -728,7 +728,7 @@ class Trainer:
         self._graph = StepGraph(self._generators) if self.on_graph else None
 
     def _advance(self, batch: Any, step: int | Tensor, share: float | Tensor, change: float | Tensor) -> Tensor:
-        """All that a step does with its batch: returns the parts of its loss. Its numbers are tensors in a CUDA graph.
+        """All that a step does with its batch; returns the parts of its loss. In a CUDA graph the numbers are tensors.
 
         Args:
             share: of the peak learning rates.
@@ -766,7 +766,7 @@ class Trainer:
         return total
 
     def _check_names(self, names: list[str]) -> None:
-        """Raise a ValueError if a loss has other parts than before, whose means could not be told."""
+        """Raise a ValueError if a loss has other parts than before, so that no means could be reported."""
         if self._pending and names != self._names:
             raise ValueError(
                 f"the loss gave {', '.join(names)} at step {self.step} and {', '.join(self._names)} before: its "
@@ -780,11 +780,11 @@ class Trainer:
 
     @contextmanager
     def _synchronized(self, last: bool) -> Iterator[None]:
-        """Gradients are summed over the processes after the last part of a step alone.
+        """Sum gradients over the processes only after the last part of a step.
 
         Raises:
             ValueError: for a weight that this part has not used: DDP would leave this process's gradients as they
-                are, and say so a step later.
+                are, and report it only a step later.
         """
         if self._sharded:
             distributed.sum_gradients(self.net, last)
@@ -839,13 +839,13 @@ class Trainer:
         self._log("scalars", self.step, scalars)
 
     def _wait(self) -> None:
-        """On a GPU steps that were called for may not have ended; the time until they have is theirs."""
+        """Wait until a GPU has finished the steps that were launched, and count the time as training."""
         with self._counted():
             distributed.synchronize(self.world.device)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """What takes its time in here is training."""
+        """Count the time spent in here as training."""
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
@@ -955,8 +955,8 @@ def _tf32_convolutions() -> Iterator[None]:
 
 
 def _settings(loss: Any, optim: Optim) -> dict[str, dict[str, Any]]:
-    """What tells an objective, if it says so, and an optimizer from others: numbers, words or several of these, by
-    name, that a checkpoint can hold."""
+    """The settings by which an objective (if it has `settings`) and an optimizer are compared when a run is resumed:
+    numbers, words or lists of these, by name, that a checkpoint can hold."""
     told = getattr(loss, "settings", None)
     of = {"loss": told if isinstance(told, dict) else {}}
     of["optim"] = {field.name: getattr(optim, field.name, None) for field in fields(optim)}

@@ -26,8 +26,8 @@ class Worker:
     Processes are spawned: if this one runs a script, that must do nothing when it is imported (`if __name__ == ...`).
 
     Args:
-        function: that of a module, which the process imports. It may end as a program does, by SystemExit.
-        environment: variables that the process has unless this one's environment says otherwise.
+        function: a function of a module, which the process imports. It may end as a program does, by SystemExit.
+        environment: variables that are set in the process, except those that this one's environment sets already.
     """
 
     def __init__(self, function: Callable[..., Any], environment: Mapping[str, str] | None = None):
@@ -90,7 +90,7 @@ class Worker:
 
 @contextmanager
 def defaults(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables of the environment for a while, those that it does not have."""
+    """Set variables of the environment while entered, except those that it already has."""
     new = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(new)
     try:
@@ -161,7 +161,7 @@ def _print_into(log: str) -> None:
 
 
 def _exit_code(function: Callable[..., Any], arguments: tuple) -> int:
-    """What a program of this function would end with, having said why on stderr."""
+    """The exit code of a program that calls this function; why it failed is printed on stderr."""
     try:
         with warnings.catch_warnings():  # what was warned of before is warned of again
             function(*arguments)
