@@ -839,7 +839,7 @@ def test_images_are_selected_by_position_and_by_mask():
     ):
         selected = images.select(index)
         assert selected.labels.tolist() == expected == selected.pixels[:, 0, 0, 0].tolist()
-    for index in (even[:4], torch.cat([even, even]), [10], [-11], [1.0], [[1]], 3):
+    for index in (even[:4], torch.cat([even, even]), [10], [0, 10], [-11], [-11, 9], [1.0], [[1]], 3):
         with pytest.raises(ValueError, match=r"expected positions among 10 images, \(B,\), or a boolean mask \(10,\)"):
             images.select(index)
 

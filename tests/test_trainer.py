@@ -1139,6 +1139,19 @@ def test_products_are_computed_in_the_precision_asked_for(precision, dtype):
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in trainer.net.parameters())
 
 
+def test_a_network_trains_in_training_mode_whatever_it_comes_in():
+    modes = []
+
+    def loss(net, batch, *, random, step):
+        modes.append(net.training)
+        return noisy_squares(net, batch, random=random, step=step)
+
+    trainer = make(loss=loss, steps=4, evaluate_every=2, optim=replace(OPTIM, ema_decay=0.0))  # measured itself
+    trainer.net.eval()
+    trainer.fit()
+    assert modes == [True] * 4
+
+
 def test_a_run_keeps_the_precision_it_was_started_with(tmp_path):
     make(tmp_path, steps=6, precision="bfloat16").fit()
     again = make(tmp_path, steps=12, precision="auto")
@@ -1146,11 +1159,14 @@ def test_a_run_keeps_the_precision_it_was_started_with(tmp_path):
     assert again.precision == "bfloat16"
 
 
-def test_automatic_precision():
-    tiny, wide = nn.Linear(8, 8), nn.Linear(256, 8)
-    assert choose_precision("auto", tiny, 1023) == "float32"
+@pytest.mark.parametrize("fast", [False, True, None])
+def test_automatic_precision(fast, monkeypatch):
+    if fast is not None:
+        monkeypatch.setattr("biglearn_vae.trainer.has_fast_bfloat16", lambda device: fast)
+    tiny, wide, vectors = nn.Linear(8, 8), nn.Linear(256, 8), nn.Linear(8, 300)  # 300 biases make no product large
+    assert choose_precision("auto", tiny, 1023) == choose_precision("auto", vectors, 1023) == "float32"
     on_this_machine = choose_precision("auto", wide, 1)
-    assert on_this_machine in ("float32", "bfloat16")
+    assert on_this_machine in {None: ("float32", "bfloat16"), False: ("float32",), True: ("bfloat16",)}[fast]
     assert choose_precision("auto", tiny, 1024) == on_this_machine
     tiny.num_tokens = 15
     assert choose_precision("auto", tiny, 63) == "float32" and choose_precision("auto", tiny, 64) == on_this_machine
