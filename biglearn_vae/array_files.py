@@ -207,7 +207,8 @@ def check_part(arrays: Arrays, what: str, bytes_alone: bool) -> None:
 def _bytes_of_floats(array: np.ndarray, what: str) -> tuple[Tensor, Tensor | None]:
     """Floats in [0, 1] rounded to bytes, and which pixels are numbers in all channels; None if all are."""
     known = ~np.isnan(array)
-    low, high = array.min(where=known, initial=np.inf), array.max(where=known, initial=-np.inf)
+    low: float = array.min(where=known, initial=np.inf)
+    high: float = array.max(where=known, initial=-np.inf)
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         raise ValueError(
             f"{what} has values from {low:g} to {high:g}: expected floats in [0, 1], of which NaN was never recorded. "
