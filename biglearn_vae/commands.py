@@ -279,7 +279,7 @@ def _of_job(error: Exception, words: Sequence[str], sweep: Sequence[str] | None,
     """What went wrong, with the words of a sweep that are this job's own; printed at once, as the other jobs may take
     days. Empty if another process does what this job was to do."""
     swept, said = config.swept(sweep or []), config.in_a_line(error)
-    own = " ".join(w for w, o in zip(words, config.parsed(words), strict=True) if o.key_or_group in swept)
+    own = " ".join(config.those(words, lambda override: override.key_or_group in swept))
     if searches and not own:  # the sweeper has a list of its own, of what it searches over
         own = " ".join(words)
     if not own:

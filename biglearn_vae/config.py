@@ -106,7 +106,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
         ValueError: see `check` and `words_of`; and for a setting of Hydra's own, as these are for starting scripts.
     """
     overrides = words_of(overrides)
-    if of_hydra := [o.input_line for o in parsed(overrides) if _is_of_hydra(o)]:
+    if of_hydra := those(overrides, _is_of_hydra):
         raise ValueError(f"{of_hydra[0]} is Hydra's, which starts scripts and has no part in what is called here")
     check(overrides, config_name)
     return compose_checked(overrides, config_name)
@@ -150,7 +150,12 @@ def with_sweeper(words: Sequence[str], config_name: str) -> "DictConfig":
 
 def fixed(words: Sequence[str]) -> list[str]:
     """Those words of a sweep that have one value."""
-    return [word for word, o in zip(words, parsed(words), strict=True) if not o.is_sweep_override()]
+    return those(words, lambda override: not override.is_sweep_override())
+
+
+def those(words: Sequence[str], wanted: "Callable[[Override], bool]") -> list[str]:
+    """The words of a command line that are wanted, by what Hydra reads in each."""
+    return [word for word, override in zip(words, parsed(words), strict=True) if wanted(override)]
 
 
 def swept(words: Sequence[str]) -> "dict[str, Override]":
@@ -341,8 +346,8 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
 
     cfg, chosen = _settings(tuple(choices), config_name)
     explained, groups = explanations(config_name), _groups(config_name)
+    _check_parts(cfg, explained, chosen)
     _check_labels(cfg, chosen)
-    _check_parts(cfg, explained)
     known = {name for name, _ in _raw_leaves(cfg)}
     parts = [part for part in map(str, cfg) if OmegaConf.is_dict(OmegaConf.select(cfg, part))]
     targets = {f"{part}._target_" for part in parts if "_target_" in set(cfg[part])}  # also one that is to be given
@@ -375,13 +380,15 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         raise ValueError(f"{name}: there is no such setting{hint} --help lists all.")
 
 
-def _check_parts(cfg: "DictConfig", explained: Iterable[str]) -> None:
+def _check_parts(cfg: "DictConfig", explained: Iterable[str], chosen: Mapping[str, str]) -> None:
     """Raise a ValueError for a part to which a user's own file gives a value in place of its settings."""
-    from omegaconf import DictConfig
+    from omegaconf import OmegaConf
 
     parts = {name.partition(".")[0] for name in explained if "." in name} - {*explained}
     for part in sorted(parts & set(map(str, cfg))):
-        if not isinstance(cfg[part], DictConfig):
+        if OmegaConf.is_list(cfg[part]):  # only the file of a choice can make it one
+            raise ValueError(f"{part}/{chosen[part]}.yaml must hold lines NAME: VALUE, got a list")
+        if not OmegaConf.is_dict(cfg[part]):
             raise ValueError(f"{part} must hold lines NAME: VALUE, got {cfg[part]!r}")
 
 
@@ -391,8 +398,6 @@ def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:
 
     for group in (group for group in ("case", "method", "preset") if group in chosen):
         file, hint = f"{group}/{chosen[group]}.yaml", ", behind a first line # @package _global_"
-        if OmegaConf.is_list(cfg[group]):
-            raise ValueError(f"{file} must hold lines NAME: VALUE, got a list")
         name = OmegaConf.select(cfg, f"{group}.name")
         if name != chosen[group]:
             raise ValueError(
@@ -956,7 +961,7 @@ SWEPT = {"run": "run=outputs/a,outputs/b", "seed": "seed=0,1,2"}
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
-    overrides = [word for word, o in zip(overrides, parsed(overrides), strict=True) if not _is_of_hydra(o)]
+    overrides = those(overrides, lambda override: not _is_of_hydra(override))
     cfg = compose(overrides, config_name)
     source = _main_files(config_name)[-1].read_text("utf-8")
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]

@@ -295,11 +295,12 @@ def _task(
 
 def _drawn(sampler: Masks, x: Tensor, recorded: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
     """Draw S and T from q(S, T) for all processes together; `recorded` is known for this process's images only."""
+    length = x.shape[1]
     if isinstance(sampler, MaskSampler) and type(sampler).__call__ is MaskSampler.__call__:
-        draw, length = sampler.draw, x.shape[1]
+        draw = sampler.draw
         s_ratio, t_ratio, order = random.rows(len(x), lambda rows, generator: draw(rows, length, generator))
         return sampler.assign(s_ratio, t_ratio, order, recorded)
-    drawn = random.rows(len(x), lambda rows, generator: sampler(rows, x.shape[1], generator))
+    drawn = random.rows(len(x), lambda rows, generator: sampler(rows, length, generator))
     if not isinstance(drawn, tuple | list) or len(drawn) != 2:
         what = f"{len(drawn)} things" if isinstance(drawn, tuple | list) else checks.described(drawn)
         raise ValueError(f"expected masks to draw two, (S, T), got {what}")

@@ -412,7 +412,10 @@ def test_what_is_wrong_with_a_file_of_ones_own_is_said_in_a_line(own, lines, sai
 
 @pytest.mark.parametrize(
     "part, value",
-    [("loss", "3"), *itertools.product(["data", "evaluation", "loss", "masks", "model", "optim", "trainer"], ["null"])],
+    [
+        *itertools.product(["case", "loss"], ["3"]),
+        *itertools.product(["data", "evaluation", "loss", "masks", "method", "model", "optim", "trainer"], ["null"]),
+    ],
 )
 def test_a_part_that_a_file_of_ones_own_makes_a_value_is_named(own, part, value):
     (own / "mine.yaml").write_text(f"defaults: [train, _self_]\n{part}: {value}\n")
