@@ -493,6 +493,7 @@ class BigLearnVAE:
             float64 (B,), or () for a single image.
         """
         checks.check_choice("unit", unit, ("nats", "bits_per_dim"))
+        checks.check_seed(seed)
         variance = checked_variance(self, variance)
         tokens, S, T, single = self._tasks(x, T, given)
         of_passes = self._importance_by_pass(tokens, S, T, samples, seed, passes)
@@ -670,7 +671,7 @@ class BigLearnVAE:
         """Images or tokens, a batch or one -> tokens (B, L, D) on the device, the images (B, C, H, W) if it was images,
         and whether there was no batch axis."""
         token_shape = (self.num_tokens, self.net.token_dim)
-        if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
+        if not checks.is_numbers(x):
             raise ValueError(
                 "expected a tensor of images in [0, 1] or tokens as floating-point numbers, or of uint8 images, "
                 f"got {checks.described(x)}"
@@ -720,6 +721,13 @@ class BigLearnVAE:
         # A mask of patches (B, L) may have the shape (H, W); which of the two it is must not depend on B.
         patches = mask.ndim == 2 and mask.shape[1] == self.num_tokens
         return mask if not patches and mask.ndim in (2, 3) and tuple(mask.shape[-2:]) == self.image_shape[1:] else None
+
+
+def check_model(vae: Any) -> None:
+    """Raise a ValueError unless this is a `BigLearnVAE`."""
+    if not isinstance(vae, BigLearnVAE):
+        hint = ": BigLearnVAE(net, tokenizer) makes one of a network" if isinstance(vae, nn.Module) else ""
+        raise ValueError(f"expected a BigLearnVAE, as biglearn_vae.load gives it, got {type(vae).__name__}{hint}")
 
 
 def checked_dims(vae: BigLearnVAE, dims: Sequence[int]) -> list[int]:

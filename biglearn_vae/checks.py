@@ -1,17 +1,22 @@
 """Checks of arguments: a ValueError says what was expected and what came, before something fails deep inside."""
 
 import operator
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+MOST = 2**63 - 1  # torch counts no further
+
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """A whole number of any type, such as NumPy's, as an int; a ValueError if it is none or below `least`."""
+    """A whole number of any type, such as NumPy's, as an int; a ValueError if it is none, or if it is a count, with a
+    `least`, and below that or above `MOST`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -20,6 +25,8 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if least is not None and number > MOST:
+        raise ValueError(f"{name} must be below 2^63, got {value}")
     return number
 
 
@@ -29,6 +36,24 @@ def whole_numbers(values: Any, least: int) -> list[int]:
         return [whole_number("each", value, least) for value in values]
     except (TypeError, ValueError):
         return []
+
+
+def several(name: str, values: Any) -> list[Any]:
+    """A list of what a sequence, an array or a tensor holds; a ValueError for anything else, and for an empty one."""
+    try:
+        found = [] if isinstance(values, str | Mapping) else list(values)
+    except TypeError:
+        found = []
+    if not found:
+        raise ValueError(f"{name} must be a list of at least one, got {values!r}")
+    return found
+
+
+def path(name: str, value: Any) -> Path:
+    """A path given as a text or as one; a ValueError for anything else."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name} must be a path, got {value!r:.80}")
+    return Path(value).expanduser()
 
 
 def height_and_width(name: str, size: Any) -> tuple[int, int]:
@@ -130,6 +155,11 @@ def warn(message: str) -> None:
 def in_floats(images: Tensor) -> Tensor:
     """Images as they are, but for bytes, which are divided by 255."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether it is a tensor of floating-point numbers, or of bytes."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.uint8)
 
 
 def is_mask(value: Any) -> bool:

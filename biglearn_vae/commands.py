@@ -237,12 +237,14 @@ def _memory_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"CPUAllocator: .* tried to allocate (\d+) bytes", str(error))
+        said = r"CPUAllocator: .* tried to allocate (\d+) bytes|Storage size calculation overflowed"
+        found = re.search(said, str(error))
         if not found:
             raise
+        size = f"{int(found[1]) / 2**30:,.1f} GiB more" if found[1] else "a tensor as large as this"
         raise MemoryError(
-            f"there is not enough memory for {int(found[1]) / 2**30:,.1f} GiB more: a smaller model, trainer.batch_size"
-            " or evaluation.draws, or more trainer.accumulate, takes less"
+            f"there is not enough memory for {size}: a smaller model, trainer.batch_size or evaluation.draws, or more "
+            "trainer.accumulate, takes less"
         ) from error
 
 

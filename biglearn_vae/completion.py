@@ -58,10 +58,12 @@ class Plan:
 
     def __post_init__(self):
         evaluation.check_tasks(self.tasks)
+        if self.chain_tasks not in ((), []):
+            evaluation.check_tasks(self.chain_tasks, "chain_tasks")
         least = {"draws": 2, "likelihood_images": 0, "regressor_steps": 0, "samples": 1, "annealing_steps": 1}
         for name, count in least.items():
             checks.whole_number(name, getattr(self, name), count)
-        for count in self.iterations:
+        for count in () if self.iterations in ((), []) else checks.several("iterations", self.iterations):
             checks.whole_number("each of iterations", count, 1)
         if self.passes not in (None, []) and not checks.whole_numbers(self.passes, 2):
             raise ValueError(f"passes must be whole numbers from 2 on, as one is measured anyway, got {self.passes}")
@@ -99,6 +101,7 @@ def measure(vae: BigLearnVAE, images: Images, train: Images, plan: Plan, seed: i
     Raises:
         ValueError: if a task hides nothing that was recorded of these images.
     """
+    evaluation.check_given(vae, images, train)
     of_chains = plan.chains_of(vae)
     ((x, tasks),) = evaluation.tasks_in_parts(vae, images, plan.tasks, seed, rows=len(images))
     if empty := [str(task) for task, (_, T) in tasks.items() if not T.any()]:

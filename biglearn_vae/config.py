@@ -106,6 +106,8 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
         ValueError: see `check` and `words_of`; and for a setting of Hydra's own, as these are for starting scripts.
     """
     overrides = words_of(overrides)
+    if not isinstance(config_name, str):
+        raise ValueError(f"config_name must be the name of a settings file, such as 'train', got {config_name!r}")
     if of_hydra := those(overrides, _is_of_hydra):
         raise ValueError(f"{of_hydra[0]} is Hydra's, which starts scripts and has no part in what is called here")
     check(overrides, config_name)
@@ -124,9 +126,10 @@ def words_of(overrides: Iterable[str]) -> list[str]:
     """
     if isinstance(overrides, str):
         raise ValueError(f"expected a list of settings, such as {overrides.split()}, got the text {overrides!r}")
-    if not isinstance(overrides, Iterable):
-        raise ValueError(f"expected a list of settings, such as ['seed=1'], got {overrides!r}")
-    return list(overrides)
+    try:
+        return list(overrides)
+    except TypeError:  # of what cannot be gone through
+        raise ValueError(f"expected a list of settings, such as ['seed=1'], got {overrides!r}") from None
 
 
 def sweep_in_file(config_name: str) -> tuple[bool, list[str]]:
@@ -365,6 +368,8 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
             _check_left_out(name, known, targets - {"data._target_"}, any_names)  # which patches are cut by, too
         elif inside and not isinstance(value, dict):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
+        elif isinstance(value, dict) and OmegaConf.is_list(OmegaConf.select(cfg, name)):
+            raise ValueError(f"{name} is a list, got {value}")
         if name in known | targets or inside:
             continue
         if parent in own or any_names:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -74,7 +75,7 @@ class ImageSet:
                 f"expected pixels of shape (N, C, H, W) as uint8, 0 to 255, got {checks.described(self.pixels)}"
             )
         for name, part in (("labels", self.labels), ("recorded", self.recorded)):
-            if part is not None and (not isinstance(part, Tensor) or len(part) != len(self.pixels)):
+            if part is not None and (not isinstance(part, Tensor) or part.shape[:1] != self.pixels.shape[:1]):
                 raise ValueError(f"expected {name} of the {len(self.pixels)} images, got {checks.described(part)}")
         if min(self.pixels.shape[1:3]) > 4 >= self.pixels.shape[3]:
             raise ValueError(
@@ -125,12 +126,16 @@ class ImageSet:
         Positions may repeat. Pixels stay bytes, so `images.select(index).to(device)[:]` makes floats on the device.
         """
         if not isinstance(index, slice):
-            index = self._positions(torch.as_tensor(index))
+            index = self._positions(index)
         labels, recorded = (None if part is None else _rows(part, index) for part in (self.labels, self.recorded))
         return ImageSet(_rows(self.pixels, index), labels, recorded)
 
-    def _positions(self, index: Tensor) -> Tensor:
+    def _positions(self, given: Tensor | Sequence[int]) -> Tensor:
         """Positions counted from 0, given as these, as negative ones or as a mask."""
+        try:
+            index = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):  # torch cannot make a tensor of it
+            index = torch.tensor(torch.nan)
         if index.dtype == torch.bool and tuple(index.shape) == (len(self),):
             return index.nonzero().flatten()
         if index.ndim == 1 and not len(index):
@@ -141,7 +146,7 @@ class ImageSet:
         if not whole or index.ndim != 1 or (known and not -len(self) <= index.min() <= index.max() < len(self)):
             raise ValueError(
                 f"expected positions among {len(self)} images, (B,), or a boolean mask ({len(self)},) of them, got "
-                f"{checks.described(index)}"
+                f"{checks.described(given) if isinstance(given, Tensor) else repr(given)}"
             )
         return index % len(self) if known else index
 
@@ -185,6 +190,23 @@ def rows_of(numbers: int, chunks: int = 1) -> int:
     return max(1, min(chunks * CHUNK, NUMBERS // numbers))
 
 
+def check_images(images: Any, what: str = "image") -> None:
+    """Raise a ValueError unless these are images or their tokens, at least one; something that is read in parts as an
+    `ImageSet` is will do."""
+    if isinstance(images, Tensor):
+        fits = checks.is_numbers(images) and images.ndim in (3, 4)
+    else:
+        read = hasattr(images, "__len__") and hasattr(images, "__getitem__")
+        fits = read and not (isinstance(images, Sequence | Mapping) or hasattr(images, "__array__"))
+    if not fits:
+        raise ValueError(
+            "expected images, a tensor (N, C, H, W) of numbers in [0, 1] or of bytes, or an ImageSet, or tokens "
+            f"(N, L, D), got {checks.described(images)}"
+        )
+    if not len(images):
+        raise ValueError(f"expected at least one {what}, got none")
+
+
 def take(images: Images, index: slice | Tensor, device: torch.device) -> Tensor:
     """Some images as floats in [0, 1] on a device; bytes are moved there as bytes, a quarter of the size of floats.
 
@@ -209,13 +231,7 @@ def parts(images: Images, device: torch.device, rows: int | None = None) -> Iter
     Raises:
         ValueError: if there are none, or these are no images.
     """
-    if images.ndim not in (3, 4) if isinstance(images, Tensor) else hasattr(images, "__array__"):
-        raise ValueError(
-            "expected images, a tensor (N, C, H, W) or an ImageSet, or tokens (N, L, D), "
-            f"got {checks.described(images)}"
-        )
-    if not len(images):
-        raise ValueError("expected at least one image, got none")
+    check_images(images)
     from tqdm import tqdm
 
     rows = rows or rows_of(images[:1].numel())
@@ -335,14 +351,14 @@ def load(
     sizes = dict(image_size=_checked_size(image_size), channels=_checked_channels(channels))
     _check_options(name, options)
     sizes = {k: v for k, v in sizes.items() if v is not None}
-    place = Path(root or os.environ.get("BIGLEARN_DATA") or "data").expanduser()
+    place = checks.path("root", root or os.environ.get("BIGLEARN_DATA") or "data")
     splits = SOURCES[name](place, **sizes, **options)
     _check_classes(splits)
     return splits
 
 
 def _checked_channels(channels: int | None) -> int | None:
-    if channels not in (None, 1, 3):
+    if not (channels is None or (isinstance(channels, Integral) and channels in (1, 3))):
         raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     return channels
 

@@ -28,7 +28,11 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self):
-        object.__setattr__(self, "device", torch.device(self.device))  # also by its name
+        try:
+            device = torch.device(self.device)  # also by its name
+        except (RuntimeError, TypeError):  # torch's, in many lines
+            raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {self.device!r}") from None
+        object.__setattr__(self, "device", device)
 
     @property
     def is_main(self) -> bool:
@@ -145,7 +149,7 @@ def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)

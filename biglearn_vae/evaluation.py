@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from biglearn_vae import annealing, checks, masks
-from biglearn_vae.capabilities import BigLearnVAE, check_scaled, checked_variance
-from biglearn_vae.data import Images, ImageSet, parts, rows_of, take
+from biglearn_vae.capabilities import BigLearnVAE, check_model, check_scaled, checked_variance
+from biglearn_vae.data import Images, ImageSet, check_images, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed, global_generator
 from biglearn_vae.gaussian import DiagGaussian, bits_per_dim
 from biglearn_vae.losses import ELBO, BigLearnELBO, has_model
@@ -33,6 +33,14 @@ SHAPES: dict[str, Callable[[tuple[int, int]], Tensor]] = {
     "top": lambda grid: masks.half(grid, "top"),
     "left": lambda grid: masks.half(grid, "left"),
 }
+
+
+def check_given(vae: Any, images: Any, *train: Any) -> None:
+    """Raise a ValueError unless these are a model, images or their tokens, at least one, and such training images."""
+    check_model(vae)
+    check_images(images)
+    for part in train:
+        check_images(part, "training image")
 
 
 @torch.no_grad()
@@ -56,6 +64,7 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
         ValueError: if the loss has another prior or other observations than the model, or returns something else than
             an ELBO, and for images that are none of these observations.
     """
+    check_given(vae, images)
     if not callable(loss):
         raise ValueError(f"expected an objective, such as BigLearnELBO(beta), got {loss!r:.80}")
     if getattr(loss, "prior", vae.prior) != vae.prior:
@@ -129,7 +138,8 @@ def inpainting_psnr(
     Raises:
         ValueError: if draws is below 1, and on what `hidden_masks` refuses.
     """
-    draws = checks.whole_number("draws", draws, 1)
+    check_given(vae, images)
+    draws, seed = checks.whole_number("draws", draws, 1), checks.seed_or_drawn(seed)
     rows = rows_of(draws * math.prod(vae.image_shape))  # all draws of a part at a time
     return _psnr_by_task(vae, images, ratios, lambda x, S, k: vae.inpaint(x, S, draws, seed + k).mean(0), seed, rows)
 
@@ -146,6 +156,7 @@ def nearest_psnr(
         train: M training images.
         vae: only its image size and the grid of its patches are used.
     """
+    check_given(vae, images, train)
     neighbours = checks.whole_number("neighbours", neighbours, 1)
     patches = _patches_of(vae, vae.image_shape[0])
     known = _Patches(train, patches, vae.device)
@@ -174,6 +185,7 @@ def nearest_positions(vae: BigLearnVAE, images: Images, S: Tensor, train: Images
         train: training images.
         vae: only its image size and the grid of its patches are used; images may have other channels than its own.
     """
+    check_given(vae, images, train)
     patches = _patches_of(vae, take(train, slice(1), vae.device).shape[1])
     x, known = (_Patches(part, patches, vae.device) for part in (images, train))
     return _nearest(x, S.to(vae.device), known, neighbours)[0]
@@ -213,7 +225,14 @@ def nearest_completion(x: Tensor, S: Tensor, train: Tensor, neighbours: int = 10
     the variance of that number over the training images that have it; if it were left out, the images with the least
     recorded would be nearest. Each number of the completion is the mean over the neighbours that have it; if none has,
     or S is empty, over all training images; and if none of these has it, the mean of all numbers.
+
+    Raises:
+        ValueError: on tokens or masks of other shapes or types.
     """
+    fits = all(checks.is_numbers(part) and part.ndim == 3 and part.is_floating_point() for part in (x, train))
+    if not fits or x.shape[1:] != train.shape[1:] or not checks.is_mask(S) or S.shape != x.shape[:2]:
+        found = ", ".join(map(checks.described, (x, S, train)))
+        raise ValueError(f"expected x (N, L, D), a boolean mask S (N, L) and train (M, L, D), got {found}")
     nearest, everyone = _nearest(x, S.unsqueeze(1), train, neighbours)
     rows = rows_of(neighbours * train[0].numel())
     pairs = zip(nearest[:, 0].split(rows), S.split(rows), strict=True)
@@ -312,6 +331,7 @@ def hidden_masks(count: int, grid: tuple[int, int], tasks: Sequence[Task], seed:
         ValueError: if there is no task, or one is neither a share in [0, 1) nor one of `SHAPES`.
     """
     check_tasks(tasks)
+    count, grid = checks.whole_number("count", count, 0), checks.check_grid(grid)
     num_tokens = grid[0] * grid[1]
     largest = (num_tokens - 1) / num_tokens
     return {
@@ -322,13 +342,13 @@ def hidden_masks(count: int, grid: tuple[int, int], tasks: Sequence[Task], seed:
     }
 
 
-def check_tasks(tasks: Sequence[Task]) -> None:
+def check_tasks(tasks: Sequence[Task], name: str = "") -> None:
     """Raise a ValueError unless these are shares of patches in [0, 1) or names of `SHAPES`, at least one."""
     several = isinstance(tasks, list | tuple)
     if not several or not tasks or not all(map(_is_task, tasks)):
         raise ValueError(
-            f"expected shares in [0, 1), as something must be hidden, or some of {', '.join(SHAPES)}, in a list of at "
-            f"least one, got {tasks}"
+            f"{name and f'{name}: '}expected shares in [0, 1), as something must be hidden, or some of "
+            f"{', '.join(SHAPES)}, in a list of at least one, got {tasks}"
         )
 
 
@@ -367,10 +387,11 @@ _Error = tuple[float, int]  # the sum of squared errors, and of how many numbers
 
 
 def _squared_error(completed: Tensor, images: Tensor, hidden: Tensor) -> _Error:
-    if completed.shape != images.shape or not _is_mask_of(hidden, images):
+    fits = checks.is_numbers(completed) and checks.is_numbers(images) and completed.shape == images.shape
+    if not fits or not _is_mask_of(hidden, images):
         raise ValueError(
-            f"expected completions of the size of the images, {tuple(images.shape)}, and a boolean mask of pixels of "
-            f"them, as vae.pixel_mask(~S) makes it, got {checks.described(completed)} and {checks.described(hidden)}"
+            f"expected completions of the size of the images, {checks.described(images)}, and a boolean mask of pixels "
+            f"of them, as vae.pixel_mask(~S) makes it, got {checks.described(completed)} and {checks.described(hidden)}"
         )
     images, hidden = images.to(completed.device), hidden.to(completed.device)
     error = (checks.in_floats(completed) - checks.in_floats(images))[hidden.expand_as(images)].double().square()
@@ -405,6 +426,7 @@ def fit_variance(vae: BigLearnVAE, images: Images, seed: int = 0) -> float:
     Raises:
         ValueError: if nothing of the images was recorded, or the observations have no variance.
     """
+    check_given(vae, images)
     check_scaled(vae)
     total, count = 0.0, 0
     for k, tokens in enumerate(_tokens(vae, images)):
@@ -448,6 +470,8 @@ def likelihood(
     Args:
         annealing_steps: of `annealed_log_prob`, whose bounds are tighter the more there are; None is `log_prob`.
     """
+    check_given(vae, images)
+    seed = checks.seed_or_drawn(seed)
     A = masks.random(len(images), vae.num_tokens, 0.5, seed=seed)
     halves = (("marginal", A, None), ("conditional", ~A, A)) if vae.num_tokens > 1 else ()
     bound, result = _bound(vae, annealing_steps), {}
@@ -477,8 +501,6 @@ def _in_parts(
     seed: int,
 ) -> Tensor:
     """`BigLearnVAE.log_prob` (N,) or `log_weights` (K, N), a part of the images at a time."""
-    if not len(images):
-        raise ValueError("expected at least one image, got none")
     rows = rows_of(images[:1].numel())
     results = []
     for k, start in enumerate(range(0, len(images), rows)):
@@ -518,6 +540,8 @@ def consistency(
     Raises:
         ValueError: if there is only one patch.
     """
+    check_given(vae, images)
+    seed = checks.seed_or_drawn(seed)
     if vae.num_tokens < 2:
         raise ValueError("expected images of at least two patches, got one")
     A, B = _disjoint_pairs(len(images), vae.num_tokens, seed)
@@ -543,7 +567,7 @@ def consistency(
 
 def _disjoint_pairs(count: int, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """Masks A and B (N, L), neither empty: |A| uniform in 1 .. L - 1, |B| uniform in 1 .. L - |A|."""
-    generator = torch.Generator().manual_seed(checks.seed_or_drawn(seed))
+    generator = torch.Generator().manual_seed(seed)
     rank = torch.rand(count, num_tokens, generator=generator).argsort(-1)
     uniform = torch.rand(count, 2, 1, generator=generator)
     a = 1 + (uniform[:, 0] * (num_tokens - 1)).floor()
@@ -563,6 +587,11 @@ def reconstruction(tokenizer: Any, images: Images) -> dict[str, float]:
         tokenizer: with `encode`, `decode` and `patch_size`, such as a `PatchAE`.
         images: (N, C, H, W) in [0, 1]; patches with NaN in them, never recorded as a whole, do not count.
     """
+    check_images(images)
+    if lacking := [of for of in ("encode", "decode", "patch_size") if not hasattr(tokenizer, of)]:
+        raise ValueError(
+            f"expected a tokenizer such as a PatchAE, {type(tokenizer).__name__} lacks {', '.join(lacking)}"
+        )
     device = next(tokenizer.parameters(), images[:1]).device
     error, numbers = 0.0, 0
     seams: dict[str, Any] = {"seam_ratio": 0, "seam_ratio_of_images": 0}
@@ -609,6 +638,7 @@ def completion_psnr(
             (n, C, H, W); n is at most `data.CHUNK`. For a network trained without z (`losses.InpaintingRegression`):
             `lambda x, S: vae.decode(torch.zeros(len(x), vae.z_dim), x, S)`.
     """
+    check_given(vae, images)
     rows = rows_of(math.prod(vae.image_shape))
     return _psnr_by_task(vae, images, ratios, lambda x, S, k: complete(x, S), seed, rows)
 
@@ -639,6 +669,7 @@ def training_mean_psnr(
             numbers.
         vae: only its patches are used.
     """
+    check_given(vae, images, train)
     mean = _mean_image(train)
     return completion_psnr(vae, images, ratios, lambda x, S: mean.to(x).expand_as(x), seed)
 
@@ -670,9 +701,11 @@ def completion_scores(draws: Tensor, images: Tensor, hidden: Tensor) -> dict[str
     Raises:
         ValueError: if there are fewer than two draws, nothing is hidden, or shapes do not fit.
     """
-    if draws.ndim != 5 or len(draws) < 2 or draws.shape[1:] != images.shape:
+    fits = checks.is_numbers(draws) and checks.is_numbers(images) and draws.ndim == 5 and len(draws) > 1
+    if not fits or draws.shape[1:] != images.shape:
         raise ValueError(
-            f"expected at least 2 draws (K, N, C, H, W) of images {tuple(images.shape)}, got {tuple(draws.shape)}"
+            "expected at least 2 draws (K, N, C, H, W) of images (N, C, H, W), got "
+            f"{checks.described(draws)} and {checks.described(images)}"
         )
     if not checks.is_mask(hidden) or hidden.shape != (len(images), 1, *images.shape[2:]) or not hidden.any():
         raise ValueError(
@@ -761,6 +794,8 @@ def annealed_log_prob(
     Raises:
         ValueError: if the variance is not positive, or T and given are not such masks.
     """
+    check_model(vae)
+    checks.check_seed(seed)
     tokens, S, T, single = vae._tasks(x, T, given)
     found = _annealed(vae, tokens, S, T, False, samples, variance, derive_seed("annealed", seed), steps)
     return found[0] if single else found
@@ -800,10 +835,14 @@ def conditional_log_prob_joint(
         ValueError: if the variance is not positive, an image is not whole or nothing of it is hidden, or `joint` is of
             another number of images.
     """
+    check_model(vae)
+    checks.check_seed(seed)
     tokens, nothing, everything, single = vae._tasks(x, None, None)
     S = vae._mask(S, len(tokens), default=True)
     if S.all(-1).any():
         raise ValueError("expected at least one hidden patch in each image, S holds all")
+    if not isinstance(joint, LogProb | None):
+        raise ValueError(f"joint must be what annealed_log_prob gives, got {type(joint).__name__}")
     if joint is not None and joint.nats.numel() != len(tokens):
         raise ValueError(f"joint must be of these {len(tokens)} images, got {joint.nats.numel()} numbers")
     options = (samples, variance)

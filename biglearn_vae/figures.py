@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from biglearn_vae import data, masks
-from biglearn_vae.capabilities import BigLearnVAE, checked_dims
+from biglearn_vae import checks, data, masks
+from biglearn_vae.capabilities import BigLearnVAE, check_model, checked_dims
+from biglearn_vae.gaussian import generator
 from biglearn_vae.sheets import DPI, Block, Columns, drawable, rendered, sheet
 
 HIDDEN = (0.80, 0.33, 0.27)  # the colour of what the model does not see
@@ -111,7 +112,7 @@ def inference(
     """
     x, recorded = take(vae, images, labels, rows)
     cells = []
-    for ratio in ratios:
+    for ratio in checks.several("ratios", ratios):
         S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
         # The same noise at every ratio, so that what changes from left to right is what is known.
         z = vae.encode(x, S).sample(seed=seed)
@@ -169,6 +170,7 @@ def completions(
 
 def _completions(vae: BigLearnVAE, x: Tensor, S: Tensor, draws: int, seed: int) -> Columns:
     """Columns: what is observed, several draws, and the mean of at least 16."""
+    draws = checks.whole_number("draws", draws, 0)
     drawn = vae.inpaint(x, S, draws=max(16, draws), seed=seed)
     several = [(f"draw {k + 1}", rgb(drawn[k])) for k in range(draws)]
     return [("observed", see(vae, x, S)), *several, (f"mean of {len(drawn)}", rgb(drawn.mean(0)))]
@@ -191,7 +193,8 @@ def interpolation(
         steps: points on the line, both ends among them.
         ratio: share of the patches observed in the second block.
     """
-    x, recorded = take(vae, images, labels, 2 * rows, repeat=True)
+    x, recorded = take(vae, images, labels, rows, pairs=True)
+    steps = checks.whole_number("steps", steps, 2)
     whole = vae.inpaint(x, recorded, seed=seed)  # x itself, unless a part of it was never recorded
     a, b = whole[0::2], whole[1::2]
     S = masks.random(len(a), vae.num_tokens, ratio, seed).to(x.device) & recorded[0::2]
@@ -222,8 +225,9 @@ def combination(
         labels: classes (N,).
         ratio: share of the patches in each part of one image.
     """
-    x, recorded = take(vae, images, labels, 2 * rows, repeat=True)
+    x, recorded = take(vae, images, labels, rows, pairs=True)
     a, b, of_a, of_b = x[0::2], x[1::2], recorded[0::2], recorded[1::2]
+    ratio = checks.real_number("ratio", ratio, "[0, 0.5]")
     upto = [masks.random(len(a), vae.num_tokens, share, seed).to(x.device) for share in (ratio, 2 * ratio, 0.7)]
     top, bottom = (masks.half(vae.grid, part).to(x.device) for part in ("top", "bottom"))
     names = ("part 1", "part 2", "both parts")
@@ -269,6 +273,7 @@ def decoding_sensitivity(
         ratios: shares of the patches observed.
     """
     x, recorded = take(vae, images, labels, rows)
+    ratios = checks.several("ratios", ratios)
     S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
     moves = _moves(vae, images) if delta is None else torch.full((vae.z_dim,), float(delta), device=x.device)
     if isinstance(dims, int | np.integer):
@@ -411,8 +416,9 @@ def passes(
         labels: classes (N,).
         counts: numbers of passes; those above the number of patches are left out.
     """
-    counts = [count for count in counts if count <= vae.num_tokens]
     x, recorded = take(vae, images, labels, rows)
+    counts = [checks.whole_number("each of counts", count, 1) for count in checks.several("counts", counts)]
+    counts = [count for count in counts if count <= vae.num_tokens]
     S = masks.random(len(x), vae.num_tokens, 0.2, seed).to(x.device) & recorded
     names = [f"{count} pass{'es' if count > 1 else ''}" for count in counts]
     drawn = [rgb(vae.sample(len(x), seed=seed, passes=count)) for count in counts]
@@ -431,7 +437,7 @@ def strokes(vae: BigLearnVAE, x: Tensor, seed: int = 0, share: float = 0.4) -> T
     cell = tuple(size // count for size, count in zip(vae.image_shape[1:], vae.grid, strict=True))
     ink = avg_pool2d((x - background).abs().nan_to_num(0), cell).mean(1).flatten(1)  # (n, L)
     inked = ink > 0.5 * ink.max(dim=1, keepdim=True).values
-    order = torch.rand(ink.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    order = torch.rand(ink.shape, generator=generator(torch.device("cpu"), seed)).to(x.device)
     return inked & (masks.rank_among(inked, order) < (share * inked.sum(-1, keepdim=True)).ceil())
 
 
@@ -452,13 +458,16 @@ def latent_map(
         ratios: shares of the patches observed, a panel each.
         names: of the classes, in the order of their numbers.
     """
+    x, recorded = take(vae, images, labels, count, called="count")
     order = choose(len(images), labels, count)
-    x, recorded = take(vae, images[order], None, count)
+    ratios, seed = checks.several("ratios", ratios), checks.seed_or_drawn(seed)
     classes = None if labels is None else labels.cpu()[order].numpy()
     S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
     codes = torch.stack([vae.encode(x, mask).mean for mask in S]).double().cpu()  # (R, n, Z)
     places = _plane(codes.flatten(0, 1).numpy(), seed).reshape(*codes.shape[:2], 2)
-    heading = f"codes of {len(x)} images by t-SNE, all panels together; {_colours(classes, names)}"
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ValueError(f"names must be a list of those of the classes, got {names!r}")
+    heading = f"codes of {len(x)} images by t-SNE, all panels together; {_colours(classes, list(map(str, names)))}"
     block = Block(_panels(places, classes)[None], heading, [f"S-ratio {ratio:g}" for ratio in ratios])
     return sheet(*text("latent_map", x), [block])
 
@@ -610,16 +619,30 @@ def choose(total: int, labels: Tensor | None, count: int, repeat: bool = False) 
 
 
 def take(
-    vae: BigLearnVAE, images: Tensor, labels: Tensor | None, count: int, repeat: bool = False
+    vae: BigLearnVAE,
+    images: Tensor,
+    labels: Tensor | None,
+    count: int,
+    pairs: bool = False,
+    called: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     """The chosen images (n, C, H, W) on the model's device, and which patches of them were recorded (n, L).
 
+    There are `count`, or all if there are fewer; with `pairs` there are twice as many, of which some may be the same.
+
     Raises:
-        ValueError: for images that are neither grey nor in colours.
+        ValueError: for images that are neither grey nor in colours, for what is no images, labels of them or number of
+            them, and for what is no model.
     """
+    check_model(vae)
+    data.check_images(images)
+    count = checks.whole_number(called, count, 1)
+    ordered = isinstance(labels, Tensor) and not labels.is_complex()
+    if labels is not None and not (ordered and labels.shape == (len(images),)):
+        raise ValueError(f"labels must be classes of the {len(images)} images, (N,), got {checks.described(labels)}")
     if vae.image_shape[0] not in (1, 3):
         raise ValueError(f"pictures are of images of 1 or 3 channels, got {vae.image_shape[0]}: draw them one by one")
-    x = data.take(images, choose(len(images), labels, count, repeat), vae.device)
+    x = data.take(images, choose(len(images), labels, 2 * count if pairs else count, pairs), vae.device).detach()
     return x, masks.recorded(vae.tokenizer.encode(x))
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from biglearn_vae import checks, gaussian
-from biglearn_vae.capabilities import BigLearnVAE, Observed, checked_variance
+from biglearn_vae.capabilities import BigLearnVAE, Observed, check_model, checked_variance
 from biglearn_vae.distributed import synchronize
 from biglearn_vae.gaussian import DiagGaussian
 
@@ -143,8 +143,7 @@ def chain(
         ValueError: if draws or pseudo are not whole numbers, draws below 1, pseudo below 0, the variance not positive,
             the seed not one that torch takes, x or S not what `vae` takes, or start not finite or of another shape.
     """
-    if not isinstance(vae, BigLearnVAE):
-        raise ValueError(f"expected a BigLearnVAE, which has a network and its tokenizer, got {type(vae).__name__}")
+    check_model(vae)
     draws, pseudo = checks.whole_number("draws", draws, 1), checks.whole_number("pseudo", pseudo, 0)
     checks.check_seed(seed)
     chains = _Chains(vae, x, S, noisy, checked_variance(vae, variance), seed)

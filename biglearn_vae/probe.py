@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biglearn_vae import checks, evaluation, masks
-from biglearn_vae.capabilities import BigLearnVAE
+from biglearn_vae.capabilities import BigLearnVAE, check_model
 from biglearn_vae.data import CHUNK, Batches, Images, ImageSet, parts, shuffled
 from biglearn_vae.distributed import StepRandom, World, derive_seed
 from biglearn_vae.loggers import Logger
@@ -76,8 +77,7 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
 
 def _observed(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (n, C, H, W), or tokens (n, L, D), and which patches of them are observed (n, L), part by part."""
-    if not len(images):
-        raise ValueError("expected at least one image, got none")
+    evaluation.check_given(vae, images)
     mask = masks.random(len(images), vae.num_tokens, ratio, seed, _recorded(vae, images))  # of all, whatever the parts
     for x, S in zip(parts(images, vae.device, vae.rows), mask.split(vae.rows), strict=True):
         yield x, S.to(vae.device)
@@ -108,6 +108,7 @@ def tokens_of(vae: BigLearnVAE, images: Tensor | ImageSet, most: int = MOST_KEPT
 
 def mask_seeds(seed: int, ratio: float, draw: int) -> tuple[int, int]:
     """The seeds of the masks of the training images and of the test images, of one draw at one S-ratio."""
+    checks.check_seed(seed)
     train, test = (derive_seed("probe", seed, float(ratio), draw, part) for part in ("train", "test"))
     return train, test
 
@@ -162,9 +163,12 @@ def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbour
     Raises:
         ValueError: if `neighbours` is below 1, or there is no training code.
     """
-    count = min(checks.whole_number("neighbours", neighbours, 1), len(train_x))
-    if not count:
+    if isinstance(train_x, Tensor) and not train_x.numel():
         raise ValueError("expected at least one training code, of which the nearest are looked for, got none")
+    _check_features("training", train_x)
+    _check_features("test", test_x, train_x.shape[1])
+    _check_examples("training", train_x, train_y)
+    count = min(checks.whole_number("neighbours", neighbours, 1), len(train_x))
     exact = train_x.double()  # cdist subtracts after multiplying, for which float32 has too few digits
     chunks = (torch.cdist(part.double(), exact) for part in test_x.split(CHUNK))
     near = torch.cat([distances.topk(count, largest=False).indices for distances in chunks])
@@ -214,7 +218,7 @@ class LinearClassifier:
 
     def predict(self, x: Tensor) -> Tensor:
         """The classes (N,) of features (N, F)."""
-        return torch.from_numpy(self.pipeline.predict(x.numpy()))
+        return torch.from_numpy(self.pipeline.predict(_array(x)))
 
 
 def fit(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
@@ -227,6 +231,9 @@ def fit(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
         x: (N, F)
         y: classes (N,), at least two of them.
         balanced: give all classes the same weight, however many examples each has.
+
+    Raises:
+        ValueError: on features or classes of other shapes or types, or features that are not finite.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -234,6 +241,10 @@ def fit(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
+    _check_features("training", x)
+    _check_examples("training", x, y)
+    if y.ndim != 1 or len(y.unique()) < 2:
+        raise ValueError(f"expected classes (N,), at least two of them, got {checks.described(y)}")
     weight = "balanced" if balanced else None
     solver = LogisticRegression(C=LOGIT_VARIANCE / x.shape[1], max_iter=MAX_ITER, class_weight=weight)
     # One thread: its products are small, and more threads wait for each other longer than they compute.
@@ -241,8 +252,13 @@ def fit(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
         threadpool_limits(1),
         warnings.catch_warnings(record=True, action="always", category=ConvergenceWarning) as caught,
     ):
-        pipeline = make_pipeline(StandardScaler(), solver).fit(x.numpy(), y.numpy())
+        pipeline = make_pipeline(StandardScaler(), solver).fit(_array(x), y.numpy())
     return LinearClassifier(pipeline, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught))
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """Features as NumPy takes them, which has no bfloat16."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32)).numpy()
 
 
 def fit_and_score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Score:
@@ -293,16 +309,31 @@ def _scored_attributes(train_y: Tensor, test_y: Tensor) -> list[int]:
 
 
 def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
+    _check_features("training", train_x)
+    _check_features("test", test_x, train_x.shape[1])
     for name, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):
-        if x.ndim != 2 or not x.numel() or x.shape[1] != train_x.shape[1]:
-            raise ValueError(
-                f"expected {name} features of shape (N, F), N at least 1 and F that of training, got {tuple(x.shape)}"
-            )
-        if not x.isfinite().all():
-            raise ValueError(f"expected finite {name} features, got NaN or infinity")
-        if len(y) != len(x):
-            raise ValueError(f"expected a label for each of the {len(x)} {name} images, got {len(y)}")
+        _check_examples(name, x, y)
     _check_labels(train_y, test_y)
+
+
+def _check_features(name: str, x: Any, count: int | None = None) -> None:
+    """Raise a ValueError unless these are finite features (N, F), and so many."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise ValueError(f"expected {name} features as floating-point numbers, got {checks.described(x)}")
+    if x.ndim != 2 or not x.numel() or count not in (None, x.shape[1]):
+        raise ValueError(
+            f"expected {name} features of shape (N, F), N at least 1 and F that of training, got {tuple(x.shape)}"
+        )
+    if not x.isfinite().all():
+        raise ValueError(f"expected finite {name} features, got NaN or infinity")
+
+
+def _check_examples(name: str, x: Tensor, y: Any) -> None:
+    """Raise a ValueError unless y are labels of the features x (N, F)."""
+    if not isinstance(y, Tensor) or not y.ndim or y.is_complex():
+        raise ValueError(f"expected {name} labels as whole numbers, got {checks.described(y)}")
+    if len(y) != len(x):
+        raise ValueError(f"expected a label for each of the {len(x)} {name} images, got {len(y)}")
 
 
 def _check_labels(train_y: Tensor, test_y: Tensor) -> None:
@@ -531,7 +562,7 @@ def linear_probe(
     train_y, test_y = labels_of(train), labels_of(test, "test")
     _check_labels(train_y, test_y)
     draws = _checked_draws(draws, ratios)
-    raw, votes, votes_over_pixels = _floors(vae, raw, neighbours, len(train))
+    raw, votes, votes_over_pixels = _floors(vae, raw, neighbours, len(train), ceiling)
     costly = isinstance(vae.tokenizer, PatchAE)  # plain patches are cut in no time, and travel to a GPU as bytes
     coded = tuple(tokens_of(vae, images) if costly else images for images in (train, test))
     plain = _without_equal_channels(train, test) if raw or votes_over_pixels else (train, test)
@@ -588,11 +619,16 @@ def _ceiling_classes(ceiling: LabelledViT, vae: BigLearnVAE, images: Images, rat
     return torch.cat([ceiling.predict(_tokens(vae, x), S).cpu() for x, S in _observed(vae, images, ratio, seed)])
 
 
-def _floors(vae: BigLearnVAE, raw: bool | None, neighbours: int | None, images: int) -> tuple[bool, int, int]:
+def _floors(
+    vae: BigLearnVAE, raw: bool | None, neighbours: int | None, images: int, ceiling: Any
+) -> tuple[bool, int, int]:
     """Whether raw pixels are probed, how many neighbours vote by codes, and how many over pixels.
 
     Codes are compared in no time, images over the pixels of each mask are not.
     """
+    check_model(vae)
+    if not (ceiling is None or hasattr(ceiling, "predict")):
+        raise ValueError(f"expected a network of train_ceiling as ceiling, got {type(ceiling).__name__}")
     raw = math.prod(vae.image_shape) <= RAW_NUMBERS if raw is None else raw
     votes = min(NEIGHBOURS if neighbours is None else checks.whole_number("neighbours", neighbours, 0), images)
     return raw, votes, votes if raw or neighbours is not None else 0

@@ -195,7 +195,7 @@ def summaries(folder: str | Path = "outputs", measured: bool = False) -> list[di
     Raises:
         ValueError: if there is no such folder.
     """
-    root, found = Path(folder).expanduser(), []
+    root, found = checks.path("folder", folder), []
     scripts = [script for script in FILES if script != "train"] if measured else []
     if not root.is_dir():
         raise ValueError(f"there is no folder {root} of runs")
@@ -305,7 +305,7 @@ def load(
         ValueError: if there is no run, or its checkpoint is unreadable or of another architecture.
     """
     check_which(which)
-    path = Path(run).expanduser()
+    path = checks.path("run", run)
     if path.is_file():
         return BigLearnVAE.from_file(path, pick_device(device), net, tokenizer)
     if net is not None or tokenizer is not None:

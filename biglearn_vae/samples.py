@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from biglearn_vae import checks
-from biglearn_vae.capabilities import BigLearnVAE, best_variance
+from biglearn_vae.capabilities import BigLearnVAE, best_variance, check_model
 from biglearn_vae.data import Images
 from biglearn_vae.distributed import synchronize
 
@@ -36,7 +36,7 @@ def precision_recall(samples: Tensor, images: Tensor, neighbours: int = 3) -> di
         ValueError: on other shapes, numbers that are not finite, or too few samples or images.
     """
     neighbours = checks.whole_number("neighbours", neighbours, 1)
-    for name, x in (("samples", samples), ("images", images)):
+    for name, x in (("images", images), ("samples", samples)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"{name} must be a tensor of floating-point numbers, got {checks.described(x)}")
         if x.ndim != 4 or x.shape[1:] != images.shape[1:] or len(x) <= neighbours:
@@ -77,13 +77,15 @@ def by_passes(
         samples: importance samples of the bound, for each image and pass.
         seed: of samples and bound.
     """
-    if not isinstance(images, Tensor):
+    check_model(vae)
+    if not isinstance(images, Tensor) or not images.ndim:
         raise ValueError(
             f"expected a tensor of images (N, C, H, W), got {checks.described(images)}: images[:] of a set"
         )
     images, result = images.to(vae.device), {}
+    likelihood_images = checks.whole_number("likelihood_images", likelihood_images, 0)
     vae.sample(len(images), seed=seed)  # a first call takes longer, and is not timed
-    for count in passes:
+    for count in checks.several("passes", passes):
         start = time.perf_counter()
         drawn = vae.sample(len(images), seed=seed, passes=count)
         synchronize(vae.device)

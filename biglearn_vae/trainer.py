@@ -185,9 +185,12 @@ def _check_device(net: nn.Module, world: World) -> None:
 
 
 def _checked_folder(folder: str | Path | None) -> Path | None:
-    if folder is not None and Path(folder).is_file():
-        raise ValueError(f"folder must be one for checkpoints, {folder} is a file")
-    return None if folder is None else Path(folder)
+    if folder is None:
+        return None
+    path = checks.path("folder", folder)
+    if path.is_file():
+        raise ValueError(f"folder must be one for checkpoints, {path} is a file")
+    return path
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,31 @@ def test_what_is_no_number_of_the_interval_is_refused(number):
         checks.real_number("p", number, "[0, inf)")
     with pytest.raises(ValueError, match=r"^p must be 2 numbers in \[0, inf\), got .*: a pair$"):
         checks.real_numbers("p", [1, number], 2, "[0, inf)", ": a pair")
+
+
+def test_a_count_is_one_that_torch_can_count():
+    assert checks.whole_number("n", np.int64(3), 0) == checks.whole_number("n", 3) == 3
+    assert checks.whole_number("n", 2**63 - 1, 0) == 2**63 - 1 and checks.whole_number("n", 10**20) == 10**20
+    with pytest.raises(ValueError, match=r"^n must be below 2\^63, got 9223372036854775808$"):
+        checks.whole_number("n", 2**63, 0)
+
+
+@pytest.mark.parametrize("values", [[0.1, "top"], (0.1, "top"), iter((0.1, "top")), np.array([0.1, "top"], object)])
+def test_several_values_of_any_kind_are_a_list(values):
+    assert checks.several("tasks", values) == [0.1, "top"]
+
+
+@pytest.mark.parametrize("values", ["top", 0.1, None, [], torch.tensor(2), {"top": 1}])
+def test_what_is_not_several_is_refused(values):
+    with pytest.raises(ValueError, match=r"^tasks must be a list of at least one, got "):
+        checks.several("tasks", values)
+
+
+def test_a_path_is_a_text_or_a_path(tmp_path):
+    assert checks.path("folder", tmp_path) == checks.path("folder", str(tmp_path)) == tmp_path
+    assert checks.path("folder", "~/a") == Path("~/a").expanduser()
+    with pytest.raises(ValueError, match=r"^folder must be a path, got 3$"):
+        checks.path("folder", 3)
 
 
 @pytest.mark.parametrize(

@@ -221,3 +221,5 @@ def test_chains_are_of_the_tasks_alone_and_of_a_joint_vae():
     vae.prior = "standard"
     with pytest.raises(ValueError, match="chain_tasks must be some of the tasks"):
         completion.measure(vae, images, images, asked)
+    with pytest.raises(ValueError, match=r"^chain_tasks: expected shares in \[0, 1\), .* got \['middle'\]"):
+        plan(chain_tasks=["middle"])

@@ -180,6 +180,9 @@ def test_names_that_are_free_are_not_refused(word):
         (["trainer.steps=range(3)"], "train", "gives several values"),
         (["optim.betas=0.9,0.95"], "train", "a list is written 'optim.betas=[a,b]'"),
         (["method=vae"], "patch_ae", "method has no value of its own but holds method.name"),
+        (["evaluation.ratios={}"], "train", "evaluation.ratios is a list, got {}"),
+        (["masks.s_ratio={a:1}"], "train", "masks.s_ratio is a list, got {'a': 1}"),
+        (["run=x", "tasks={a:1}"], "complete", "tasks is a list, got {'a': 1}"),
         (
             ["preset.seeds.case1=[3]"],
             "reproduce",
