@@ -210,8 +210,11 @@ def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | Non
         in_file = given["hydra.mode"].value() == "MULTIRUN"
     sweep = typed.multirun or in_file
     of_file = [word for word in swept if word.partition("=")[0].lstrip("+") not in given] if sweep else []
-    config.check([*of_file, *typed.overrides], config_name, sweep)
-    return [*of_file, *typed.overrides] if sweep else None
+    words = [*of_file, *typed.overrides]
+    config.check(words, config_name, sweep)
+    if any(name.startswith(("hydra.", "hydra/")) for name in given):
+        config.with_sweeper(words, config_name)  # which refuses, in a line, what Hydra would
+    return words if sweep else None
 
 
 def _check_program(script: str, config_name: str, called: str = "config_name") -> None:

@@ -211,7 +211,8 @@ def in_a_line(error: Exception) -> str:
         hint = f": give {error.full_key} itself" if isinstance(error, InterpolationKeyError) else ""
         return f"{error.full_key}: {first}{hint}"
     if isinstance(error, HydraException):
-        return " ".join([first, *others[:1]]).rstrip()
+        cause = str(error.__cause__ or "").splitlines()[:1]
+        return " ".join([first, *others[:1]]).rstrip() if others else ": ".join([first, *cause])
     return str(error)
 
 
@@ -242,7 +243,7 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
 
 
 def _check_values(override: "Override", sweep: bool, searches: bool) -> None:
-    """Raise a ValueError for several values without a sweep, for a glob() that chooses nothing, and for an interval
+    """Raise a ValueError for several values without a sweep, for a range or a glob() of nothing, and for an interval
     unless the sweeper searches, which plugins do: Hydra's own goes through values one by one."""
     from hydra.core.override_parser.types import Glob, IntervalSweep
 
@@ -260,6 +261,9 @@ def _check_values(override: "Override", sweep: bool, searches: bool) -> None:
             f"{override.input_line} gives an interval, of which a sweep cannot take every value: list some, such as "
             f"{name}=0.1,1 or '{name}=range(1,5)', or choose a hydra/sweeper that searches"
         )
+    counted = override.is_sweep_override() and not isinstance(value, Glob | IntervalSweep)
+    if counted and not any(True for _ in override.sweep_iterator()):
+        raise ValueError(f"{override.input_line} has no values")
 
 
 def _check_plugin(group: str, name: Any) -> None:
@@ -286,11 +290,14 @@ def parsed(words: Sequence[str]) -> "list[Override]":
     for word in words:
         try:
             result += parser.parse_overrides([word])
+            readable = bool(result[-1].key_or_group)
         except (HydraException, TypeError):  # TypeError: it is no text
+            readable = False
+        if not readable:
             raise ValueError(
                 f"{word!r} cannot be read: expected NAME=VALUE, such as seed=1, masks.s_ratio=[1,1] or, where the "
                 "shell or Hydra would take them apart, 'name=\"a,b\"'"
-            ) from None
+            )
     return result
 
 
@@ -328,7 +335,7 @@ def _check_choices(overrides: "Sequence[Override]", config_name: str) -> list[li
         name = override.key_or_group
         if name not in groups:
             continue
-        if override.is_delete() or override.package:
+        if override.is_delete() or override.is_add() or override.is_force_add() or override.package:
             raise ValueError(
                 f"{override.input_line}: of {name} there is always one, and for all of a program: {name}= "
                 f"{', '.join(groups[name])}"
@@ -366,6 +373,8 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         any_names = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))
         if override.is_delete():
             _check_left_out(name, known, targets - {"data._target_"}, any_names)  # which patches are cut by, too
+        elif name in known and override.is_add() and name == override.key_or_group:
+            raise ValueError(f"there is something already at '{name}': {name}={value} gives it another value")
         elif inside and not isinstance(value, dict):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
         elif isinstance(value, dict) and OmegaConf.is_list(OmegaConf.select(cfg, name)):

@@ -119,12 +119,11 @@ class BigLearnELBO:
         beta_warmup_start: float = 0.0,
         observations: str | Observations | None = None,
     ):
-        checks.real_number("beta", beta, "[0, inf)")
         check_prior(prior)
-        checks.whole_number("beta_warmup_steps", beta_warmup_steps, 0)
-        checks.real_number("beta_warmup_start", beta_warmup_start, "[0, 1]", ": a share of beta")
-        self.beta, self.prior = beta, prior
-        self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
+        self.beta, self.prior = checks.real_number("beta", beta, "[0, inf)"), prior
+        self.beta_warmup_steps = checks.whole_number("beta_warmup_steps", beta_warmup_steps, 0)
+        start = checks.real_number("beta_warmup_start", beta_warmup_start, "[0, 1]", ": a share of beta")
+        self.beta_warmup_start = start
         self.masks, self.observations = _sampler(masks), as_observations(observations)
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 

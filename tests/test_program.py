@@ -990,6 +990,21 @@ def test_a_setting_may_be_that_of_another(here, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        (
+            "hydra.mode=FOO",
+            "Error merging override hydra.mode=FOO: Invalid value 'FOO', expected one of [RUN, MULTIRUN]",
+        ),
+        ("hydra.foo=1", "Could not override 'hydra.foo'. To append to your config use +hydra.foo=1"),
+    ],
+)
+def test_what_hydra_refuses_of_its_own_settings_is_a_line(here, monkeypatch, capsys, word, why):
+    assert run_here(monkeypatch, *SMALL, word) == 2
+    assert capsys.readouterr().err == f"error: {why}\n"
+
+
 def test_a_sweep_in_a_file_of_ones_own(here, monkeypatch, capsys):
     own = ["--config-dir=own", "--config-name=mine", *SMALL]
     (here / "own").mkdir()
@@ -1002,6 +1017,7 @@ def test_a_sweep_in_a_file_of_ones_own(here, monkeypatch, capsys):
     for params, expected in {
         ("trainer__accumulate", "1,2"): "a sweep over trainer.accumulate would use one folder",
         ("trainer__stepz", "2,4"): "trainer.stepz: there is no such setting",
+        ("optim__lr", "range(0)"): "optim.lr=range(0) has no values",
         ("optim__lr", "interval(1,2)"): "gives an interval, of which a sweep cannot take every value",
     }.items():
         write("MULTIRUN", **dict([params]))
