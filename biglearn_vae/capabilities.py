@@ -671,7 +671,7 @@ class BigLearnVAE:
         """Images or tokens, a batch or one -> tokens (B, L, D) on the device, the images (B, C, H, W) if it was images,
         and whether there was no batch axis."""
         token_shape = (self.num_tokens, self.net.token_dim)
-        if not checks.is_numbers(x):
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
             raise ValueError(
                 "expected a tensor of images in [0, 1] or tokens as floating-point numbers, or of uint8 images, "
                 f"got {checks.described(x)}"
@@ -723,9 +723,9 @@ class BigLearnVAE:
         return mask if not patches and mask.ndim in (2, 3) and tuple(mask.shape[-2:]) == self.image_shape[1:] else None
 
 
-def check_model(vae: Any) -> None:
-    """Raise a ValueError unless this is a `BigLearnVAE`."""
-    if not isinstance(vae, BigLearnVAE):
+def check_model(vae: Any, needs: Sequence[str] = ()) -> None:
+    """Raise a ValueError unless this is a `BigLearnVAE` or, where only some of one is used, something with these."""
+    if not (isinstance(vae, BigLearnVAE) or (needs and all(hasattr(vae, name) for name in needs))):
         hint = ": BigLearnVAE(net, tokenizer) makes one of a network" if isinstance(vae, nn.Module) else ""
         raise ValueError(f"expected a BigLearnVAE, as biglearn_vae.load gives it, got {type(vae).__name__}{hint}")
 

@@ -38,14 +38,14 @@ def whole_numbers(values: Any, least: int) -> list[int]:
         return []
 
 
-def several(name: str, values: Any) -> list[Any]:
-    """A list of what a sequence, an array or a tensor holds; a ValueError for anything else, and for an empty one."""
+def several(name: str, values: Any, least: int = 1) -> list[Any]:
+    """A list of what a sequence, an array or a tensor holds; a ValueError for anything else, and for too few."""
     try:
-        found = [] if isinstance(values, str | Mapping) else list(values)
+        found = None if isinstance(values, str | Mapping) else list(values)
     except TypeError:
-        found = []
-    if not found:
-        raise ValueError(f"{name} must be a list of at least one, got {values!r}")
+        found = None
+    if found is None or len(found) < least:
+        raise ValueError(f"{name} must be a list{' of at least one' * bool(least)}, got {values!r:.200}")
     return found
 
 
@@ -53,7 +53,10 @@ def path(name: str, value: Any) -> Path:
     """A path given as a text or as one; a ValueError for anything else."""
     if not isinstance(value, str | os.PathLike):
         raise ValueError(f"{name} must be a path, got {value!r:.80}")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise ValueError(f"{name}={value}: {error}") from None
 
 
 def height_and_width(name: str, size: Any) -> tuple[int, int]:
@@ -96,7 +99,7 @@ def _is_within(value: Any, interval: str) -> bool:
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise a ValueError unless a setting is one of these."""
-    if value not in choices:
+    if getattr(value, "ndim", 0) or value not in choices:  # an array is compared number by number
         allowed = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
@@ -158,8 +161,8 @@ def in_floats(images: Tensor) -> Tensor:
 
 
 def is_numbers(value: Any) -> bool:
-    """Whether it is a tensor of floating-point numbers, or of bytes."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.uint8)
+    """Whether it is a tensor of real numbers."""
+    return isinstance(value, Tensor) and not (value.is_complex() or value.dtype == torch.bool)
 
 
 def is_mask(value: Any) -> bool:

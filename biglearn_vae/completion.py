@@ -58,14 +58,15 @@ class Plan:
 
     def __post_init__(self):
         evaluation.check_tasks(self.tasks)
-        if self.chain_tasks not in ((), []):
-            evaluation.check_tasks(self.chain_tasks, "chain_tasks")
+        if chain_tasks := checks.several("chain_tasks", self.chain_tasks, 0):
+            evaluation.check_tasks(chain_tasks, "chain_tasks")
         least = {"draws": 2, "likelihood_images": 0, "regressor_steps": 0, "samples": 1, "annealing_steps": 1}
         for name, count in least.items():
             checks.whole_number(name, getattr(self, name), count)
-        for count in () if self.iterations in ((), []) else checks.several("iterations", self.iterations):
+        for count in checks.several("iterations", self.iterations, 0):
             checks.whole_number("each of iterations", count, 1)
-        if self.passes not in (None, []) and not checks.whole_numbers(self.passes, 2):
+        left_out = self.passes is None or (isinstance(self.passes, list | tuple) and not self.passes)
+        if not left_out and not checks.whole_numbers(self.passes, 2):
             raise ValueError(f"passes must be whole numbers from 2 on, as one is measured anyway, got {self.passes}")
 
     def chains_of(self, vae: BigLearnVAE) -> Sequence[Task]:

@@ -127,9 +127,10 @@ def words_of(overrides: Iterable[str]) -> list[str]:
     if isinstance(overrides, str):
         raise ValueError(f"expected a list of settings, such as {overrides.split()}, got the text {overrides!r}")
     try:
-        return list(overrides)
-    except TypeError:  # of what cannot be gone through
+        words = iter(overrides)
+    except TypeError:
         raise ValueError(f"expected a list of settings, such as ['seed=1'], got {overrides!r}") from None
+    return list(words)
 
 
 def sweep_in_file(config_name: str) -> tuple[bool, list[str]]:
@@ -261,9 +262,13 @@ def _check_values(override: "Override", sweep: bool, searches: bool) -> None:
             f"{override.input_line} gives an interval, of which a sweep cannot take every value: list some, such as "
             f"{name}=0.1,1 or '{name}=range(1,5)', or choose a hydra/sweeper that searches"
         )
-    counted = override.is_sweep_override() and not isinstance(value, Glob | IntervalSweep)
-    if counted and not any(True for _ in override.sweep_iterator()):
-        raise ValueError(f"{override.input_line} has no values")
+    if override.is_sweep_override() and not isinstance(value, Glob | IntervalSweep):
+        try:
+            several = any(True for _ in override.sweep_iterator())
+        except ValueError as error:  # range(0,1,0)
+            raise ValueError(f"{override.input_line}: {error}") from None
+        if not several:
+            raise ValueError(f"{override.input_line} has no values")
 
 
 def _check_plugin(group: str, name: Any) -> None:
@@ -373,12 +378,14 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
         any_names = parent in explained and OmegaConf.is_dict(OmegaConf.select(cfg, parent))
         if override.is_delete():
             _check_left_out(name, known, targets - {"data._target_"}, any_names)  # which patches are cut by, too
-        elif name in known and override.is_add() and name == override.key_or_group:
-            raise ValueError(f"there is something already at '{name}': {name}={value} gives it another value")
         elif inside and not isinstance(value, dict):
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
         elif isinstance(value, dict) and OmegaConf.is_list(OmegaConf.select(cfg, name)):
             raise ValueError(f"{name} is a list, got {value}")
+        elif override.is_add() and not isinstance(value, dict | list) and _is_there(cfg, name):
+            raise ValueError(
+                f"there is something already at '{name}': {str(override.input_line)[1:]} gives it another value"
+            )
         if name in known | targets or inside:
             continue
         if parent in own or any_names:
@@ -404,6 +411,13 @@ def _check_parts(cfg: "DictConfig", explained: Iterable[str], chosen: Mapping[st
             raise ValueError(f"{part}/{chosen[part]}.yaml must hold lines NAME: VALUE, got a list")
         if not OmegaConf.is_dict(cfg[part]):
             raise ValueError(f"{part} must hold lines NAME: VALUE, got {cfg[part]!r}")
+
+
+def _is_there(cfg: "DictConfig", name: str) -> bool:
+    """Whether a setting has a value, to which Hydra adds none."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.select(cfg, name, throw_on_missing=False) is not None
 
 
 def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:

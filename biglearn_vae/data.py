@@ -146,7 +146,7 @@ class ImageSet:
         if not whole or index.ndim != 1 or (known and not -len(self) <= index.min() <= index.max() < len(self)):
             raise ValueError(
                 f"expected positions among {len(self)} images, (B,), or a boolean mask ({len(self)},) of them, got "
-                f"{checks.described(given) if isinstance(given, Tensor) else repr(given)}"
+                f"{checks.described(given) if isinstance(given, Tensor) else f'{given!r:.80}'}"
             )
         return index % len(self) if known else index
 

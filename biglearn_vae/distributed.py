@@ -30,7 +30,7 @@ class World:
     def __post_init__(self):
         try:
             device = torch.device(self.device)  # also by its name
-        except (RuntimeError, TypeError):  # torch's, in many lines
+        except (RuntimeError, TypeError, ValueError):  # torch's, in many lines
             raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {self.device!r}") from None
         object.__setattr__(self, "device", device)
 
@@ -145,11 +145,11 @@ def synchronize(device: torch.device) -> None:
 
 def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
     """The device of this name; "auto" is a GPU if there is one, and "cuda" the GPU with this local rank."""
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)

@@ -35,9 +35,13 @@ SHAPES: dict[str, Callable[[tuple[int, int]], Tensor]] = {
 }
 
 
-def check_given(vae: Any, images: Any, *train: Any) -> None:
-    """Raise a ValueError unless these are a model, images or their tokens, at least one, and such training images."""
-    check_model(vae)
+PATCHES = ("image_shape", "grid", "num_tokens", "device", "pixel_mask")  # of a model of which only these are used
+
+
+def check_given(vae: Any, images: Any, *train: Any, needs: Sequence[str] = ()) -> None:
+    """Raise a ValueError unless these are a model (`check_model`), images or their tokens, at least one, and such
+    training images."""
+    check_model(vae, needs)
     check_images(images)
     for part in train:
         check_images(part, "training image")
@@ -156,7 +160,7 @@ def nearest_psnr(
         train: M training images.
         vae: only its image size and the grid of its patches are used.
     """
-    check_given(vae, images, train)
+    check_given(vae, images, train, needs=PATCHES)
     neighbours = checks.whole_number("neighbours", neighbours, 1)
     patches = _patches_of(vae, vae.image_shape[0])
     known = _Patches(train, patches, vae.device)
@@ -174,6 +178,13 @@ def nearest_psnr(
     return {ratio: _decibels(parts) for ratio, parts in errors.items()}
 
 
+def check_sets(vae: BigLearnVAE, images: Images, S: Any) -> None:
+    """Raise a ValueError unless S are R sets of patches for each image, boolean (N, R, L)."""
+    count, length = len(images), vae.grid[0] * vae.grid[1]
+    if not checks.is_mask(S) or S.ndim != 3 or (S.shape[0], S.shape[2]) != (count, length):
+        raise ValueError(f"expected S as boolean masks ({count}, R, {length}), got {checks.described(S)}")
+
+
 def nearest_positions(vae: BigLearnVAE, images: Images, S: Tensor, train: Images, neighbours: int = 10) -> Tensor:
     """Positions (N, R, neighbours) of the training images nearest to each image over the pixels of patches S, nearest
     first.
@@ -185,7 +196,8 @@ def nearest_positions(vae: BigLearnVAE, images: Images, S: Tensor, train: Images
         train: training images.
         vae: only its image size and the grid of its patches are used; images may have other channels than its own.
     """
-    check_given(vae, images, train)
+    check_given(vae, images, train, needs=PATCHES)
+    check_sets(vae, images, S)
     patches = _patches_of(vae, take(train, slice(1), vae.device).shape[1])
     x, known = (_Patches(part, patches, vae.device) for part in (images, train))
     return _nearest(x, S.to(vae.device), known, neighbours)[0]
@@ -592,7 +604,8 @@ def reconstruction(tokenizer: Any, images: Images) -> dict[str, float]:
         raise ValueError(
             f"expected a tokenizer such as a PatchAE, {type(tokenizer).__name__} lacks {', '.join(lacking)}"
         )
-    device = next(tokenizer.parameters(), images[:1]).device
+    own = tokenizer.parameters() if isinstance(tokenizer, torch.nn.Module) else iter(())
+    device = next(own, images[:1]).device
     error, numbers = 0.0, 0
     seams: dict[str, Any] = {"seam_ratio": 0, "seam_ratio_of_images": 0}
     for x in parts(images, device):
@@ -638,7 +651,7 @@ def completion_psnr(
             (n, C, H, W); n is at most `data.CHUNK`. For a network trained without z (`losses.InpaintingRegression`):
             `lambda x, S: vae.decode(torch.zeros(len(x), vae.z_dim), x, S)`.
     """
-    check_given(vae, images)
+    check_given(vae, images, needs=PATCHES)
     rows = rows_of(math.prod(vae.image_shape))
     return _psnr_by_task(vae, images, ratios, lambda x, S, k: complete(x, S), seed, rows)
 
@@ -669,7 +682,7 @@ def training_mean_psnr(
             numbers.
         vae: only its patches are used.
     """
-    check_given(vae, images, train)
+    check_given(vae, images, train, needs=PATCHES)
     mean = _mean_image(train)
     return completion_psnr(vae, images, ratios, lambda x, S: mean.to(x).expand_as(x), seed)
 

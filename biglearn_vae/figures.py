@@ -18,7 +18,6 @@ from torch.nn.functional import avg_pool2d
 
 from biglearn_vae import checks, data, masks
 from biglearn_vae.capabilities import BigLearnVAE, check_model, checked_dims
-from biglearn_vae.gaussian import generator
 from biglearn_vae.sheets import DPI, Block, Columns, drawable, rendered, sheet
 
 HIDDEN = (0.80, 0.33, 0.27)  # the colour of what the model does not see
@@ -111,8 +110,8 @@ def inference(
         ratios: shares of the patches observed.
     """
     x, recorded = take(vae, images, labels, rows)
-    cells = []
-    for ratio in checks.several("ratios", ratios):
+    cells, ratios = [], checks.several("ratios", ratios)
+    for ratio in ratios:
         S = masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded
         # The same noise at every ratio, so that what changes from left to right is what is known.
         z = vae.encode(x, S).sample(seed=seed)
@@ -279,7 +278,8 @@ def decoding_sensitivity(
     if isinstance(dims, int | np.integer):
         everything = vae.decoding_sensitivity(x, S[0], range(vae.z_dim), moves)
         effect = (everything.after - everything.before).square().mean(dim=(1, 2, 3, 4))  # (Z,)
-        chosen, which = effect.topk(min(dims, vae.z_dim)).indices.tolist(), " with the largest effect"
+        count = min(checks.whole_number("dims", dims, 1), vae.z_dim)
+        chosen, which = effect.topk(count).indices.tolist(), " with the largest effect"
     else:
         chosen, which = checked_dims(vae, dims), ""
     results = [vae.decoding_sensitivity(x, mask, chosen, moves[chosen]) for mask in S]
@@ -419,6 +419,8 @@ def passes(
     x, recorded = take(vae, images, labels, rows)
     counts = [checks.whole_number("each of counts", count, 1) for count in checks.several("counts", counts)]
     counts = [count for count in counts if count <= vae.num_tokens]
+    if not counts:
+        raise ValueError(f"counts must hold one that is at most {vae.num_tokens}, the number of patches")
     S = masks.random(len(x), vae.num_tokens, 0.2, seed).to(x.device) & recorded
     names = [f"{count} pass{'es' if count > 1 else ''}" for count in counts]
     drawn = [rgb(vae.sample(len(x), seed=seed, passes=count)) for count in counts]
@@ -437,7 +439,7 @@ def strokes(vae: BigLearnVAE, x: Tensor, seed: int = 0, share: float = 0.4) -> T
     cell = tuple(size // count for size, count in zip(vae.image_shape[1:], vae.grid, strict=True))
     ink = avg_pool2d((x - background).abs().nan_to_num(0), cell).mean(1).flatten(1)  # (n, L)
     inked = ink > 0.5 * ink.max(dim=1, keepdim=True).values
-    order = torch.rand(ink.shape, generator=generator(torch.device("cpu"), seed)).to(x.device)
+    order = torch.rand(ink.shape, generator=torch.Generator().manual_seed(checks.seed_or_drawn(seed))).to(x.device)
     return inked & (masks.rank_among(inked, order) < (share * inked.sum(-1, keepdim=True)).ceil())
 
 
@@ -459,15 +461,14 @@ def latent_map(
         names: of the classes, in the order of their numbers.
     """
     x, recorded = take(vae, images, labels, count, called="count")
+    names = list(map(str, checks.several("names", names, 0)))
     order = choose(len(images), labels, count)
     ratios, seed = checks.several("ratios", ratios), checks.seed_or_drawn(seed)
     classes = None if labels is None else labels.cpu()[order].numpy()
     S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
     codes = torch.stack([vae.encode(x, mask).mean for mask in S]).double().cpu()  # (R, n, Z)
     places = _plane(codes.flatten(0, 1).numpy(), seed).reshape(*codes.shape[:2], 2)
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise ValueError(f"names must be a list of those of the classes, got {names!r}")
-    heading = f"codes of {len(x)} images by t-SNE, all panels together; {_colours(classes, list(map(str, names)))}"
+    heading = f"codes of {len(x)} images by t-SNE, all panels together; {_colours(classes, names)}"
     block = Block(_panels(places, classes)[None], heading, [f"S-ratio {ratio:g}" for ratio in ratios])
     return sheet(*text("latent_map", x), [block])
 

@@ -120,7 +120,8 @@ class BigLearnELBO:
         observations: str | Observations | None = None,
     ):
         check_prior(prior)
-        self.beta, self.prior = checks.real_number("beta", beta, "[0, inf)"), prior
+        number = checks.real_number("beta", beta, "[0, inf)")
+        self.beta, self.prior = beta if isinstance(beta, Tensor) else number, prior
         self.beta_warmup_steps = checks.whole_number("beta_warmup_steps", beta_warmup_steps, 0)
         start = checks.real_number("beta_warmup_start", beta_warmup_start, "[0, 1]", ": a share of beta")
         self.beta_warmup_start = start

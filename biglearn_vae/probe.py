@@ -54,6 +54,7 @@ def features(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: in
             others, or all that it has.
         seed: of the masks.
     """
+    check_model(vae)
     found = []
     for x, S in _observed(vae, images, ratio, seed):
         tokens = masks.seen(_tokens(vae, x).to(vae.dtype), S)
@@ -77,7 +78,7 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
 
 def _observed(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (n, C, H, W), or tokens (n, L, D), and which patches of them are observed (n, L), part by part."""
-    evaluation.check_given(vae, images)
+    evaluation.check_given(vae, images, needs=evaluation.PATCHES)
     mask = masks.random(len(images), vae.num_tokens, ratio, seed, _recorded(vae, images))  # of all, whatever the parts
     for x, S in zip(parts(images, vae.device, vae.rows), mask.split(vae.rows), strict=True):
         yield x, S.to(vae.device)
@@ -140,6 +141,8 @@ def nearest_classes(
     Raises:
         ValueError: if the training images have no labels, or `neighbours` is below 1.
     """
+    evaluation.check_given(vae, images, train, needs=evaluation.PATCHES)
+    evaluation.check_sets(vae, images, S)
     neighbours, labels = checks.whole_number("neighbours", neighbours, 1), labels_of(train)
     recorded = [masks.recorded_patches(x, vae.grid) for x in parts(images, vae.device)]
     S = S.to(vae.device) & torch.cat(recorded).unsqueeze(1)
@@ -163,10 +166,11 @@ def nearest_by_codes(train_x: Tensor, train_y: Tensor, test_x: Tensor, neighbour
     Raises:
         ValueError: if `neighbours` is below 1, or there is no training code.
     """
-    if isinstance(train_x, Tensor) and not train_x.numel():
+    if isinstance(train_x, Tensor) and train_x.shape[:1] == (0,):
         raise ValueError("expected at least one training code, of which the nearest are looked for, got none")
     _check_features("training", train_x)
-    _check_features("test", test_x, train_x.shape[1])
+    if not (checks.is_numbers(test_x) and test_x.shape == (0, train_x.shape[1])):
+        _check_features("test", test_x, train_x.shape[1])
     _check_examples("training", train_x, train_y)
     count = min(checks.whole_number("neighbours", neighbours, 1), len(train_x))
     exact = train_x.double()  # cdist subtracts after multiplying, for which float32 has too few digits
@@ -252,13 +256,13 @@ def fit(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
         threadpool_limits(1),
         warnings.catch_warnings(record=True, action="always", category=ConvergenceWarning) as caught,
     ):
-        pipeline = make_pipeline(StandardScaler(), solver).fit(_array(x), y.numpy())
+        pipeline = make_pipeline(StandardScaler(), solver).fit(_array(x), _array(y))
     return LinearClassifier(pipeline, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught))
 
 
 def _array(x: Tensor) -> np.ndarray:
-    """Features as NumPy takes them, which has no bfloat16."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32)).numpy()
+    """Numbers as NumPy takes them, which has no bfloat16."""
+    return (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
 
 
 def fit_and_score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Score:
@@ -318,8 +322,8 @@ def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> 
 
 def _check_features(name: str, x: Any, count: int | None = None) -> None:
     """Raise a ValueError unless these are finite features (N, F), and so many."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ValueError(f"expected {name} features as floating-point numbers, got {checks.described(x)}")
+    if not checks.is_numbers(x):
+        raise ValueError(f"expected {name} features as numbers, got {checks.described(x)}")
     if x.ndim != 2 or not x.numel() or count not in (None, x.shape[1]):
         raise ValueError(
             f"expected {name} features of shape (N, F), N at least 1 and F that of training, got {tuple(x.shape)}"
@@ -330,8 +334,9 @@ def _check_features(name: str, x: Any, count: int | None = None) -> None:
 
 def _check_examples(name: str, x: Tensor, y: Any) -> None:
     """Raise a ValueError unless y are labels of the features x (N, F)."""
-    if not isinstance(y, Tensor) or not y.ndim or y.is_complex():
-        raise ValueError(f"expected {name} labels as whole numbers, got {checks.described(y)}")
+    whole = isinstance(y, Tensor) and not y.is_complex() and (not y.is_floating_point() or bool((y == y.round()).all()))
+    if not whole or y.ndim not in (1, 2):
+        raise ValueError(f"expected {name} labels as whole numbers, (N,) or (N, A), got {checks.described(y)}")
     if len(y) != len(x):
         raise ValueError(f"expected a label for each of the {len(x)} {name} images, got {len(y)}")
 
@@ -586,6 +591,8 @@ def _checked_draws(draws: int, ratios: Sequence[float]) -> int:
     """How often masks are drawn; a ValueError also if ratios are not a list or tuple of at least one."""
     if not isinstance(ratios, list | tuple) or not ratios:
         raise ValueError(f"ratios must be S-ratios in [0, 1], in a list of at least one, got {ratios!r}")
+    for ratio in ratios:
+        checks.real_number("ratio", ratio, "[0, 1]")
     return checks.whole_number("draws", draws, 1)
 
 

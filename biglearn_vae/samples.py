@@ -85,7 +85,7 @@ def by_passes(
     images, result = images.to(vae.device), {}
     likelihood_images = checks.whole_number("likelihood_images", likelihood_images, 0)
     vae.sample(len(images), seed=seed)  # a first call takes longer, and is not timed
-    for count in checks.several("passes", passes):
+    for count in checks.several("passes", passes, 0):
         start = time.perf_counter()
         drawn = vae.sample(len(images), seed=seed, passes=count)
         synchronize(vae.device)

@@ -283,7 +283,7 @@ class Trainer:
             `evaluate_every` steps and at the end, on the main process.
         optim: the optimizer and its schedule.
         steps: the last step.
-        folder: for checkpoints; none are written without one.
+        folder: for checkpoints, where ~ is one's home; none are written without one.
         seed: of what each step draws.
         world: this process among the others.
         evaluate_every, report_every, checkpoint_every: in steps.

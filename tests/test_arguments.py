@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import biglearn_vae as blv
-from biglearn_vae import completion, data, evaluation, figures, gibbs, masks, probe, samples
+from biglearn_vae import completion, data, distributed, evaluation, figures, gibbs, masks, probe, samples
 
 NET = dict(grid=(4, 4), token_dim=4, dim=16, z_dim=3, heads=2)
 WRONG = {
@@ -119,6 +119,15 @@ def calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
         "passes": (figures.passes, both | dict(rows=1, counts=[1])),
         "latent_map": (figures.latent_map, both | dict(count=3, seed=0, ratios=[0.5], names=())),
         "images": (data.images, dict(name="digits", split="test", image_size=8, channels=1)),
+        "decoding_sensitivity, drawn": (
+            figures.decoding_sensitivity,
+            both | dict(rows=1, ratios=[0.5], dims=[0], seed=0),
+        ),
+        "encoding_sensitivity, drawn": (figures.encoding_sensitivity, both | dict(rows=1, ratio=0.5, labels=None)),
+        "capabilities": (figures.capabilities, both | dict(rows=1, seed=0)),
+        "nearest_positions": (evaluation.nearest_positions, both | dict(S=S.unsqueeze(1), train=train, neighbours=2)),
+        "nearest_classes": (probe.nearest_classes, both | dict(S=S.unsqueeze(1), train=train, neighbours=2)),
+        "pick_device": (distributed.pick_device, dict(device="cpu")),
         "World": (blv.World, dict(device="cpu")),
         "compose": (blv.compose, dict(overrides=["seed=1"], config_name="train")),
         "load": (blv.load, dict(run="nowhere", device="cpu", which="best")),
@@ -138,7 +147,10 @@ def test_it_is_taken_or_refused_in_words(name, tmp_path, monkeypatch):
             try:
                 call(**usual | {argument: value})
             except (ValueError, OSError) as error:
-                where = traceback.extract_tb(error.__traceback__)[-1].filename
-                assert "biglearn_vae" in where and " " in str(error), (argument, kind, where, error)
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                raised = "biglearn_vae" in last.filename and str(last.line).startswith(
+                    "raise "
+                )  # not by torch or NumPy
+                assert raised and " " in str(error), (argument, kind, last, error)
             except Exception as error:
                 pytest.fail(f"{argument}, {kind}: {error!r}")

@@ -247,6 +247,8 @@ def test_words_of_a_sweep():
     config.check(["case=glob(*)", "seed=range(3)", "hydra/launcher=basic", "hydra.launcher.n_jobs=4"], sweep=True)
     for word, why in (
         ("case=glob(nope*)", r"case=glob\(nope\*\) chooses nothing of case1, .*, tiny"),
+        ("seed=range(0)", r"seed=range\(0\) has no values"),
+        ("seed=range(0,1,0)", r"seed=range\(0,1,0\): .* must not be zero"),
         ("seed=glob(*)", r"chooses nothing as seed is no group of settings: list its values, seed=A,B"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -262,6 +264,15 @@ def test_a_setting_that_is_there_is_not_added_again():
     with pytest.raises(ValueError, match=r"already at 'optim\.lr'"):
         config.compose(["+optim.lr=1"])
     assert config.compose(["++optim.lr=1"]).optim.lr == 1
+    with pytest.raises(ValueError, match="already at 'seed': seed=1,2 gives it another value"):
+        config.check(["+seed=1,2"], sweep=True)
+
+
+def test_what_hydra_adds_to_may_be_added_to():
+    cfg = config.compose(["+name=first", "+binarize=threshold", "+masks.s_ratio=[1,1]"])
+    assert cfg.name == "first" and cfg.binarize == "threshold" and cfg.masks.s_ratio == [1, 1]
+    assert config.compose(["data=image_folder", "+data.root=x"]).data.root == "x"
+    assert config.compose(["+run=x", "+tasks=[0.5]"], "complete").run == "x"
 
 
 def test_weights_depend_on_the_seed_alone():

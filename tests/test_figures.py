@@ -416,6 +416,18 @@ def test_capabilities(draw):
         assert np.array_equal(drawn.column(f"draw {k}", 4)[strokes], figures.rgb(x)[strokes])
 
 
+def test_strokes_are_those_of_the_seed():
+    """Those of committed figures, by another stream than codes of the same seed."""
+    vae = make()
+    x = torch.rand(3, *vae.image_shape, generator=torch.Generator().manual_seed(0))
+    order = torch.rand(3, vae.num_tokens, generator=torch.Generator().manual_seed(7))
+    S = figures.strokes(vae, x, seed=7)
+    inked = figures.strokes(vae, x, seed=7, share=1.0)
+    for own, all_of_it, by in zip(S, inked, order, strict=True):
+        first = by.masked_fill(~all_of_it, 2).argsort()[: int(own.sum())]
+        assert set(first.tolist()) == set(own.nonzero().flatten().tolist())
+
+
 @pytest.mark.parametrize("background", [0.0, 0.9])
 def test_strokes_are_a_part_of_the_inked_patches(background):
     vae = make()
