@@ -123,7 +123,7 @@ class BigLearnVAE:
         variance = checks.real_number("variance", variance, "[0, inf)")
         check_network(net)
         check_calls(net)
-        _check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
+        check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
         _check_sizes(net, tokenizer)
         self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
         self.observations = as_observations(observations)
@@ -152,7 +152,7 @@ class BigLearnVAE:
         Raises:
             ValueError: if the path is a folder, or the observations are not of this library.
         """
-        path = Path(path).expanduser()
+        path = checks.path("path", path)
         if path.is_dir():
             raise ValueError(f"expected the name of a file to write, such as {path / 'model.pt'}, got a folder, {path}")
         if is_own(self.observations):
@@ -181,7 +181,7 @@ class BigLearnVAE:
             ValueError: if the file cannot be read, is not such a model, or if `net` or `tokenizer` is missing, does not
                 fit or is not needed.
         """
-        path = Path(path).expanduser()
+        path = checks.path("path", path)
         state = checkpoint.load(path)
         try:
             net, tokenizer = _made("net", state["net"], net), _made("tokenizer", state["tokenizer"], tokenizer)
@@ -493,7 +493,6 @@ class BigLearnVAE:
             float64 (B,), or () for a single image.
         """
         checks.check_choice("unit", unit, ("nats", "bits_per_dim"))
-        checks.check_seed(seed)
         variance = checked_variance(self, variance)
         tokens, S, T, single = self._tasks(x, T, given)
         of_passes = self._importance_by_pass(tokens, S, T, samples, seed, passes)
@@ -526,6 +525,7 @@ class BigLearnVAE:
         self, tokens: Tensor, S: Tensor, T: Tensor, samples: int, seed: int | None, passes: int
     ) -> Iterator["_Importance"]:
         """For each pass, the parts of its log-weights."""
+        checks.check_seed(seed)
         for turn, (seen, asked) in enumerate(masks.in_turns(S, T, passes, _seed_of_turns(seed))):
             yield self._importance(tokens, seen, asked, samples, _seed_of_pass(turn, seed))
 
@@ -772,6 +772,7 @@ def best_variance(vae: BigLearnVAE, x: Tensor, passes: int = 1, samples: int = 6
     Raises:
         ValueError: if the observations of the model have no variance.
     """
+    check_model(vae)
     check_scaled(vae)
     tokens, S, T, _ = vae._tasks(x, None, None)
     reconstruction, ratio, numbers = (
@@ -812,7 +813,7 @@ def _made(name: str, state: dict[str, Any], given: nn.Module | None) -> nn.Modul
 def check_network(net: nn.Module) -> None:
     """Raise a ValueError unless this has the attributes of a network of `models`."""
     expected = "a network such as UniversalViT, unwrapped (`load` makes a model of a run's folder)"
-    _check_part(expected, net, ("grid", "num_tokens", "token_dim", "z_dim"))
+    check_part(expected, net, ("grid", "num_tokens", "token_dim", "z_dim"))
 
 
 @torch.no_grad()
@@ -856,7 +857,7 @@ def _described(given: Any) -> str:
     return checks.described(given) + of
 
 
-def _check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:
+def check_part(expected: str, part: nn.Module, names: tuple[str, ...]) -> None:
     """Raise a ValueError unless this is a module with all of these."""
     if not isinstance(part, nn.Module) or not all(hasattr(part, name) for name in names):
         raise ValueError(f"expected {expected}, a module with {', '.join(names)}, got {type(part).__name__}")

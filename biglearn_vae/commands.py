@@ -212,7 +212,7 @@ def _checked(typed: Namespace, script: str, config_name: str) -> list[str] | Non
     of_file = [word for word in swept if word.partition("=")[0].lstrip("+") not in given] if sweep else []
     words = [*of_file, *typed.overrides]
     config.check(words, config_name, sweep)
-    if any(name.startswith(("hydra.", "hydra/")) for name in given):
+    if any(map(config.is_of_hydra, given.values())):
         config.with_sweeper(words, config_name)  # which refuses, in a line, what Hydra would
     return words if sweep else None
 

@@ -108,13 +108,14 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> "DictC
     overrides = words_of(overrides)
     if not isinstance(config_name, str):
         raise ValueError(f"config_name must be the name of a settings file, such as 'train', got {config_name!r}")
-    if of_hydra := those(overrides, _is_of_hydra):
+    if of_hydra := those(overrides, is_of_hydra):
         raise ValueError(f"{of_hydra[0]} is Hydra's, which starts scripts and has no part in what is called here")
     check(overrides, config_name)
     return compose_checked(overrides, config_name)
 
 
-def _is_of_hydra(override: "Override") -> bool:
+def is_of_hydra(override: "Override") -> bool:
+    """Whether a word gives a setting of Hydra's own."""
     return re.split("[./]", override.key_or_group)[0] == "hydra"
 
 
@@ -236,7 +237,7 @@ def check(words: Sequence[str], config_name: str = "train", sweep: bool = False)
         if not sweep and name != "basic":
             raise ValueError(f"{group}={name} is for a sweep: it needs -m")
     searches = is_search(words, config_name)
-    overrides = [o for o in overrides if not _is_of_hydra(o)]
+    overrides = [o for o in overrides if not is_of_hydra(o)]
     for override in overrides:
         _check_values(override, sweep, searches)
     for choices in _check_choices(overrides, config_name):
@@ -382,7 +383,7 @@ def _check_names(overrides: "Sequence[Override]", choices: Sequence[str], config
             raise ValueError(f"{name} has no value of its own but holds {', '.join(sorted(inside))}")
         elif isinstance(value, dict) and OmegaConf.is_list(OmegaConf.select(cfg, name)):
             raise ValueError(f"{name} is a list, got {value}")
-        elif override.is_add() and not isinstance(value, dict | list) and _is_there(cfg, name):
+        elif override.is_add() and not isinstance(value, dict | list) and OmegaConf.select(cfg, name) is not None:
             raise ValueError(
                 f"there is something already at '{name}': {str(override.input_line)[1:]} gives it another value"
             )
@@ -411,13 +412,6 @@ def _check_parts(cfg: "DictConfig", explained: Iterable[str], chosen: Mapping[st
             raise ValueError(f"{part}/{chosen[part]}.yaml must hold lines NAME: VALUE, got a list")
         if not OmegaConf.is_dict(cfg[part]):
             raise ValueError(f"{part} must hold lines NAME: VALUE, got {cfg[part]!r}")
-
-
-def _is_there(cfg: "DictConfig", name: str) -> bool:
-    """Whether a setting has a value, to which Hydra adds none."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.select(cfg, name, throw_on_missing=False) is not None
 
 
 def _check_labels(cfg: "DictConfig", chosen: Mapping[str, str]) -> None:
@@ -989,7 +983,7 @@ SWEPT = {"run": "run=outputs/a,outputs/b", "seed": "seed=0,1,2"}
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """Every setting with its value under these overrides and its line of explanation, taken from the YAML files."""
-    overrides = those(overrides, lambda override: not _is_of_hydra(override))
+    overrides = those(overrides, lambda override: not is_of_hydra(override))
     cfg = compose(overrides, config_name)
     source = _main_files(config_name)[-1].read_text("utf-8")
     lines = [line.removeprefix("# ").rstrip() for line in source.split("defaults:")[0].splitlines()]

@@ -28,11 +28,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self):
-        try:
-            device = torch.device(self.device)  # also by its name
-        except (RuntimeError, TypeError, ValueError):  # torch's, in many lines
-            raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {self.device!r}") from None
-        object.__setattr__(self, "device", device)
+        object.__setattr__(self, "device", _named(self.device, "cpu, cuda or cuda:N"))
 
     @property
     def is_main(self) -> bool:
@@ -143,14 +139,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _named(device: Any, known: str) -> torch.device:
+    """The device of this name, or itself."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError):  # torch's, in many lines
+        raise ValueError(f"unknown device {device!r}: use {known}") from None
+
+
 def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
     """The device of this name; "auto" is a GPU if there is one, and "cuda" the GPU with this local rank."""
     if isinstance(device, str) and device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from None
+    chosen = _named(device, "auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
     here = {"cpu": 1, "cuda": torch.cuda.device_count()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from biglearn_vae import annealing, checks, masks
-from biglearn_vae.capabilities import BigLearnVAE, check_model, check_scaled, checked_variance
+from biglearn_vae.capabilities import BigLearnVAE, check_model, check_part, check_scaled, checked_variance
 from biglearn_vae.data import Images, ImageSet, check_images, parts, rows_of, take
 from biglearn_vae.distributed import StepRandom, derive_seed, global_generator
 from biglearn_vae.gaussian import DiagGaussian, bits_per_dim
@@ -596,16 +596,12 @@ def reconstruction(tokenizer: Any, images: Images) -> dict[str, float]:
     patches have no borders, or no inside.
 
     Args:
-        tokenizer: with `encode`, `decode` and `patch_size`, such as a `PatchAE`.
+        tokenizer: a module with `encode`, `decode` and `patch_size`, such as a `PatchAE`.
         images: (N, C, H, W) in [0, 1]; patches with NaN in them, never recorded as a whole, do not count.
     """
     check_images(images)
-    if lacking := [of for of in ("encode", "decode", "patch_size") if not hasattr(tokenizer, of)]:
-        raise ValueError(
-            f"expected a tokenizer such as a PatchAE, {type(tokenizer).__name__} lacks {', '.join(lacking)}"
-        )
-    own = tokenizer.parameters() if isinstance(tokenizer, torch.nn.Module) else iter(())
-    device = next(own, images[:1]).device
+    check_part("a tokenizer such as a PatchAE", tokenizer, ("encode", "decode", "patch_size"))
+    device = next(tokenizer.parameters(), images[:1]).device
     error, numbers = 0.0, 0
     seams: dict[str, Any] = {"seam_ratio": 0, "seam_ratio_of_images": 0}
     for x in parts(images, device):

@@ -460,9 +460,10 @@ def latent_map(
         ratios: shares of the patches observed, a panel each.
         names: of the classes, in the order of their numbers.
     """
-    x, recorded = take(vae, images, labels, count, called="count")
+    count = _checked_count(vae, images, labels, count, "count")
     names = list(map(str, checks.several("names", names, 0)))
     order = choose(len(images), labels, count)
+    x, recorded = take(vae, images[order], None, count)
     ratios, seed = checks.several("ratios", ratios), checks.seed_or_drawn(seed)
     classes = None if labels is None else labels.cpu()[order].numpy()
     S = [masks.random(len(x), vae.num_tokens, ratio, seed).to(x.device) & recorded for ratio in ratios]
@@ -619,13 +620,19 @@ def choose(total: int, labels: Tensor | None, count: int, repeat: bool = False) 
     return order[torch.arange(count) % total] if repeat else order[:count]
 
 
+def _checked_count(vae: Any, images: Any, labels: Any, count: Any, name: str) -> int:
+    """How many images are drawn; a ValueError unless this is a number of them, with a model and images and perhaps
+    their classes."""
+    check_model(vae)
+    data.check_images(images)
+    ordered = isinstance(labels, Tensor) and not labels.is_complex()
+    if labels is not None and not (ordered and labels.shape == (len(images),)):
+        raise ValueError(f"labels must be classes of the {len(images)} images, (N,), got {checks.described(labels)}")
+    return checks.whole_number(name, count, 1)
+
+
 def take(
-    vae: BigLearnVAE,
-    images: Tensor,
-    labels: Tensor | None,
-    count: int,
-    pairs: bool = False,
-    called: str = "rows",
+    vae: BigLearnVAE, images: Tensor, labels: Tensor | None, count: int, pairs: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The chosen images (n, C, H, W) on the model's device, and which patches of them were recorded (n, L).
 
@@ -635,12 +642,7 @@ def take(
         ValueError: for images that are neither grey nor in colours, for what is no images, labels of them or number of
             them, and for what is no model.
     """
-    check_model(vae)
-    data.check_images(images)
-    count = checks.whole_number(called, count, 1)
-    ordered = isinstance(labels, Tensor) and not labels.is_complex()
-    if labels is not None and not (ordered and labels.shape == (len(images),)):
-        raise ValueError(f"labels must be classes of the {len(images)} images, (N,), got {checks.described(labels)}")
+    count = _checked_count(vae, images, labels, count, "rows")
     if vae.image_shape[0] not in (1, 3):
         raise ValueError(f"pictures are of images of 1 or 3 channels, got {vae.image_shape[0]}: draw them one by one")
     x = data.take(images, choose(len(images), labels, 2 * count if pairs else count, pairs), vae.device).detach()

@@ -119,12 +119,13 @@ class BigLearnELBO:
         beta_warmup_start: float = 0.0,
         observations: str | Observations | None = None,
     ):
+        checks.real_number("beta", beta, "[0, inf)")
         check_prior(prior)
-        number = checks.real_number("beta", beta, "[0, inf)")
-        self.beta, self.prior = beta if isinstance(beta, Tensor) else number, prior
-        self.beta_warmup_steps = checks.whole_number("beta_warmup_steps", beta_warmup_steps, 0)
-        start = checks.real_number("beta_warmup_start", beta_warmup_start, "[0, 1]", ": a share of beta")
-        self.beta_warmup_start = start
+        checks.whole_number("beta_warmup_steps", beta_warmup_steps, 0)
+        checks.real_number("beta_warmup_start", beta_warmup_start, "[0, 1]", ": a share of beta")
+        self.beta = beta if isinstance(beta, Tensor) else float(beta)  # an int may be too large for torch
+        self.prior = prior
+        self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
         self.masks, self.observations = _sampler(masks), as_observations(observations)
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 

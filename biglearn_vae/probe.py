@@ -78,7 +78,7 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
 
 def _observed(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (n, C, H, W), or tokens (n, L, D), and which patches of them are observed (n, L), part by part."""
-    evaluation.check_given(vae, images, needs=evaluation.PATCHES)
+    evaluation.check_given(vae, images, needs=(*evaluation.PATCHES, "rows"))
     mask = masks.random(len(images), vae.num_tokens, ratio, seed, _recorded(vae, images))  # of all, whatever the parts
     for x, S in zip(parts(images, vae.device, vae.rows), mask.split(vae.rows), strict=True):
         yield x, S.to(vae.device)
@@ -239,16 +239,21 @@ def fit(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
     Raises:
         ValueError: on features or classes of other shapes or types, or features that are not finite.
     """
+    _check_features("training", x)
+    _check_examples("training", x, y)
+    if y.ndim != 1 or len(y.unique()) < 2:
+        raise ValueError(f"expected classes (N,), at least two of them, got {checks.described(y)}")
+    return _fitted(x, y, balanced)
+
+
+def _fitted(x: Tensor, y: Tensor, balanced: bool = False) -> LinearClassifier:
+    """`fit` of what was checked."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
-    _check_features("training", x)
-    _check_examples("training", x, y)
-    if y.ndim != 1 or len(y.unique()) < 2:
-        raise ValueError(f"expected classes (N,), at least two of them, got {checks.described(y)}")
     weight = "balanced" if balanced else None
     solver = LogisticRegression(C=LOGIT_VARIANCE / x.shape[1], max_iter=MAX_ITER, class_weight=weight)
     # One thread: its products are small, and more threads wait for each other longer than they compute.
@@ -280,12 +285,12 @@ def fit_and_score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
     """
     _check(train_x, train_y, test_x, test_y)
     if train_y.ndim == 1:
-        classifier = fit(train_x, train_y)
+        classifier = _fitted(train_x, train_y)
         return _score(classifier.predict(test_x), train_y, test_y, int(not classifier.converged))
     predicted, unconverged = torch.zeros_like(test_y), 0
     for column in _scored_attributes(train_y, test_y):
         known = train_y[:, column] >= 0
-        classifier = fit(train_x[known], train_y[known, column], balanced=True)
+        classifier = _fitted(train_x[known], train_y[known, column], balanced=True)
         predicted[:, column] = classifier.predict(test_x)
         unconverged += not classifier.converged
     return _score(predicted, train_y, test_y, unconverged)
