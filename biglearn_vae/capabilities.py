@@ -99,8 +99,8 @@ class BigLearnVAE:
         variance: of Gaussian observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); with 0 each call has to
             give one.
         chunk: how many images pass through the network at once, at most, which bounds the memory; see `rows` for CPUs.
-        observations: the distribution p(x_T | z, x_S), as for `BigLearnELBO`: "gaussian" (or None), "bernoulli", or an
-            `Observations`.
+        observations: the distribution p(x_T | z, x_S), as for `BigLearnELBO`: "gaussian" (or None),
+            "discretized_gaussian" (of this variance), "bernoulli", or an `Observations`.
 
     Raises:
         ValueError: on other arguments than these, and if network and tokenizer differ in their sizes.
@@ -126,7 +126,7 @@ class BigLearnVAE:
         check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
         _check_sizes(net, tokenizer)
         self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
-        self.observations = as_observations(observations)
+        self.observations = as_observations(observations).under(variance)
         self.tokenizer = tokenizer.to(self.device).eval()
 
     @classmethod
@@ -138,8 +138,9 @@ class BigLearnVAE:
                 (`losses.has_model`), as with terms of its own, the variance is 0: each call then has to give one.
             options: further arguments, such as `chunk`; they override those taken from `loss`.
         """
-        variance = loss.beta if has_model(loss) else 0.0
-        settings = {"prior": loss.prior, "variance": variance, "observations": getattr(loss, "observations", None)}
+        observations = as_observations(getattr(loss, "observations", None))
+        variance = loss.beta if has_model(loss) or not observations.scaled else 0.0
+        settings = {"prior": loss.prior, "variance": variance, "observations": observations}
         return cls(net, tokenizer, **settings | options)
 
     def save(self, path: str | Path) -> None:
@@ -745,7 +746,10 @@ def checked_variance(vae: BigLearnVAE, variance: float | None) -> float:
     """
     if not vae.observations.scaled:
         if variance is not None:
-            raise ValueError(f"{vae.observations.name} observations have no variance: leave variance={variance} out")
+            own = " but the model's" if hasattr(vae.observations, "variance") else ""
+            raise ValueError(
+                f"{vae.observations.name} observations have no variance{own}: leave variance={variance} out"
+            )
         return 1.0
     variance = vae.variance if variance is None else variance
     return checks.real_number("variance", variance, "(0, inf)", ": give one, such as variance=0.01")

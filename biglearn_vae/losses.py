@@ -96,8 +96,9 @@ class BigLearnELBO:
         beta_warmup_start: share of beta at which the warm-up starts, in [0, 1]. At 0 nothing ties the prior to the
             posterior at first: they drift apart by thousands of nats, and when beta rises the latent is given up.
         observations: the distribution p(x_T | z, x_S): "gaussian" (or None), N(mu, I), where mu is the network's
-            output; "bernoulli", for pixels that are 0 or 1, where the output is their log-odds (beta = 1 is then the
-            ELBO itself); or an object of your own subclass of `Observations`.
+            output; "discretized_gaussian", N(mu, beta I) rounded to bytes, for images whose pixels are bytes / 255;
+            "bernoulli", for pixels that are 0 or 1, where the output is their log-odds (beta = 1 is then the ELBO
+            itself); or an object of your own subclass of `Observations`.
 
     Attributes:
         same_model: for a subclass with its own `terms`: whether these are another bound on the likelihood of the same
@@ -126,7 +127,7 @@ class BigLearnELBO:
         self.beta = beta if isinstance(beta, Tensor) else float(beta)  # an int may be too large for torch
         self.prior = prior
         self.beta_warmup_steps, self.beta_warmup_start = beta_warmup_steps, beta_warmup_start
-        self.masks, self.observations = _sampler(masks), as_observations(observations)
+        self.masks, self.observations = _sampler(masks), as_observations(observations).under(self.beta)
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @property

@@ -4,6 +4,7 @@ B images, L tokens, D token dimension. At each position of T the network gives a
 distributions, or the log-odds that pixels are 1.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -18,10 +19,10 @@ from biglearn_vae.gaussian import generator as generator_of
 class Observations:
     """p(x | output), the distribution of single numbers.
 
-    Subclasses define `terms`, `nats`, `mean` and `sample`, and where needed `as_observed` and `check`.
+    Subclasses define `terms`, `nats`, `mean` and `sample`, and where needed `under`, `as_observed` and `check`.
 
     Attributes:
-        name: the name of the class, in lower case.
+        name: that by which settings choose them; by default the name of the class, in lower case.
         scaled: whether they are N(output, variance I). The variance may be fitted; if training weights the KL by beta,
             it is beta.
     """
@@ -31,7 +32,11 @@ class Observations:
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        cls.name = cls.__name__.lower()
+        cls.name = cls.__dict__.get("name", cls.__name__.lower())
+
+    def under(self, variance: float) -> "Observations":
+        """These observations where their model's variance, beta, is this: of most, `terms` do not depend on it."""
+        return self
 
     def reconstruction(self, x: Tensor, output: Tensor, T: Tensor) -> Tensor:
         """The reconstruction of the objective: the sum of `terms` over T, in float32 at least, as thousands are summed.
@@ -122,8 +127,70 @@ class Bernoulli(Observations):
             )
 
 
+class DiscretizedGaussian(Observations):
+    """N(output, variance I), rounded to bytes 0, 1/255, ..., 1; what lies outside [0, 1] goes to 0 and 1.
+
+        P(x | output) = Phi((x + 1/510 - output) / std) - Phi((x - 1/510 - output) / std),  std^2 = variance
+
+    where the first Phi is 1 for x = 1 and the second is 0 for x = 0 (Ho et al. 2020, Eq. 13). So the probabilities of
+    images are those of their bytes, in bits per dimension that can be compared with those of other models.
+    """
+
+    name = "discretized_gaussian"
+    variance = 1.0
+
+    def under(self, variance: float) -> "DiscretizedGaussian":
+        if not 1 / 255**2 <= variance <= 1:  # below it hardly rounds; far above, float32 tells no bytes apart
+            raise ValueError(
+                f"discretized_gaussian observations need a variance, beta, in [1/255^2, 1], got {variance}: bytes / "
+                "255 with a standard deviation of a byte at least"
+            )
+        result = copy.copy(self)
+        result.variance = float(variance)
+        return result
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        """log P times the variance, by which Gaussian terms are as large, so that beta weights the KL of both alike."""
+        std, half = math.sqrt(self.variance), 0.5 / 255
+        # Both ends of the byte are brought below the mean, where differences of Phi are exact.
+        far = (x - output).abs()
+        upper, lower = (torch.special.log_ndtr((end - far) / std) for end in (half, -half))
+        inside = upper + (-(lower - upper).expm1()).log()
+        ends = torch.special.log_ndtr(torch.where(x < 0.5, half - output, output - 1 + half) / std)
+        return self.variance * torch.where((x < half) | (x > 1 - half), ends, inside)
+
+    def nats(self, reconstruction: Tensor, numbers: Tensor, variance: float | Tensor) -> Tensor:
+        return reconstruction / self.variance
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[min(max(u, 0), 1)] for u ~ N(output, variance), which rounding changes by less than 1e-4."""
+        std = math.sqrt(self.variance)
+        return std * (_ramp(output / std) - _ramp((output - 1) / std))
+
+    def sample(self, output: Tensor, variance: float, generator: torch.Generator | None = None) -> Tensor:
+        return self.as_observed(GAUSSIAN.sample(output, self.variance, generator))
+
+    def as_observed(self, mean: Tensor, seed: int | None = None) -> Tensor:
+        """The nearest byte."""
+        return mean.mul(255).round().div(255).clamp(0, 1)
+
+    def check(self, x: Tensor, T: Tensor) -> None:
+        levels = 255 * x
+        off = ((levels - levels.round()).abs() > 1e-3) | (levels < -0.5) | (levels > 255.5)
+        if others := int((off.any(-1) & T).sum()):
+            raise ValueError(
+                f"discretized_gaussian observations are bytes / 255, got other numbers in {others} patches: of images "
+                "in [0, 1], (255 * x).round() / 255 are such"
+            )
+
+
+def _ramp(x: Tensor) -> Tensor:
+    """E[max(x + u, 0)] for u ~ N(0, 1)."""
+    return x * torch.special.ndtr(x) + torch.exp(-0.5 * x.square() - 0.5 * LOG_2PI)
+
+
 GAUSSIAN = Gaussian()
-KINDS = {kind.name: kind for kind in (Gaussian, Bernoulli)}
+KINDS = {kind.name: kind for kind in (Gaussian, Bernoulli, DiscretizedGaussian)}
 
 
 def as_observations(given: Any) -> Observations:
@@ -136,7 +203,7 @@ def as_observations(given: Any) -> Observations:
         return given
     name = "gaussian" if given is None else given
     if not isinstance(name, str) or name not in KINDS:
-        raise ValueError(f"observations must be {' or '.join(KINDS)}, or an object of Observations, got {given!r}")
+        raise ValueError(f"observations must be {', '.join(KINDS)}, or an object of Observations, got {given!r}")
     return KINDS[name]()
 
 

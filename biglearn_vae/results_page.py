@@ -453,9 +453,11 @@ def _nats(runs: Runs) -> str:
 
 
 def _without_variance(runs: Runs) -> str:
-    """A line on those whose observations have no variance; nothing if there are none."""
+    """A line on those whose observations have no variance to be fitted; nothing if there are none."""
     others = _trained_with(runs, "observations")
-    return f"Runs of {others} observations have no variance and are measured under these.\n" if others else ""
+    return (
+        f"Runs of {others} observations have no variance to be fitted and are measured under these.\n" if others else ""
+    )
 
 
 def _chains(runs: Runs) -> str:

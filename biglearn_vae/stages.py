@@ -323,7 +323,8 @@ def report(result: dict[str, Any], run: Path, split: str = "test", file: str = "
 
 def _under(result: dict[str, Any]) -> str:
     """Words on the observations of a measured run, if they are not Gaussian; else empty."""
-    return f"of {result['observations'].capitalize()} observations" if "observations" in result else ""
+    name = result.get("observations", "")
+    return f"of {name.replace('_', ' ').title()} observations" if name else ""
 
 
 def _likelihood_lines(result: dict[str, Any]) -> list[str]:

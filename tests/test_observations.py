@@ -18,6 +18,7 @@ from biglearn_vae import (
     evaluation,
     gibbs,
     load,
+    losses,
 )
 from biglearn_vae.capabilities import best_variance
 from biglearn_vae.data import Splits, binarized
@@ -97,7 +98,7 @@ def test_terms_are_those_of_torch():
     assert terms.tolist() == [[0, 0], [-800, -800]]
 
 
-@pytest.mark.parametrize("name", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli", "discretized_gaussian"])
 def test_what_is_not_asked_for_may_be_nan_and_has_no_gradient(name):
     x, T = torch.rand(2, 3, 4).round(), torch.tensor([True, False, True])
     x[:, 1] = torch.nan
@@ -226,7 +227,8 @@ def test_settings_tell_bernoulli_from_gaussian_ones_which_are_those_of_before():
     assert BigLearnELBO(1.0, observations="gaussian").settings == BigLearnELBO(1.0).settings
     assert BigLearnELBO(1.0, observations="bernoulli").settings["observations"] == "bernoulli"
     with pytest.raises(
-        ValueError, match="observations must be gaussian or bernoulli, or an object of Observations, got 'poisson'"
+        ValueError,
+        match="observations must be gaussian, bernoulli, discretized_gaussian, or an object of Observations, got 'po",
     ):
         BigLearnELBO(1.0, observations="poisson")
 
@@ -288,6 +290,128 @@ def test_observations_of_ones_own():
     torch.testing.assert_close(vae.log_prob(x, samples=50_000, seed=0), truth.detach(), rtol=0, atol=0.05)
 
 
+BYTES = torch.arange(256, dtype=torch.float64) / 255
+VARIANCES = [1 / 255**2, 1e-3, 0.01, 0.3, 1.0]
+
+
+def discretized(variance: float) -> Observations:
+    return as_observations("discretized_gaussian").under(variance)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_probabilities_of_bytes_are_integrals_of_the_density(variance):
+    kind, output = discretized(variance), torch.tensor([-3.0, -0.2, 0.0, 0.003, 0.5, 0.7001, 1.0, 5.0]).double()
+    log = kind.nats(kind.terms(BYTES.unsqueeze(-1), output), torch.ones(()), variance)  # (256, outputs)
+    torch.testing.assert_close(log.exp().sum(0), torch.ones(8).double(), rtol=0, atol=1e-12)
+    # Simpson's rule in logarithms, so that it is exact far from the mean, too; the outer bytes have all that is beyond.
+    u = torch.linspace(-0.5, 0.5, 4001, dtype=torch.float64) / 255
+    weights = torch.tensor([1.0] + [4.0, 2.0] * 1999 + [4.0, 1.0]).double() / (4000 * 255 * 3)
+    density = Normal(output, variance**0.5).log_prob((BYTES[1:-1, None] + u).unsqueeze(-1))
+    truth = (density + weights.log().unsqueeze(-1)).logsumexp(1)
+    torch.testing.assert_close(log[1:-1], truth, rtol=1e-7, atol=1e-7)
+    for end, sign in ((0, 1), (255, -1)):
+        beyond = torch.special.log_ndtr((sign * (BYTES[end] - output) + 0.5 / 255) / variance**0.5)
+        torch.testing.assert_close(log[end], beyond)
+    single = kind.terms(BYTES.float().unsqueeze(-1), output.float()) / variance
+    torch.testing.assert_close(single.double(), log, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_bytes_are_drawn_as_often_as_is_probable(variance):
+    kind, output, count = discretized(variance), torch.tensor([-0.1, 0.3, 0.99]).double(), 100_000
+    probabilities = (kind.terms(BYTES.unsqueeze(-1), output) / variance).exp()
+    drawn = kind.sample(output.expand(count, 3), 1.0, torch.Generator().manual_seed(0))
+    kind.check(drawn.unsqueeze(0), torch.ones(1, count, dtype=torch.bool))
+    levels = (drawn * 255).round().long()
+    found = torch.stack([torch.bincount(own, minlength=256) for own in levels.T], -1) / count
+    error = (probabilities * (1 - probabilities) / count).sqrt() + 3 / count
+    assert ((found - probabilities).abs() < 5 * error).all()
+    expected = (probabilities * BYTES.unsqueeze(-1)).sum(0)
+    torch.testing.assert_close(kind.mean(output), expected, rtol=0, atol=1e-4)
+    assert torch.equal(kind.as_observed(torch.tensor([-0.2, 0.101, 1.7])), torch.tensor([0.0, 26 / 255, 1.0]))
+
+
+def test_a_model_of_bytes_is_that_of_integration():
+    """`Pixels` with N(mu, 0.09 I) rounded to bytes in place of Bernoulli observations."""
+    variance, generator = 0.09, torch.Generator().manual_seed(0)
+    x = (255 * torch.rand(5, 2, 2, generator=generator, dtype=torch.float64)).round() / 255
+    x[0, 0], x[1, 1] = 0, 1
+    vae = BigLearnVAE(Pixels(), Rows(), variance=variance, observations="discretized_gaussian", chunk=10**6)
+    z = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    output = (z.view(-1, 1, 1, 1) * vae.net.w + vae.net.b).detach()
+    cdf = Normal(output, variance**0.5).cdf
+    upper, lower = cdf(x + 0.5 / 255).masked_fill(x == 1, 1), cdf(x - 0.5 / 255).masked_fill(x == 0, 0)
+    of_images = (upper - lower).clamp(min=1e-300).log().sum((-2, -1)) + Normal(0.0, 1.0).log_prob(z).unsqueeze(-1)
+    truth = of_images.logsumexp(0) + math.log(24 / 4000)
+    torch.testing.assert_close(vae.log_prob(x, samples=50_000, seed=0), truth, rtol=0, atol=0.05)
+    bits = vae.log_prob(x, samples=9, seed=0, unit="bits_per_dim")
+    torch.testing.assert_close(bits, -vae.log_prob(x, samples=9, seed=0) / (4 * math.log(2)))
+    annealed = evaluation.annealed_log_prob(vae, x, samples=64, steps=200)
+    assert ((annealed.nats - truth).abs() < 5 * annealed.error + 1e-3).all()
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.25])
+def test_beta_is_the_variance_of_bytes(beta, tmp_path):
+    tokens = Patchify(4, 2, 1)
+    net = UniversalViT(grid=tokens.grid, token_dim=4, dim=8, depth=1, z_dim=2)
+    loss = BigLearnELBO(beta, observations="discretized_gaussian", beta_warmup_steps=10)
+    vae = BigLearnVAE.of(net, tokens, loss)
+    assert vae.variance == vae.observations.variance == loss.observations.variance == beta
+    x = (255 * torch.rand(3, 1, 4, 4)).round() / 255
+    S, T, noise = torch.zeros(3, 4, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool), torch.randn(3, 2)
+    parts = loss(net, tokens.encode(x), S, T, noise)
+    torch.testing.assert_close(parts.elbo, beta * parts.elbo_nats)
+    numbers = evaluation.elbo(vae, x, loss, seed=0)
+    assert numbers["elbo"] == pytest.approx(beta * numbers["elbo_nats"])
+    # The bytes are small beside the noise, so it is the density times their size, but for what lies outside [0, 1].
+    middle, far = torch.full((1, 1, 4), 102 / 255).double(), torch.full((1, 1, 4), 0.45).double()
+    of_bytes = loss.observations.reconstruction(middle, far, T[:1, :1]) / beta
+    density = Gaussian().nats(Gaussian().reconstruction(middle, far, T[:1, :1]), torch.tensor(4.0).double(), beta)
+    torch.testing.assert_close(of_bytes, density - 4 * math.log(255), rtol=0, atol=1e-3)
+    vae.save(tmp_path / "model.pt")
+    other = load(tmp_path / "model.pt", device="cpu")
+    assert (other.observations.name, other.observations.variance) == ("discretized_gaussian", beta)
+    torch.testing.assert_close(other.log_prob(x, seed=0), vae.log_prob(x, seed=0), rtol=1e-6, atol=0)
+    as_trained = BigLearnVAE.of(net, tokens, BigLearnELBO(beta))  # for squared errors
+    own = BigLearnVAE(net, tokens, variance=beta, observations="discretized_gaussian")
+    assert torch.equal(own.log_prob(x, seed=0), vae.log_prob(x, seed=0)) and as_trained.variance == beta
+    completed = vae.inpaint(x, S.index_fill(1, torch.tensor(0), True), seed=0, passes=2)
+    assert ((completed * 255 - (completed * 255).round()).abs() < 1e-3).flatten(1).sum(1).min() >= 8
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: BigLearnELBO(0.0, observations="discretized_gaussian"), r"in \[1/255\^2, 1\], got 0.0"),
+        (lambda: BigLearnELBO(1.5, observations="discretized_gaussian"), r"in \[1/255\^2, 1\], got 1.5"),
+        (lambda: bytes_model().log_prob(ALL * 0.5), "are bytes / 255, got other numbers in 24 patches: of images in"),
+        (lambda: bytes_model().log_prob(ALL - 0.5 / 255), "are bytes / 255, got other numbers in 32 patches"),
+        (lambda: bytes_model().log_prob(2 * ALL), "are bytes / 255, got other numbers in 24 patches"),
+        (lambda: bytes_model().log_prob(ALL, variance=0.1), "have no variance but the model's: leave variance=0.1 out"),
+        (lambda: evaluation.fit_variance(bytes_model(), ALL), "have no variance to be fitted"),
+    ],
+)
+def test_what_bytes_cannot_have_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def bytes_model() -> BigLearnVAE:
+    return BigLearnVAE(Pixels(), Rows(), observations="discretized_gaussian")
+
+
+def test_terms_of_ones_own_may_be_of_bytes():
+    class Own(BigLearnELBO):
+        def terms(self, net, x, S, T, noise):
+            reconstruction, kl = super().terms(net, x, S, T, noise)
+            return 2 * reconstruction, kl
+
+    loss = Own(0.04, observations="discretized_gaussian")
+    vae = BigLearnVAE.of(Pixels(), Rows(), loss)
+    assert not losses.has_model(loss) and vae.observations.variance == 0.04
+    assert set(evaluation.elbo(vae, ALL, loss)) == {"elbo", "reconstruction", "kl"}
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_in_black_and_white(channels):
     grey = torch.tensor([0, 51, 127, 128, 255], dtype=torch.uint8)
@@ -314,7 +438,7 @@ def test_other_observations_have_other_names():
     vae = model()
     with pytest.raises(ValueError, match="the loss has noisy observations, the model bernoulli ones"):
         evaluation.elbo(vae, ALL, BigLearnELBO(1.0, observations=Noisy()))
-    with pytest.raises(ValueError, match="gaussian or bernoulli, or an object of Observations, got <class"):
+    with pytest.raises(ValueError, match="discretized_gaussian, or an object of Observations, got <class"):
         BigLearnELBO(1.0, observations=Noisy)
     with pytest.raises(ValueError, match="0 or 1, got other numbers in 24 patches"):
         BigLearnELBO(1.0, observations="bernoulli")(vae.net, ALL / 2, ~BOTH, BOTH, torch.zeros(16, 1).double())

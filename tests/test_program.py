@@ -485,6 +485,30 @@ def test_binary_images_from_training_to_every_measure(here, monkeypatch, capsys)
     assert run_here(monkeypatch, "run=outputs/binary", "figures=[passes]", script="figures") == 0
 
 
+def test_bytes_from_training_to_every_measure(here, monkeypatch, capsys):
+    words = [*SMALL, "loss.observations=discretized_gaussian", "name=run"]
+    assert run_here(monkeypatch, *words, "loss.beta=0") == 2
+    assert "need a variance, beta, in [1/255^2, 1], got 0.0" in capsys.readouterr().err
+    assert run_here(monkeypatch, *words) == 0
+    assert " nats of Discretized Gaussian observations" in capsys.readouterr().out
+    summary = json.loads(Path("outputs/run/summary.json").read_text())
+    assert summary["observations"] == "discretized_gaussian" and "objective" not in summary
+    assert 0.01 * summary["test_joint_bound_nats"] == pytest.approx(summary["test_joint_elbo"])
+    vae, x = blv.load("outputs/run", device="cpu"), blv.images("digits", "test")
+    assert vae.observations.variance == 0.01
+    loss = blv.BigLearnELBO(0.01, observations="discretized_gaussian")
+    assert blv.evaluation.elbo(vae, x, loss)["elbo"] == pytest.approx(summary["test_joint_elbo"])
+    few = ["run=outputs/run", "images=9", "draws=2", "samples=2"]
+    assert run_here(monkeypatch, *few, "likelihood_images=3", "passes=[2]", script="evaluate") == 0
+    found = json.loads(Path("outputs/run/evaluation.json").read_text())["likelihood"]
+    assert "variance" not in found["model"] and "fitted" not in found
+    nats = blv.evaluation.likelihood(vae, x[:3], samples=2)["joint_nats"]
+    assert found["model"]["joint_nats"] == pytest.approx(nats) and nats < 0
+    assert "bounds on log p of Discretized Gaussian observations" in capsys.readouterr().out
+    iterations = ["iterations=[2]", "chain_tasks=[0.5]"]
+    assert run_here(monkeypatch, *few, "tasks=[0.5]", "likelihood_images=2", *iterations, script="complete") == 0
+
+
 @pytest.mark.parametrize("loss", ["Binary", "Binary_by_its_own"])
 def test_an_objective_of_ones_own_that_fixes_its_observations(here, own_parts, monkeypatch, loss):
     words = ["binarize=threshold", f"loss._target_=own_parts.{loss}", "loss.beta=1", "name=own"]

@@ -88,7 +88,7 @@ def test_runs_without_a_variance_are_told_so():
     assert "JointELBO of bernoulli observations is their own, not to be compared" in text
     assert "| digits | tiny | biglearn_u | 1 | 0.500 | 0.250 | 7.0 |  | 1.00 |" in text
     assert "| digits | tiny | biglearn_u | 50 | 64 | 0 |  | -41.0 | -19.0 | -20.0 |" in text
-    assert text.count("Runs of bernoulli observations have no variance and are measured under these.") == 3
+    assert text.count("Runs of bernoulli observations have no variance to be fitted and are measured under these.") == 3
 
 
 def test_a_page_holds_its_numbers():
