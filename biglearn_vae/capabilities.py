@@ -343,8 +343,9 @@ class BigLearnVAE:
             passes: P, number of passes. Each completes a P-th of the missing patches, in random order, which the next
                 ones observe. There are no more passes than missing patches; P passes take P times as long. The next
                 passes observe the means of Gaussian observations, without noise, so draws vary less than under
-                p(x_T | x_S). Bernoulli observations are drawn, 0 or 1, before they are observed, so patches completed
-                by any pass but the last come back as 0 or 1.
+                p(x_T | x_S); those of discretized Gaussian ones they observe as the nearest bytes. Bernoulli
+                observations are drawn, 0 or 1, before they are observed, so patches completed by any pass but the last
+                come back as 0 or 1.
         """
         draws = _draws(draws, seed)
         return self._drawn(self.observe(x, S), draws, seed, passes)

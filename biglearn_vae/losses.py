@@ -26,7 +26,7 @@ class ELBO:
 
     Attributes:
         reconstruction: log p(x_T | z, x_S), (B,); for Gaussian observations with variance 1 and without the constant,
-            -1/2 times the sum of squared errors over T.
+            -1/2 times the sum of squared errors over T; for discretized Gaussian ones times beta.
         kl: KL[p(z | x_{S u T}) || p(z | x_S)] in nats, not weighted, (B,).
         beta: weight of the KL, a number or a tensor ().
         num_targets: |T|, how many tokens the reconstruction sums over, (B,).
@@ -52,8 +52,8 @@ class ELBO:
 
         For Gaussian observations it is the bound under N(mu, beta I), elbo / beta - |T| D/2 log(2 pi beta). Training
         maximises beta times this bound, up to a constant: weighting the KL by beta means that observations have the
-        variance beta. Under N(mu, I), with beta below 1, it would not be a bound. For Bernoulli observations, which
-        have no variance, it is reconstruction - kl, whatever beta is.
+        variance beta. Under N(mu, I), with beta below 1, it would not be a bound. For discretized Gaussian observations
+        it is elbo / beta, too, and for Bernoulli ones, which have no variance, reconstruction - kl, whatever beta is.
 
         Raises:
             ValueError: for Gaussian observations and beta = 0 (as a number, not a tensor): there is no such model.

@@ -115,6 +115,22 @@ def test_only_what_was_recorded_is_given_and_scored(prior):
     assert numbers["nats"]["mean"] == pytest.approx(expected.nats.mean().item())
 
 
+def test_likelihoods_are_of_images_that_hide_something_in_every_task():
+    vae = make()
+    images, train = pictures(vae), pictures(vae, seed=9)
+    recorded = torch.ones(N, vae.num_tokens, dtype=torch.bool)
+    recorded[0] = masks.half(vae.grid, "top")  # of which the task "top" hides nothing, but "left" a quarter
+    images = images.masked_fill(~vae.pixel_mask(recorded), float("nan"))
+    settings = plan(tasks=["top", "left"], likelihood_images=N, samples=2, annealing_steps=3)
+    found = completion.measure(vae, images, train, settings, seed=4)
+    S = torch.cat([masks.half(vae.grid, side).expand(N - 1, -1) for side in ("top", "left")])
+    options = dict(samples=2, variance=evaluation.fit_variance(vae, train, 4), seed=4, steps=3)
+    expected = evaluation.annealed_log_prob(vae, images[1:].repeat(2, 1, 1, 1), ~S, S, **options).nats.view(2, -1)
+    for task, nats in zip(("top", "left"), expected, strict=True):
+        assert found[task]["nats"]["images"] == N - 1
+        assert found[task]["nats"]["mean"] == pytest.approx(nats.mean().item())
+
+
 def test_shapes_observe_what_they_say():
     S = evaluation.hidden_masks(2, (4, 4), ["centre", "top", "left"])
     assert S["centre"][0].view(4, 4)[1:3, 1:3].sum() == 0 and S["centre"][0].sum() == 12

@@ -819,7 +819,8 @@ def test_what_no_psnr_is_of_is_refused(vae):
     assert evaluation.psnr(x[0] + 0.1, x[0], hidden) == pytest.approx(20, abs=1e-4)  # one image, several draws
     assert evaluation.psnr(torch.stack([x, x]) + 0.1, torch.stack([x, x]), hidden) == pytest.approx(20, abs=1e-4)
     each = hidden.expand(len(x), *hidden.shape[1:])  # (N, H, W) may look like one of channels
-    wrong = (torch.ones(vae.num_tokens, dtype=torch.bool), hidden.long(), hidden.float(), each)
+    more = hidden.expand(len(x) + 1, 1, *hidden.shape[1:])
+    wrong = (torch.ones(vae.num_tokens, dtype=torch.bool), hidden.long(), hidden.float(), each, more)
     for completed, mask in ((x[..., 1:], hidden), *((x, mask) for mask in wrong)):
         with pytest.raises(ValueError, match=r"expected completions of the size of the images, .*vae\.pixel_mask"):
             evaluation.psnr(completed, x, mask)

@@ -235,6 +235,12 @@ def test_the_features_of_test_images_do_not_enter_the_standardisation():
     assert expected != probe.fit_and_score(x[:200], y[:200], x[200:], y[200:]).value
 
 
+@pytest.mark.parametrize("y", [torch.ones(9, dtype=torch.long), torch.arange(9).view(9, 1)], ids=["one class", "2-D"])
+def test_a_classifier_needs_classes(y):
+    with pytest.raises(ValueError, match=r"expected classes \(N,\), at least two of them, got "):
+        probe.fit(noise(9, 4), y)
+
+
 def test_equal_channels_change_nothing():
     x, y = noise(300, 4), torch.arange(300) % 3
     x += noise(3, 4, seed=1)[y]
