@@ -97,7 +97,7 @@ class BigLearnVAE:
         tokenizer: `Patchify`, or another module with its methods and sizes; it is put into evaluation mode, too.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
         variance: of Gaussian observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); with 0 each call has to
-            give one.
+            give one. By default it is that of the observations if they have one of their own, else 1.
         chunk: how many images pass through the network at once, at most, which bounds the memory; see `rows` for CPUs.
         observations: the distribution p(x_T | z, x_S), as for `BigLearnELBO`: "gaussian" (or None),
             "discretized_gaussian" (of this variance), "bernoulli", or an `Observations`.
@@ -114,20 +114,27 @@ class BigLearnVAE:
         net: nn.Module,
         tokenizer: nn.Module,
         prior: str = "learned",
-        variance: float = 1.0,
+        variance: float | None = None,
         chunk: int = 1024,
         observations: str | Observations | None = None,
     ):
         check_prior(prior)
         chunk = checks.whole_number("chunk", chunk, 1)
+        observations = as_observations(observations)
+        variance = getattr(observations, "variance", 1.0) if variance is None else variance
         variance = checks.real_number("variance", variance, "[0, inf)")
         check_network(net)
         check_calls(net)
         check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
         _check_sizes(net, tokenizer)
-        self.net, self.prior, self.variance, self.chunk = net.eval(), prior, variance, chunk
-        self.observations = as_observations(observations).under(variance)
+        self.net, self.prior, self.observations, self.chunk = net.eval(), prior, observations, chunk
+        self.variance = variance
         self.tokenizer = tokenizer.to(self.device).eval()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "variance":
+            self.observations = self.observations.under(value)
+        super().__setattr__(name, value)
 
     @classmethod
     def of(cls, net: nn.Module, tokenizer: nn.Module, loss: Any, **options: Any) -> "BigLearnVAE":
@@ -135,12 +142,11 @@ class BigLearnVAE:
 
         Args:
             loss: a `BigLearnELBO`, or an object with `prior` and `beta`. If it is not known which likelihood it bounds
-                (`losses.has_model`), as with terms of its own, the variance is 0: each call then has to give one.
+                (`losses.has_model`), as with terms of its own, the variance is 0, unless the observations have it of
+                their own: each call then has to give one.
             options: further arguments, such as `chunk`; they override those taken from `loss`.
         """
-        observations = as_observations(getattr(loss, "observations", None))
-        variance = loss.beta if has_model(loss) or not observations.scaled else 0.0
-        settings = {"prior": loss.prior, "variance": variance, "observations": observations}
+        settings = {"prior": loss.prior, "variance": variance_of(loss), "observations": observations_of(loss)}
         return cls(net, tokenizer, **settings | options)
 
     def save(self, path: str | Path) -> None:
@@ -740,6 +746,16 @@ def checked_dims(vae: BigLearnVAE, dims: Sequence[int]) -> list[int]:
     return result
 
 
+def observations_of(loss: Any) -> Observations:
+    """The observations of an objective; one of the user's may have none, and is taken for one of Gaussian ones."""
+    return as_observations(getattr(loss, "observations", None))
+
+
+def variance_of(loss: Any) -> float:
+    """The variance of models of an objective: beta; 0 if it is not known which likelihood it bounds (see `of`)."""
+    return loss.beta if has_model(loss) or observations_of(loss).under_variance else 0.0
+
+
 def checked_variance(vae: BigLearnVAE, variance: float | None) -> float:
     """A variance of observations, by default the model's own; a ValueError unless it is positive and finite.
 
@@ -747,7 +763,7 @@ def checked_variance(vae: BigLearnVAE, variance: float | None) -> float:
     """
     if not vae.observations.scaled:
         if variance is not None:
-            own = " but the model's" if hasattr(vae.observations, "variance") else ""
+            own = " but the model's" if vae.observations.under_variance else ""
             raise ValueError(
                 f"{vae.observations.name} observations have no variance{own}: leave variance={variance} out"
             )

@@ -53,8 +53,9 @@ def elbo(vae: BigLearnVAE, images: Images, loss: BigLearnELBO, joint: bool = Tru
 
     Args:
         images: N of them.
-        loss: its beta (the final one), prior and q(S, T) are used; prior and observations must be the model's. Terms of
-            its own are computed if it is not known what likelihood they bound (`losses.has_model`).
+        loss: its beta (the final one), prior and q(S, T) are used; prior and observations must be the model's, but for
+            the variance of discretized Gaussian ones, which is its beta. Terms of its own are computed if it is not
+            known what likelihood they bound (`losses.has_model`).
         joint: S empty and T everything, the JointELBO (Eq. 1); else (S, T) is drawn from the loss's q(S, T), with
             separate ratios for each image, also if training shares them in a batch: one pair would be a single task.
 

@@ -130,6 +130,11 @@ class BigLearnELBO:
         self.masks, self.observations = _sampler(masks), as_observations(observations).under(self.beta)
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "beta" and "observations" in vars(self):  # it is set anew, and may be their variance
+            self.observations = self.observations.under(value)
+        super().__setattr__(name, value)
+
     @property
     def settings(self) -> dict[str, Any]:
         """What tells this objective from another: its name, that of its q(S, T), and what either was made with."""

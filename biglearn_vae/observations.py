@@ -23,19 +23,24 @@ class Observations:
 
     Attributes:
         name: that by which settings choose them; by default the name of the class, in lower case.
+        output: what the network's output is; by default the name.
         scaled: whether they are N(output, variance I). The variance may be fitted; if training weights the KL by beta,
             it is beta.
+        under_variance: whether `terms` depend on the variance of the model, beta, so that there is none without.
     """
 
     name: str
+    output: str
     scaled: bool = False
+    under_variance: bool = False
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         cls.name = cls.__dict__.get("name", cls.__name__.lower())
+        cls.output = cls.__dict__.get("output", cls.name)
 
     def under(self, variance: float) -> "Observations":
-        """These observations where their model's variance, beta, is this: of most, `terms` do not depend on it."""
+        """These observations in a model of this variance; they themselves, unless `under_variance`."""
         return self
 
     def reconstruction(self, x: Tensor, output: Tensor, T: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ class Observations:
         return terms.masked_fill(others, 0).sum((-2, -1))
 
     def terms(self, x: Tensor, output: Tensor) -> Tensor:
-        """log p(x | output) of each number; if it has a variance, for variance 1 and without the constant."""
+        """log p(x | output) of each number; if `scaled`, for variance 1 and without the constant."""
         raise NotImplementedError
 
     def nats(self, reconstruction: Tensor, numbers: Tensor, variance: float | Tensor) -> Tensor:
@@ -79,6 +84,7 @@ class Observations:
 class Gaussian(Observations):
     """N(output, variance I)."""
 
+    output = "means"
     scaled = True
 
     def terms(self, x: Tensor, output: Tensor) -> Tensor:
@@ -137,6 +143,8 @@ class DiscretizedGaussian(Observations):
     """
 
     name = "discretized_gaussian"
+    output = "means"
+    under_variance = True
     variance = 1.0
 
     def under(self, variance: float) -> "DiscretizedGaussian":
@@ -152,11 +160,11 @@ class DiscretizedGaussian(Observations):
     def terms(self, x: Tensor, output: Tensor) -> Tensor:
         """log P times the variance, by which Gaussian terms are as large, so that beta weights the KL of both alike."""
         std, half = math.sqrt(self.variance), 0.5 / 255
-        # Both ends of the byte are brought below the mean, where differences of Phi are exact.
+        # Both ends of the byte are brought below the mean, where log Phi tells them apart.
         far = (x - output).abs()
-        upper, lower = (torch.special.log_ndtr((end - far) / std) for end in (half, -half))
+        upper, lower = (_log_phi((end - far) / std) for end in (half, -half))
         inside = upper + (-(lower - upper).expm1()).log()
-        ends = torch.special.log_ndtr(torch.where(x < 0.5, half - output, output - 1 + half) / std)
+        ends = _log_phi(torch.where(x < 0.5, half - output, output - 1 + half) / std)
         return self.variance * torch.where((x < half) | (x > 1 - half), ends, inside)
 
     def nats(self, reconstruction: Tensor, numbers: Tensor, variance: float | Tensor) -> Tensor:
@@ -165,6 +173,7 @@ class DiscretizedGaussian(Observations):
     def mean(self, output: Tensor) -> Tensor:
         """E[min(max(u, 0), 1)] for u ~ N(output, variance), which rounding changes by less than 1e-4."""
         std = math.sqrt(self.variance)
+        output = output.clamp(-10 * std, 1 + 10 * std)  # beyond, it is 0 or 1, and below large numbers would cancel
         return std * (_ramp(output / std) - _ramp((output - 1) / std))
 
     def sample(self, output: Tensor, variance: float, generator: torch.Generator | None = None) -> Tensor:
@@ -182,6 +191,13 @@ class DiscretizedGaussian(Observations):
                 f"discretized_gaussian observations are bytes / 255, got other numbers in {others} patches: of images "
                 "in [0, 1], (255 * x).round() / 255 are such"
             )
+
+
+def _log_phi(x: Tensor) -> Tensor:
+    """log Phi(x), whose gradient in float32 is right far below 0, too: that of torch's log_ndtr ends at 0 or NaN."""
+    low = x.clamp(max=-1)
+    tail = (torch.special.erfcx(low * -math.sqrt(0.5)) / 2).log() - low.square() / 2
+    return torch.where(x < -1, tail, torch.special.log_ndtr(x.clamp(min=-1)))
 
 
 def _ramp(x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from biglearn_vae.capabilities import BigLearnVAE
 from biglearn_vae.data import OWN
 from biglearn_vae.distributed import pick_device
 from biglearn_vae.files import Busy, locked, read_json, write_json
-from biglearn_vae.observations import as_observations
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -333,7 +332,7 @@ def load_with_state(run: str | Path, device: str, which: str) -> tuple[BigLearnV
     own = observations == OWN_OBSERVATIONS
     loss = cfg.loss if {"prior", "beta"} <= cfg.loss.keys() and not own else config.objective(cfg, drawing=False)
     observations = loss.observations if own else observations
-    variance = loss.beta if has_model(state) or not as_observations(observations).scaled else 0.0
+    variance = state["metadata"].get("variance", loss.beta if has_model(state) else 0.0)
     return BigLearnVAE(net, tokens, loss.prior, variance, observations=observations), state, path
 
 

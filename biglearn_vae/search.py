@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 LARGER_IS_BETTER = ("elbo", "reconstruction", "psnr")
 # Settings that a number is measured with, so that it does not tell apart the runs that differ in them.
 DEPENDS_ON = {
-    "valid/elbo": ("loss.beta", "loss.prior", "loss._target_", "masks", "method"),
-    "valid/joint_elbo": ("loss.beta", "loss.prior", "loss._target_"),
+    "valid/elbo": ("loss.beta", "loss.prior", "loss._target_", "loss.observations", "masks", "method"),
+    "valid/joint_elbo": ("loss.beta", "loss.prior", "loss._target_", "loss.observations"),
 }
 ALL_DEPENDS_ON = ("data", "tokens", "missing", "missing_unit", "evaluation")
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from biglearn_vae import checkpoint, checks, config, evaluation, runs, samples
 from biglearn_vae import figures as pictures
-from biglearn_vae.capabilities import BigLearnVAE, check_calls
+from biglearn_vae.capabilities import BigLearnVAE, check_calls, observations_of, variance_of
 from biglearn_vae.data import Splits, parts
 from biglearn_vae.files import read_json, write_text
 from biglearn_vae.loggers import Pictures
 from biglearn_vae.losses import BigLearnELBO, has_model, name_of
-from biglearn_vae.observations import Observations, as_observations, is_own
+from biglearn_vae.observations import Observations, is_own
 from biglearn_vae.patch_ae import PatchAE
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class VAEStage(Stage):
         self.net = config.network(cfg, self.tokens).to(device)
         check_calls(self.net)
         self.loss = config.objective(cfg)
-        observed = as_observations(getattr(self.loss, "observations", None))
+        observed = observations_of(self.loss)
         if isinstance(self.tokens, PatchAE) and not observed.scaled:
             raise ValueError(
                 f"codes of a PatchAE (tokens=patch_ae) are no {observed.name} observations: leave these out"
@@ -89,6 +89,7 @@ class VAEStage(Stage):
         self.metadata = {"tokenizer": self.tokens.state()} if isinstance(self.tokens, PatchAE) else {}
         self.metadata["has_model"] = has_model(self.loss)
         self.metadata["observations"] = runs.OWN_OBSERVATIONS if is_own(observed) else observed.name
+        self.metadata["variance"] = float(variance_of(self.loss))  # an objective may have a beta of its own
 
     def _start_from(self, source: str, observed: Observations) -> None:
         """Take the weights of a trained model, which may be of another method and of images of another size."""
@@ -102,7 +103,7 @@ class VAEStage(Stage):
                 f"{source} was trained on tokens of another kind or another PatchAE than that of tokens=: its weights "
                 "are of little use for these"
             )
-        if type(other.observations) is not type(observed):
+        if other.observations.output != observed.output:
             checks.warn(
                 f"{source} was trained for {other.observations.name} observations, these settings are for "
                 f"{observed.name} ones, of which the last layer says something else: that has to be learned anew"

@@ -400,6 +400,39 @@ def bytes_model() -> BigLearnVAE:
     return BigLearnVAE(Pixels(), Rows(), observations="discretized_gaussian")
 
 
+@pytest.mark.parametrize("variance", VARIANCES[:3])
+def test_gradients_in_float32_pull_back_from_far_away(variance):
+    """As large as those of Gaussian terms: x - output, towards the nearest number that rounds to x."""
+    x, far = torch.tensor([0.0, 128 / 255, 1.0]), torch.tensor([1.0, 3.0, 8.0, 30.0, 100.0, 1000.0, -2.0, -50.0])
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        output = (x + far.unsqueeze(-1)).to(dtype).requires_grad_()
+        discretized(variance).terms(x.to(dtype), output).sum().backward()
+        found.append(output.grad.double())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[1][:, 1], -far.double(), rtol=1e-2, atol=0)
+    mean = discretized(variance).mean(torch.tensor([-1e30, -1e3, 1e5, 1e30]))
+    torch.testing.assert_close(mean, torch.tensor([0.0, 0.0, 1.0, 1.0]))
+
+
+def test_beta_that_is_set_later_is_the_variance():
+    loss = BigLearnELBO(0.01, observations="discretized_gaussian")
+    settings = loss.settings
+    loss.beta = 0.04
+    assert loss.observations.variance == 0.04 and loss.settings == settings | {"beta": 0.04}
+    vae = BigLearnVAE(Pixels(), Rows(), observations=loss.observations)  # has the variance of these
+    assert vae.variance == vae.observations.variance == 0.04
+    first = vae.log_prob(ALL, seed=0)
+    vae.variance = 0.09
+    assert vae.observations.variance == 0.09 and loss.observations.variance == 0.04
+    same = BigLearnVAE(Pixels(), Rows(), variance=0.09, observations="discretized_gaussian").log_prob(ALL, seed=0)
+    assert torch.equal(vae.log_prob(ALL, seed=0), same) and not torch.equal(first, same)
+    with pytest.raises(ValueError, match="need a variance, beta"):
+        loss.beta = 2.0
+    assert loss.beta == 0.04
+    assert BigLearnVAE(Pixels(), Rows()).variance == 1.0
+
+
 def test_terms_of_ones_own_may_be_of_bytes():
     class Own(BigLearnELBO):
         def terms(self, net, x, S, T, noise):

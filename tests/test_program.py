@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -316,6 +317,10 @@ class Binary_by_its_own(BigLearnELBO):
     def __init__(self, beta, masks=None, **others):
         super().__init__(beta, masks, **others | {"observations": Sharp()})
 
+class Fixed(BigLearnELBO):
+    def __init__(self, beta, masks=None, **others):
+        super().__init__(0.04, masks, **others)
+
 class Bare_parts(BigLearnELBO):
     def __call__(self, net, x, *arguments, **options):
         found = super().__call__(net, x, *arguments, **options)
@@ -507,6 +512,26 @@ def test_bytes_from_training_to_every_measure(here, monkeypatch, capsys):
     assert "bounds on log p of Discretized Gaussian observations" in capsys.readouterr().out
     iterations = ["iterations=[2]", "chain_tasks=[0.5]"]
     assert run_here(monkeypatch, *few, "tasks=[0.5]", "likelihood_images=2", *iterations, script="complete") == 0
+
+
+@pytest.mark.parametrize("observations", ["null", "discretized_gaussian"])
+def test_an_objective_of_ones_own_that_fixes_beta_is_measured_under_it(here, own_parts, monkeypatch, observations):
+    words = [*SMALL, "loss._target_=own_parts.Fixed", f"loss.observations={observations}", "name=run"]
+    assert run_here(monkeypatch, *words) == 0
+    vae, x = blv.load("outputs/run", device="cpu"), blv.images("digits", "test")
+    assert vae.variance == 0.04
+    summary = json.loads(Path("outputs/run/summary.json").read_text())
+    loss = blv.BigLearnELBO(0.04, observations=vae.observations)
+    assert blv.evaluation.elbo(vae, x, loss)["elbo_nats"] == pytest.approx(summary["test_joint_bound_nats"])
+    few = ["run=outputs/run", "likelihood_images=3", "images=9", "draws=2", "samples=2"]
+    assert run_here(monkeypatch, *few, script="evaluate") == 0
+    found = json.loads(Path("outputs/run/evaluation.json").read_text())["likelihood"]["model"]
+    assert found.get("variance", 0.04) == 0.04
+    assert found["joint_nats"] == pytest.approx(blv.evaluation.likelihood(vae, x[:3], samples=2)["joint_nats"])
+    # Both kinds predict means, so that either may begin with weights of the other.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*these settings are for")
+        assert run_here(monkeypatch, *SMALL, "init_from=outputs/run", "name=next") == 0
 
 
 @pytest.mark.parametrize("loss", ["Binary", "Binary_by_its_own"])

@@ -86,6 +86,8 @@ def test_a_number_that_depends_on_what_is_searched_over_is_warned_of(optuna, rec
     said = str(recwarn.pop().message)
     assert "valid/elbo is measured with each run's own loss.beta, masks, over which" in said
     assert said.endswith(": optimized_metric=valid/psnr_0.5 does")
+    search.check([*OPTUNA, MAXIMIZE, "loss.observations=null,discretized_gaussian"], "train")
+    assert "own loss.observations, over which" in str(recwarn.pop().message)
     search.check([*words, "optimized_metric=valid/psnr_0.5"], "train")
     search.check([*words[:5], "loss.beta_warmup_steps=choice(10,20)"], "train")  # with which nothing is measured
     assert not search.check([*words[5:], "seed=0,1"], "train")  # of Hydra's own sweeper, which tries all
