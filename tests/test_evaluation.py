@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -601,6 +602,22 @@ def test_nats_are_those_of_a_gaussian_alone(vae):
     assert has_model(Weighted(0.3)) and not has_model(Laplace(0.3)) and not has_model(lambda *_: None)
     with pytest.raises(ValueError, match=r"expected an objective, such as BigLearnELBO\(beta\), got 0.3"):
         evaluation.elbo(vae, pictures(vae), 0.3)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_an_objective_with_a_call_of_its_own_is_measured_by_it(vae, joint):
+    class Doubled(BigLearnELBO):
+        def __call__(self, *arguments, **options):
+            found = super().__call__(*arguments, **options)
+            return replace(found, reconstruction=2 * found.reconstruction)
+
+    expected = evaluation.elbo(vae, pictures(vae), BigLearnELBO(0.3), joint, seed=1)
+    found = evaluation.elbo(vae, pictures(vae), Doubled(0.3), joint, seed=1)
+    assert found == {
+        "elbo": pytest.approx(expected["elbo"] + expected["reconstruction"]),
+        "reconstruction": pytest.approx(2 * expected["reconstruction"]),
+        "kl": pytest.approx(expected["kl"]),
+    }
 
 
 def test_an_objective_that_draws_by_itself_is_measured_alike(vae):

@@ -39,6 +39,21 @@ def test_settings_outside_their_ranges_are_refused(settings, message):
         Optim(**settings)
 
 
+@pytest.mark.parametrize("change", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+def test_the_average_moves_towards_the_weights(change):
+    torch.manual_seed(0)
+    average, net = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).requires_grad_(which) for which in (False, True))
+    net[1].running_mean.fill_(5)
+    expected = [
+        0.75 * mean + 0.25 * weight for mean, weight in zip(average.parameters(), net.parameters(), strict=True)
+    ]
+    Optim.update_average(average, net, change)
+    for found, truth in zip(average.parameters(), expected, strict=True):
+        torch.testing.assert_close(found, truth)
+        assert found.grad is None
+    assert average[1].running_mean.tolist() == [5, 5]
+
+
 @pytest.mark.parametrize("muon_lr", [None, 0.02])
 def test_the_optimizers_take_every_parameter_once(muon_lr):
     blocks = nn.ModuleList([nn.Linear(2, 4), nn.LayerNorm(4)])
