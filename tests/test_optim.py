@@ -39,6 +39,11 @@ def test_settings_outside_their_ranges_are_refused(settings, message):
         Optim(**settings)
 
 
+def test_the_average_follows_closely_at_first():
+    decays = [Optim(lr=1.0, ema_decay=0.9).ema_decay_at(step) for step in (0, 8, 80, 10**6)]
+    assert decays == [1 / 10, 9 / 18, 81 / 90, 0.9]
+
+
 @pytest.mark.parametrize("change", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
 def test_the_average_moves_towards_the_weights(change):
     torch.manual_seed(0)
