@@ -97,7 +97,7 @@ class BigLearnVAE:
         tokenizer: `Patchify`, or another module with its methods and sizes; it is put into evaluation mode, too.
         prior: "learned", p(z | nothing observed) of the network, or "standard", N(0, I), for the ordinary VAE.
         variance: of Gaussian observations in `log_prob`, p(x_T | z, x_S) = N(mu, variance I); with 0 each call has to
-            give one. By default it is that of the observations if they have one of their own, else 1.
+            give one. Of discretized Gaussian observations it is the variance, too.
         chunk: how many images pass through the network at once, at most, which bounds the memory; see `rows` for CPUs.
         observations: the distribution p(x_T | z, x_S), as for `BigLearnELBO`: "gaussian" (or None),
             "discretized_gaussian" (of this variance), "bernoulli", or an `Observations`.
@@ -114,20 +114,19 @@ class BigLearnVAE:
         net: nn.Module,
         tokenizer: nn.Module,
         prior: str = "learned",
-        variance: float | None = None,
+        variance: float = 1.0,
         chunk: int = 1024,
         observations: str | Observations | None = None,
     ):
         check_prior(prior)
         chunk = checks.whole_number("chunk", chunk, 1)
-        observations = as_observations(observations)
-        variance = getattr(observations, "variance", 1.0) if variance is None else variance
         variance = checks.real_number("variance", variance, "[0, inf)")
         check_network(net)
         check_calls(net)
         check_part("a tokenizer such as Patchify", tokenizer, ("grid", "token_dim", "image_shape", "encode", "decode"))
         _check_sizes(net, tokenizer)
-        self.net, self.prior, self.observations, self.chunk = net.eval(), prior, observations, chunk
+        _check_variance(observations, variance)
+        self.net, self.prior, self.observations, self.chunk = net.eval(), prior, as_observations(observations), chunk
         self.variance = variance
         self.tokenizer = tokenizer.to(self.device).eval()
 
@@ -744,6 +743,16 @@ def checked_dims(vae: BigLearnVAE, dims: Sequence[int]) -> list[int]:
     if not result or max(result) >= vae.z_dim:
         raise ValueError(f"dims must be a list of latent dimensions in [0, {vae.z_dim}), at least one, got {dims}")
     return result
+
+
+def _check_variance(observations: Any, variance: float) -> None:
+    """Raise a ValueError if an object of observations has another variance than a model is to have."""
+    own = observations.variance if getattr(observations, "under_variance", False) else variance
+    if own != variance:
+        raise ValueError(
+            f"the observations have the variance {own}, the model {variance}: give variance={own}, or "
+            f"observations={observations.name!r}, which take that of the model"
+        )
 
 
 def observations_of(loss: Any) -> Observations:

@@ -420,7 +420,9 @@ def test_beta_that_is_set_later_is_the_variance():
     settings = loss.settings
     loss.beta = 0.04
     assert loss.observations.variance == 0.04 and loss.settings == settings | {"beta": 0.04}
-    vae = BigLearnVAE(Pixels(), Rows(), observations=loss.observations)  # has the variance of these
+    with pytest.raises(ValueError, match=r"have the variance 0\.04, the model 1\.0: give variance=0\.04, or observ"):
+        BigLearnVAE(Pixels(), Rows(), observations=loss.observations)
+    vae = BigLearnVAE(Pixels(), Rows(), variance=0.04, observations=loss.observations)
     assert vae.variance == vae.observations.variance == 0.04
     first = vae.log_prob(ALL, seed=0)
     vae.variance = 0.09
