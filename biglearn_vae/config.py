@@ -653,6 +653,8 @@ def _matches(value: Any, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if len(arguments) > 2:  # a list last, or the others would seem to be what it may hold
+            arguments = tuple(sorted(arguments, key=lambda argument: typing.get_origin(argument) is list))
         return " or ".join(_describe(argument) for argument in arguments)
     if origin in (tuple, list, Sequence):
         return f"a list, each {_describe(arguments[0])}"

@@ -536,10 +536,10 @@ def test_train_then_draw(tmp_path, monkeypatch, capsys):
     [
         ("figures=[inference,faces]", f"figures must be some of {', '.join(NAMES)}, got inference, faces"),
         ("figures=[]", "got none"),
-        ("figures=3", "figures must be"),
         ("images=0", "images must be at least 1, got 0"),
         ("delta=far", "delta must be a number or null, got 'far'"),
         ("dims=3", "dims must be a list, each a whole number or null, got 3"),
+        ("figures=3", "figures must be a word or null or a list, each a word, got 3"),
         ("seed=x", "seed must be a whole number"),
         ("checkpoint=worst", "checkpoint must be best or latest"),
         ("run=outputs/other", "there is no run in outputs/other"),
