@@ -190,18 +190,18 @@ def rows_of(numbers: int, chunks: int = 1) -> int:
     return max(1, min(chunks * CHUNK, NUMBERS // numbers))
 
 
-def check_images(images: Any, what: str = "image") -> None:
-    """Raise a ValueError unless these are images or their tokens, at least one; something that is read in parts as an
-    `ImageSet` is will do."""
+def check_images(images: Any, what: str = "image", tokens: bool = True) -> None:
+    """Raise a ValueError unless these are images or, if they will do, their tokens, at least one; something that is
+    read in parts as an `ImageSet` is will do."""
     if isinstance(images, Tensor):
-        fits = checks.is_numbers(images) and images.ndim in (3, 4)
+        fits = checks.is_numbers(images) and images.ndim in ((3, 4) if tokens else (4,))
     else:
         read = hasattr(images, "__len__") and hasattr(images, "__getitem__")
         fits = read and not (isinstance(images, Sequence | Mapping) or hasattr(images, "__array__"))
     if not fits:
         raise ValueError(
-            "expected images, a tensor (N, C, H, W) of numbers in [0, 1] or of bytes, or an ImageSet, or tokens "
-            f"(N, L, D), got {checks.described(images)}"
+            "expected images, a tensor (N, C, H, W) of numbers in [0, 1] or of bytes, or an ImageSet"
+            f"{', or tokens (N, L, D)' if tokens else ''}, got {checks.described(images)}"
         )
     if not len(images):
         raise ValueError(f"expected at least one {what}, got none")

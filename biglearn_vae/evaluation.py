@@ -680,7 +680,10 @@ def training_mean_psnr(
         vae: only its patches are used.
     """
     check_given(vae, images, train, needs=PATCHES)
-    mean = _mean_image(train)
+    check_images(train, "training image", tokens=False)
+    mean, size = _mean_image(train), tuple(images[:1].shape[1:])
+    if mean.shape[1:] != size[1:] or len(mean) not in (1, size[0]):
+        raise ValueError(f"expected training images of the size of the images, {size}, got {tuple(mean.shape)}")
     return completion_psnr(vae, images, ratios, lambda x, S: mean.to(x).expand_as(x), seed)
 
 

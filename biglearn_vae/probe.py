@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from biglearn_vae import checks, evaluation, masks
 from biglearn_vae.capabilities import BigLearnVAE, check_model
-from biglearn_vae.data import CHUNK, Batches, Images, ImageSet, parts, shuffled
+from biglearn_vae.data import CHUNK, Batches, Images, ImageSet, check_images, parts, shuffled
 from biglearn_vae.distributed import StepRandom, World, derive_seed
 from biglearn_vae.loggers import Logger
 from biglearn_vae.optim import Optim
@@ -70,6 +70,7 @@ def pixels(vae: BigLearnVAE, images: Tensor | ImageSet, ratio: float, seed: int 
         vae: only the size of its images and its grid of patches are used; images may have other channels.
         images, ratio, seed: see `features`; images cannot be tokens.
     """
+    check_images(images, tokens=False)
     found = []
     for x, S in _observed(vae, images, ratio, seed):
         found.append(x.masked_fill(~vae.pixel_mask(S), 0).flatten(1).cpu())

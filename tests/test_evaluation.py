@@ -850,5 +850,10 @@ def test_what_no_psnr_is_of_is_refused(vae):
     for images in (x.numpy(), x[0, 0]):
         with pytest.raises(ValueError, match="expected images, a tensor"):
             evaluation.inpainting_psnr(vae, images, [0.5])
+    tokens = vae.tokenizer.encode(x)
+    with pytest.raises(ValueError, match=r"of bytes, or an ImageSet, got torch\.float\d\d \("):
+        evaluation.training_mean_psnr(vae, x, tokens, [0.5])
+    with pytest.raises(ValueError, match=r"training images of the size of the images, \(.*\), got \(., ., 2\)"):
+        evaluation.training_mean_psnr(vae, x, x[..., :2], [0.5])
     with torch.inference_mode(), pytest.raises(ValueError, match=r"take torch\.no_grad\(\)"):
         evaluation.annealed_log_prob(vae, x, samples=2, steps=2)

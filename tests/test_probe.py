@@ -235,6 +235,11 @@ def test_the_features_of_test_images_do_not_enter_the_standardisation():
     assert expected != probe.fit_and_score(x[:200], y[:200], x[200:], y[200:]).value
 
 
+def test_tokens_have_no_pixels(vae):
+    with pytest.raises(ValueError, match=r"of bytes, or an ImageSet, got torch\.float32 \(2, 6, 12\)"):
+        probe.pixels(vae, vae.tokenizer.encode(torch.rand(2, *vae.image_shape)), 0.5)
+
+
 @pytest.mark.parametrize("y", [torch.ones(9, dtype=torch.long), torch.arange(9).view(9, 1)], ids=["one class", "2-D"])
 def test_a_classifier_needs_classes(y):
     with pytest.raises(ValueError, match=r"expected classes \(N,\), at least two of them, got "):
