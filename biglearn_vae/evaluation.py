@@ -580,9 +580,10 @@ def consistency(
 
 def _disjoint_pairs(count: int, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """Masks A and B (N, L), neither empty: |A| uniform in 1 .. L - 1, |B| uniform in 1 .. L - |A|."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = torch.rand(count, num_tokens, generator=generator).argsort(-1)
-    uniform = torch.rand(count, 2, 1, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    # Whatever torch's default device and precision are.
+    rand = partial(torch.rand, generator=generator, dtype=torch.float32, device="cpu")
+    rank, uniform = rand(count, num_tokens).argsort(-1), rand(count, 2, 1)
     a = 1 + (uniform[:, 0] * (num_tokens - 1)).floor()
     b = 1 + (uniform[:, 1] * (num_tokens - a)).floor()
     return rank < a, (rank >= a) & (rank < a + b)

@@ -795,6 +795,12 @@ def test_pairs_of_sets_are_disjoint_and_not_empty(num_tokens):
     for mask in (A, B):
         assert mask.sum(-1).max() == num_tokens - 1
     assert ((A | B).all(-1)).any()
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = evaluation._disjoint_pairs(2000, num_tokens, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.stack(again), torch.stack([A, B]))
 
 
 MEASURES = {
