@@ -141,8 +141,8 @@ class BigLearnVAE:
 
         Args:
             loss: a `BigLearnELBO`, or an object with `prior` and `beta`. If it is not known which likelihood it bounds
-                (`losses.has_model`), as with terms of its own, the variance is 0, unless the observations have it of
-                their own: each call then has to give one.
+                (`losses.has_model`), as with terms of its own, the variance is 0, and each call has to give one, unless
+                there are no such observations without it, as discretized Gaussian ones.
             options: further arguments, such as `chunk`; they override those taken from `loss`.
         """
         settings = {"prior": loss.prior, "variance": variance_of(loss), "observations": observations_of(loss)}
