@@ -443,7 +443,7 @@ def _binarized(images: ImageSet, how: str) -> ImageSet:
     for pixels in images.pixels.split(CHUNK):
         brightness = pixels.float().mean(1, keepdim=True) / 255
         if how == "sample":
-            is_white = brightness > torch.rand(brightness.shape, generator=generator).to(brightness.device)
+            is_white = brightness > masks.uniform_numbers(brightness.shape, generator).to(brightness.device)
         else:
             is_white = brightness >= 0.5
         white.append(255 * is_white.expand_as(pixels).to(torch.uint8))
@@ -472,7 +472,7 @@ def check_recorded(splits: Splits, grid: tuple[int, int]) -> None:
 def _lose(images: ImageSet, share: float, grid: tuple[int, int], unit: str, seed: int) -> ImageSet:
     if unit == "patch":
         generator = torch.Generator().manual_seed(seed)
-        recorded = torch.rand(len(images), *grid, generator=generator) >= share
+        recorded = masks.uniform_numbers((len(images), *grid), generator) >= share
         if images.recorded is not None:  # and what was missing before
             size = images.recorded.shape[-2:]
             recorded = images.recorded & masks.to_pixels(recorded.flatten(-2), grid, size)

@@ -581,9 +581,8 @@ def consistency(
 def _disjoint_pairs(count: int, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """Masks A and B (N, L), neither empty: |A| uniform in 1 .. L - 1, |B| uniform in 1 .. L - |A|."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    # Whatever torch's default device and precision are.
-    rand = partial(torch.rand, generator=generator, dtype=torch.float32, device="cpu")
-    rank, uniform = rand(count, num_tokens).argsort(-1), rand(count, 2, 1)
+    rank = masks.uniform_numbers((count, num_tokens), generator).argsort(-1)
+    uniform = masks.uniform_numbers((count, 2, 1), generator)
     a = 1 + (uniform[:, 0] * (num_tokens - 1)).floor()
     b = 1 + (uniform[:, 1] * (num_tokens - a)).floor()
     return rank < a, (rank >= a) & (rank < a + b)
@@ -680,7 +679,7 @@ def training_mean_psnr(
             numbers.
         vae: only its patches are used.
     """
-    check_given(vae, images, train, needs=PATCHES)
+    check_given(vae, images, needs=PATCHES)
     check_images(train, "training image", tokens=False)
     mean, size = _mean_image(train), tuple(images[:1].shape[1:])
     if mean.shape[1:] != size[1:] or len(mean) not in (1, size[0]):

@@ -439,7 +439,8 @@ def strokes(vae: BigLearnVAE, x: Tensor, seed: int = 0, share: float = 0.4) -> T
     cell = tuple(size // count for size, count in zip(vae.image_shape[1:], vae.grid, strict=True))
     ink = avg_pool2d((x - background).abs().nan_to_num(0), cell).mean(1).flatten(1)  # (n, L)
     inked = ink > 0.5 * ink.max(dim=1, keepdim=True).values
-    order = torch.rand(ink.shape, generator=torch.Generator().manual_seed(checks.seed_or_drawn(seed))).to(x.device)
+    generator = torch.Generator("cpu").manual_seed(checks.seed_or_drawn(seed))
+    order = masks.uniform_numbers(ink.shape, generator).to(x.device)
     return inked & (masks.rank_among(inked, order) < (share * inked.sum(-1, keepdim=True)).ceil())
 
 

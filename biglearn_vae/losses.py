@@ -429,9 +429,7 @@ class PatchAELoss:
                 f"expected patches (B, L, C, P, P), got {checks.described(patches)}; `Patchify.cut` makes them"
             )
         batch, count = patches.shape[:2]
-        order = random.rows(
-            batch, lambda rows, generator: torch.rand(rows, count, generator=generator, device=generator.device)
-        )
+        order = random.rows(batch, lambda rows, generator: masks.uniform_numbers((rows, count), generator))
         order = order.masked_fill(patches.isnan().flatten(2).any(-1), 1)  # others are less
         chosen = order.argsort(-1)[:, : math.ceil(self.share * count)]  # (B, n)
         rows = torch.arange(batch, device=chosen.device).unsqueeze(-1)

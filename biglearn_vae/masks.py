@@ -78,9 +78,9 @@ class MaskSampler:
         """The random numbers behind (S, T), in [0, 1]: S-ratios (B, 1), T-ratios (B, 1) and an order (B, L)."""
         rows = batch_size if self.ratios_per == "sample" else 1
         s_ratio, t_ratio = (_beta(parameters, rows, generator) for parameters in (self.s_ratio, self.t_ratio))
-        joint = _uniform(rows, generator) < self.joint
+        joint = uniform_numbers(rows, generator) < self.joint
         ratios = (s_ratio.masked_fill(joint, 0), t_ratio.masked_fill(joint, 1))
-        order = _uniform((batch_size, num_tokens), generator)
+        order = uniform_numbers((batch_size, num_tokens), generator)
         s_ratio, t_ratio = (ratio.unsqueeze(-1).expand(batch_size, 1) for ratio in ratios)
         return s_ratio, t_ratio, order
 
@@ -121,7 +121,7 @@ def turns(T: Tensor, passes: int, seed: int | None = None) -> Tensor:
     if not checks.is_mask(T) or T.ndim != 2:
         raise ValueError(f"expected a boolean mask (B, L), got {checks.described(T)}")
     passes = min(checks.whole_number("passes", passes, 1), max(1, T.shape[1]))  # more would be empty in every row
-    order = _uniform(T.shape, _generator(seed)).to(T.device)
+    order = uniform_numbers(T.shape, _generator(seed)).to(T.device)
     place = rank_among(T, order) * passes // T.sum(-1, keepdim=True).clamp(min=1)
     return place.masked_fill(~T, -1)
 
@@ -163,7 +163,7 @@ def _beta(parameters: tuple[float, float], count: int, generator: torch.Generato
     device = generator.device
     # Made on the device: a copy from the host could not be part of a CUDA graph.
     concentration = torch.stack([torch.full((count,), p, dtype=torch.float64, device=device) for p in parameters], -1)
-    uniform = _uniform((count, 2), generator, torch.float64)
+    uniform = uniform_numbers((count, 2), generator, torch.float64)
     logs = torch._standard_gamma(concentration + 1, generator=generator).log() + uniform.log() / concentration
     return torch.sigmoid(logs[:, 0] - logs[:, 1])
 
@@ -180,7 +180,7 @@ def random(
     """
     shape = (checks.whole_number("batch_size", batch_size, 0), checks.whole_number("num_tokens", num_tokens, 1))
     seen = round(checks.real_number("ratio", ratio, "[0, 1]") * shape[1])
-    place = _uniform(shape, _generator(seed)).argsort(dim=-1)
+    place = uniform_numbers(shape, _generator(seed)).argsort(dim=-1)
     if recorded is None:
         return place < seen
     check_recorded(recorded, shape)
@@ -191,7 +191,9 @@ def _generator(seed: int | None) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(checks.seed_or_drawn(seed))
 
 
-def _uniform(shape: int | Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+def uniform_numbers(
+    shape: int | Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Numbers in [0, 1) on the generator's device, whatever torch's default device and precision are."""
     return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
 

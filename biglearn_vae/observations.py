@@ -126,11 +126,8 @@ class Bernoulli(Observations):
         return (uniform < mean).to(mean.dtype)
 
     def check(self, x: Tensor, T: Tensor) -> None:
-        if others := int((((x != 0) & (x != 1)).any(-1) & T).sum()):
-            raise ValueError(
-                f"Bernoulli observations are pixels that are 0 or 1, got other numbers in {others} patches: of images "
-                "(x > 0.5).float() are such, of a data set binarize=threshold makes them"
-            )
+        hint = "of images (x > 0.5).float() are such, of a data set binarize=threshold makes them"
+        _refuse((x != 0) & (x != 1), T, "Bernoulli observations are pixels that are 0 or 1", hint)
 
 
 class DiscretizedGaussian(Observations):
@@ -185,12 +182,15 @@ class DiscretizedGaussian(Observations):
 
     def check(self, x: Tensor, T: Tensor) -> None:
         levels = 255 * x
-        off = ((levels - levels.round()).abs() > 1e-3) | (levels < -0.5) | (levels > 255.5)
-        if others := int((off.any(-1) & T).sum()):
-            raise ValueError(
-                f"discretized_gaussian observations are bytes / 255, got other numbers in {others} patches: of images "
-                "in [0, 1], (255 * x).round() / 255 are such"
-            )
+        others = ((levels - levels.round()).abs() > 1e-3) | (levels < -0.5) | (levels > 255.5)
+        hint = "of images in [0, 1], (255 * x).round() / 255 are such"
+        _refuse(others, T, "discretized_gaussian observations are bytes / 255", hint)
+
+
+def _refuse(others: Tensor, T: Tensor, expected: str, hint: str) -> None:
+    """Raise a ValueError if others (..., L, D), numbers that cannot be observed, are at T (..., L)."""
+    if count := int((others.any(-1) & T).sum()):
+        raise ValueError(f"{expected}, got other numbers in {count} patches: {hint}")
 
 
 def _log_phi(x: Tensor) -> Tensor:

@@ -458,8 +458,7 @@ class LabelLoss:
 
 def _draw(rows: int, num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The random numbers behind S, uniform in [0, 1): S-ratios (rows, 1) and an order (rows, L)."""
-    shapes = ((rows, 1), (rows, num_tokens))
-    ratio, order = (torch.rand(shape, generator=generator, device=generator.device) for shape in shapes)
+    ratio, order = (masks.uniform_numbers((rows, count), generator) for count in (1, num_tokens))
     return ratio, order
 
 
